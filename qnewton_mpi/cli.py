@@ -1,0 +1,149 @@
+"""The command line: parsed and checked once, on rank 0, and the outcome broadcast."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mpi4py import MPI
+
+from qnewton_mpi import __version__
+from qnewton_mpi.config import RunConfig, TrainSettings, read_toml, resolve, run_config
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.settings import base_type, describe
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
+
+USAGE_ERROR = 2
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command on every rank of the world and return the exit code. Collective."""
+    communicator = Communicator()
+    abort_on_exception(communicator)
+    try:
+        check_launcher(communicator.size)
+        command = communicator.from_root(lambda: parse(arguments, communicator.size))
+        if command is not None:
+            COMMANDS[command.command](command, communicator)
+    except UserError as error:
+        # One-rank jobs of a mismatched launcher are all rank 0: only the launcher knows which of them is the first.
+        if communicator.rank == 0 and (communicator.size > 1 or launched_tasks()[1] == 0):
+            print(f"qnewton-mpi: error: {error}", file=sys.stderr, flush=True)
+        return USAGE_ERROR
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
+    """Return the command with, for `train`, its resolved configuration as `config`; None when help was asked for. Local."""
+    parser = Parser(prog="qnewton-mpi", description="Data-parallel quasi-Newton training over MPI.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"qnewton-mpi {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    training = commands.add_parser("train", help="train the convnet; run it under mpiexec or srun", allow_abbrev=False)
+    training.add_argument("toml", nargs="?", metavar="CONFIG.toml", help="options as a flat table; those of the command line win")
+    _add_options(training.add_argument_group("run"), [(None, TrainSettings)])
+    _add_options(training.add_argument_group("method"), [(name, o.settings_type) for name, o in OPTIMIZERS.items()])
+
+    plotting = commands.add_parser("plot", help="draw NLL against epochs and print a table", allow_abbrev=False)
+    plotting.add_argument("runs", nargs="+", metavar="RUN.h5")
+    plotting.add_argument("--output", metavar="FILE.png", help="default: beside the first run, with its name and .png")
+    plotting.add_argument("--overwrite", action="store_true", help="replace an existing picture")
+
+    commands.add_parser("info", help="MPI library, ranks and nodes, threads, devices", allow_abbrev=False)
+    try:
+        command = parser.parse_args(arguments)
+    except SystemExit:  # --help and --version have printed what was asked for
+        return None
+    if command.command == "train":
+        given = {k: v for k, v in vars(command).items() if k not in ("command", "toml")}
+        options = {**(read_toml(command.toml) if command.toml else {}), **given}
+        command.config = resolve(run_config(options), ranks)
+    return command
+
+
+def train_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Train, then tell what came out."""
+    from qnewton_mpi.training.loop import train
+    from qnewton_mpi.training.runfile import Run, table
+
+    config: RunConfig = command.config
+    path = train(config, communicator)
+    if communicator.rank == 0:
+        print(f"{table([Run(path)])}\nwritten to {path}", flush=True)
+
+
+def plot_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Draw runs and print their table, on rank 0."""
+    from qnewton_mpi.plotting import plot_runs
+    from qnewton_mpi.training.runfile import Run, table
+
+    def draw() -> None:
+        runs = [Run(Path(name)) for name in command.runs]
+        target = Path(command.output) if command.output else Path(command.runs[0]).with_suffix(".png")
+        if target.exists() and not command.overwrite:
+            raise UserError(f"{target} exists: name another --output, or replace it with --overwrite")
+        plot_runs(runs, target)
+        print(f"{table(runs)}\nfigure: {target}", flush=True)
+
+    communicator.from_root(draw)
+
+
+def info_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Tell what the ranks run on."""
+    from threadpoolctl import threadpool_info
+
+    from qnewton_mpi.parallel.device import open_device
+
+    try:
+        device = open_device("cuda", communicator.node_rank).name
+    except UserError:
+        device = "no GPU"
+    threads = max((pool["num_threads"] for pool in threadpool_info()), default=1)
+    mine = (MPI.Get_processor_name(), communicator.rank, threads, len(os.sched_getaffinity(0)), device)
+    everyone = communicator.mpi.gather(mine)
+    if everyone is None:
+        return
+    print(f"qnewton-mpi  {__version__}")
+    print(f"MPI          {MPI.Get_library_version().splitlines()[0]}".rstrip("\0 "))
+    print(f"ranks        {communicator.size} on {len({row[0] for row in everyone})} node(s)")
+    print("transport    host buffers (GPU arrays are staged through host memory)")
+    for node, rank, threads, cores, device in everyone:
+        print(f"rank {rank:<7} {node}, {threads} BLAS thread(s), {cores} core(s) allowed, {device}")
+    sys.stdout.flush()
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
+    "train": train_command,
+    "plot": plot_command,
+    "info": info_command,
+}
+
+
+def _add_options(group: Any, owners: list[tuple[str | None, type]]) -> None:
+    """Add an option for each field of the owners' dataclasses; those that share a name share an option."""
+    found: dict[str, list[tuple[str | None, Any]]] = {}
+    for owner, kind in owners:
+        for item in fields(kind):
+            found.setdefault(item.name, []).append((owner, item))
+    for name, items in found.items():
+        texts = [describe(item) if owner is None else f"{owner}: {describe(item)}" for owner, item in items]
+        flag, text = f"--{name.replace('_', '-')}", "; ".join(texts).replace("%", "%%")
+        # Values stay strings here: `config` converts and checks them as it does those of a TOML file.
+        if base_type(items[0][1].type) in (bool, "bool"):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, metavar=name.rpartition("_")[2].upper())

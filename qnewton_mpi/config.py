@@ -1,0 +1,131 @@
+"""The configuration of a run: frozen, validated on one rank before any work starts."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers import OPTIMIZERS, Settings
+from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, build, one_of, setting
+from qnewton_mpi.data import datasets
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.models.convnet import ACTIVATIONS
+
+DEFAULT_REPLICAS = 8
+DEFAULT_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training run needs besides the settings of its method."""
+
+    method: str = setting("fisher", ", ".join(OPTIMIZERS), one_of(*OPTIMIZERS))
+    data: str = setting(datasets.EMBEDDED, ", ".join(datasets.NAMES), one_of(*datasets.NAMES))
+    data_dir: str | None = setting(
+        None, f"folder of the data set's files (else ${datasets.VARIABLE}, {datasets.SYSTEM_FOLDER}, the download cache)"
+    )
+    replicas: int | None = setting(
+        None, f"M, spread over the ranks as evenly as it goes (default {DEFAULT_REPLICAS}, or one a rank if there are more)", POSITIVE
+    )
+    batch: int = setting(256, "global batch, over all replicas; a multiple of M", POSITIVE)
+    epochs: int | None = setting(None, f"passes over the training set (default {DEFAULT_EPOCHS})", POSITIVE)
+    steps: int | None = setting(None, "steps, instead of epochs", POSITIVE)
+    activation: str = setting("tanh", ", ".join(ACTIVATIONS), one_of(*ACTIVATIONS))
+    seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
+    device: str = setting("cpu", "cpu, or cuda (CuPy)", one_of("cpu", "cuda"))
+    exchange: str = setting("allgather", f"how columns cross the network: {', '.join(EXCHANGES)}", one_of(*EXCHANGES))
+    output: str | None = setting(None, "HDF5 file of the run (default runs/DATA-METHOD-mM-seedSEED.h5)")
+    overwrite: bool = setting(False, "replace an existing output file")
+    progress: str = setting(
+        "auto", "bar, lines or off; auto is a bar on a terminal, lines elsewhere", one_of("auto", "bar", "lines", "off")
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: what is trained, and the settings of the method."""
+
+    training: TrainSettings
+    optimizer: Settings
+
+    @property
+    def replicas(self) -> int:
+        """M; `resolve` has settled it."""
+        assert self.training.replicas is not None
+        return self.training.replicas
+
+    @property
+    def output(self) -> Path:
+        """The run's file; `resolve` has settled it."""
+        assert self.training.output is not None
+        return Path(self.training.output)
+
+    def flat(self) -> dict[str, Any]:
+        """Return all options as one mapping, as a TOML file would give them."""
+        return {**asdict(self.training), **asdict(self.optimizer)}
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Return a flat table of options; dashes in names count as underscores.
+
+    Raises
+    ------
+    UserError
+        For a file that is missing or is not TOML.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as TOML: {' '.join(str(error).split())}") from error
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def run_config(options: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a flat mapping of options, all values checked one by one.
+
+    Raises
+    ------
+    UserError
+        For an unknown option, one of another method, a value out of range, or options that contradict each other.
+    """
+    general = {item.name for item in fields(TrainSettings)}
+    training = build(TrainSettings, {k: v for k, v in options.items() if k in general})
+    kind = OPTIMIZERS[training.method].settings_type
+    own = {item.name for item in fields(kind)}
+    for name in options.keys() - general - own:
+        owners = [m for m, o in OPTIMIZERS.items() if name in {item.name for item in fields(o.settings_type)}]
+        if owners:
+            raise UserError(f"{name} is an option of {', '.join(owners)}, not of {training.method}")
+        raise UserError(f"unknown option {name!r}; see `qnewton-mpi train --help`")
+    if training.epochs is not None and training.steps is not None:
+        raise UserError("epochs and steps contradict each other: give one of them")
+    return RunConfig(training, build(kind, {k: v for k, v in options.items() if k in own}))
+
+
+def resolve(config: RunConfig, ranks: int) -> RunConfig:
+    """Return the configuration with M and the output file settled for a number of ranks.
+
+    Raises
+    ------
+    UserError
+        Where M does not fit the ranks, the batch or the method, or the output exists and is not to be overwritten.
+    """
+    training = config.training
+    m = training.replicas or max(DEFAULT_REPLICAS, ranks)
+    least = OPTIMIZERS[training.method].minimum_replicas
+    if m < ranks:
+        raise UserError(f"{m} replicas on {ranks} ranks leave ranks idle: use --replicas {ranks} or more, or fewer ranks")
+    if m < least:
+        raise UserError(f"{training.method} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}")
+    if training.batch % m:
+        nearest = max(m, round(training.batch / m) * m)
+        raise UserError(f"a batch of {training.batch} cannot be shared by {m} replicas: use --batch {nearest}")
+    output = training.output or f"runs/{training.data}-{training.method}-m{m}-seed{training.seed}.h5"
+    if Path(output).exists() and not training.overwrite:
+        raise UserError(f"{output} exists: name another --output, or replace it with --overwrite")
+    epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
+    return replace(config, training=replace(training, replicas=m, output=output, epochs=epochs))

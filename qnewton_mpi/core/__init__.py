@@ -1,0 +1,1 @@
+"""What the project exists for: secants, exchanges, spread policies and optimizers."""

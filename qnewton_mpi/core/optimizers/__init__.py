@@ -1,0 +1,20 @@
+"""Optimizers: one `step(loss_and_gradient)` each, written as the equations are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qnewton_mpi.core.optimizers.base import Optimizer, Settings
+from qnewton_mpi.core.optimizers.first_order import SGD, Adam, Momentum
+from qnewton_mpi.core.optimizers.fisher import Fisher
+from qnewton_mpi.core.optimizers.multisecant import Multisecant
+
+OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
+    "fisher": Fisher,
+    "multisecant": Multisecant,
+    "sgd": SGD,
+    "momentum": Momentum,
+    "adam": Adam,
+}
+
+__all__ = ["OPTIMIZERS", "SGD", "Adam", "Fisher", "Momentum", "Multisecant", "Optimizer", "Settings"]

@@ -1,0 +1,128 @@
+"""What all optimizers share: evaluating the replicas' gradients, moving the parameters, the figures of a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from qnewton_mpi.core.exchange import Exchange
+from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.errors import NonFiniteGradientError
+from qnewton_mpi.parallel.device import Array
+
+LossAndGradient = Callable[[Array, int], tuple[float, Array]]
+"""`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica."""
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every optimizer has: the learning rate α of w ← w − α d."""
+
+    lr: float = setting(0.1, "learning rate", POSITIVE)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class Optimizer(ABC, Generic[S]):
+    """One step at a time: `figures = optimizer.step(loss_and_gradient)`. Collective.
+
+    Parameters
+    ----------
+    settings : Settings
+    parameters : (N,) float32 or float64
+        The same on every rank; copied.
+    exchange : Exchange
+    samples : int, optional
+        b, how many samples each replica's loss is the mean of.
+    seed : int, optional
+        For what a method draws at random.
+
+    Attributes
+    ----------
+    parameters : (N,)
+        The current parameters, the same on every rank. Valid until the next step, which may change them in place.
+    steps : int
+        Steps done.
+    gradient_seconds : float
+        Time that this rank has spent in `loss_and_gradient`.
+    """
+
+    settings_type: ClassVar[type[Settings]]
+    minimum_replicas: ClassVar[int] = 1
+    figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine")
+
+    def __init__(self, settings: S, parameters: Array, exchange: Exchange, samples: int = 1, seed: int = 0) -> None:
+        self.settings = settings
+        self.exchange = exchange
+        self.samples = samples
+        self.seed = seed
+        self.steps = 0
+        self.gradient_seconds = 0.0
+        self.xp = array_namespace(parameters)
+        self.held = exchange.hold(parameters)
+        self.parameters = exchange.collect(self.held)
+        self.gradients = self.xp.empty((len(exchange.local), exchange.size), dtype=parameters.dtype)
+        self.start()
+
+    def start(self) -> None:
+        """Create the state that the method carries from step to step. Collective."""
+
+    def step(self, loss_and_gradient: LossAndGradient) -> Figures:
+        """Do one step.
+
+        Returns
+        -------
+        dict
+            A float for each name in `figures`: the mean loss of the replicas before the step, ‖ḡ‖, ‖Δw‖,
+            cos(Δw, −ḡ), and those of the method. The same on every rank.
+
+        Raises
+        ------
+        NonFiniteGradientError
+            On every rank, before any state has changed.
+        """
+        self.steps += 1
+        mean, direction, figures = self.direction(loss_and_gradient)
+        self.held -= self.settings.lr * direction
+        self.parameters = self.exchange.collect(self.held)
+        gg, dd, gd = self.exchange.dots((mean, mean), (direction, direction), (mean, direction))
+        norms = math.sqrt(gg * dd)
+        cosine = gd / norms if norms > 0 else math.nan
+        return {
+            "gradient_norm": math.sqrt(gg),
+            "step_norm": self.settings.lr * math.sqrt(dd),
+            "cosine": cosine,
+            **figures,
+        }
+
+    @abstractmethod
+    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+        """Return ḡ and d, both (held,), of the step w ← w − α d, and the figures that only this method has."""
+
+    def evaluate(self, loss_and_gradient: LossAndGradient, displacements: Array | None = None) -> tuple[Array, float]:
+        """Evaluate this rank's replicas at w̄ + their displacements; return their gradients (R, N) and the mean loss."""
+        local = self.exchange.local
+        squares = np.empty((len(local), 2))
+        started = time.perf_counter()
+        for r, replica in enumerate(local):
+            point = self.parameters if displacements is None else self.parameters + displacements[r, :]
+            loss, gradient = loss_and_gradient(point, replica)
+            self.gradients[r, :] = gradient
+            squares[r] = loss, float(gradient @ gradient)
+        self.gradient_seconds += time.perf_counter() - started
+        everyone = self.exchange.share(squares)
+        finite = np.isfinite(everyone).all(axis=1)
+        if not finite.all():
+            first = int(np.argmin(finite))
+            raise NonFiniteGradientError(self.steps, first, *everyone[first])
+        return self.gradients, float(everyone[:, 0].mean())

@@ -1,0 +1,83 @@
+"""First-order methods on the mean gradient: the baselines, and what is left of the others when replicas agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.parallel.device import Array
+
+
+class SGD(Optimizer[Settings]):
+    """Synchronous stochastic gradient descent: w ← w − α ḡ."""
+
+    settings_type = Settings
+
+    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+        gradients, loss = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(gradients)
+        return mean, mean, {"loss": loss}
+
+
+@dataclass(frozen=True)
+class MomentumSettings(Settings):
+    """Settings of `momentum`."""
+
+    lr: float = setting(0.05, "learning rate", POSITIVE)
+    momentum: float = setting(0.9, "momentum β", FRACTION)
+    nesterov: bool = setting(False, "Nesterov's momentum (momentum) or NAdam (adam)")
+
+
+class Momentum(Optimizer[MomentumSettings]):
+    """Heavy-ball momentum, v ← β v + ḡ, w ← w − α v; with `nesterov`, w ← w − α (ḡ + β v). As in PyTorch's SGD."""
+
+    settings_type = MomentumSettings
+
+    def start(self) -> None:
+        self.velocity = self.xp.zeros_like(self.held)
+
+    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+        gradients, loss = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(gradients)
+        beta = self.settings.momentum
+        self.velocity = beta * self.velocity + mean
+        return mean, mean + beta * self.velocity if self.settings.nesterov else self.velocity, {"loss": loss}
+
+
+@dataclass(frozen=True)
+class AdamSettings(Settings):
+    """Settings of `adam`."""
+
+    lr: float = setting(0.003, "learning rate", POSITIVE)
+    beta1: float = setting(0.9, "decay of the first moment", FRACTION)
+    beta2: float = setting(0.999, "decay of the second moment", FRACTION)
+    epsilon: float = setting(1e-8, "added to the root of the second moment", POSITIVE)
+    momentum_decay: float = setting(0.004, "of NAdam's momentum schedule", POSITIVE)
+    nesterov: bool = setting(False, "Nesterov's momentum (momentum) or NAdam (adam)")
+
+
+class Adam(Optimizer[AdamSettings]):
+    """Adam (Kingma and Ba 2015); with `nesterov`, NAdam (Dozat 2016), momentum schedule included, as in PyTorch."""
+
+    settings_type = AdamSettings
+
+    def start(self) -> None:
+        self.first = self.xp.zeros_like(self.held)
+        self.second = self.xp.zeros_like(self.held)
+        self.product = 1.0  # of NAdam's momenta so far
+
+    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+        gradients, loss = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(gradients)
+        s, t = self.settings, self.steps
+        self.first = s.beta1 * self.first + (1 - s.beta1) * mean
+        self.second = s.beta2 * self.second + (1 - s.beta2) * mean * mean
+        scale = (self.second / (1 - s.beta2**t)) ** 0.5 + s.epsilon
+        if s.nesterov:
+            now, coming = (s.beta1 * (1 - 0.5 * 0.96 ** (k * s.momentum_decay)) for k in (t, t + 1))
+            self.product *= now
+            moment = coming / (1 - self.product * coming) * self.first + (1 - now) / (1 - self.product) * mean
+        else:
+            moment = self.first / (1 - s.beta1**t)
+        return mean, moment / scale, {"loss": loss}

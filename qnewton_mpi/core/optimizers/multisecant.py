@@ -1,0 +1,70 @@
+"""The poster's method as printed: the differences of the replicas' gradients as secants of the Hessian."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from qnewton_mpi.core import secants
+from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
+from qnewton_mpi.core.spread import POLICIES
+from qnewton_mpi.parallel.device import Array, to_device
+
+
+@dataclass(frozen=True)
+class MultisecantSettings(Settings):
+    """Settings of `multisecant`."""
+
+    spread: str = setting("local-step", f"how replicas are displaced: {', '.join(POLICIES)}", one_of(*POLICIES))
+    spread_scale: float | None = setting(
+        None, "η of local-step (default: lr); standard deviation of random displacements (default 0.01)", POSITIVE
+    )
+    tolerance: float = setting(1e-4, "secants with σ ≤ tolerance · σ_max are dropped", NOT_NEGATIVE)
+    tikhonov: float = setting(0.0, "Tikhonov damping of the secants, relative to σ_max²", NOT_NEGATIVE)
+
+
+class Multisecant(Optimizer[MultisecantSettings]):
+    """w̄ ← w̄ − α Ĥ⁻¹ḡ with Ĥ⁻¹z = z + (W − G) a, a = V Σ⁻² Vᵀ Gᵀz (Arnold and Wang 2017).
+
+    W = [w_i − w̄] and G = [g_i − ḡ] are the centred parameters and gradients of the replicas, GᵀG = V Σ² Vᵀ. Where the
+    replicas span nothing (one replica, or all equal) the step is SGD's.
+    """
+
+    settings_type = MultisecantSettings
+    minimum_replicas = 2
+    figures = (*Optimizer.figures, "spread_norm", "kept_rank", "condition")
+
+    def start(self) -> None:
+        settings = self.settings
+        scale = settings.spread_scale or (settings.lr if settings.spread == "local-step" else 0.01)
+        self.spread = POLICIES[settings.spread](scale, self.draw)
+        self.displacements = self.spread.start()
+
+    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+        W = self.displacements
+        gradients, loss = self.evaluate(loss_and_gradient, self.exchange.rows(W))
+        mean, G = self.exchange.centred(gradients)
+        S = self.exchange.gram(G, G)
+        fit = secants.multisecant(S, self.settings.tolerance, self.settings.tikhonov)
+
+        def apply_inverse(z: Array, projections: secants.Matrix) -> Array:
+            return z + to_device(fit.coefficients(projections).T, z) @ (W - G)
+
+        d = apply_inverse(mean, self.exchange.gram(G, mean[None, :])[:, 0])
+        self.displacements = self.spread.advance(self.steps, W, G, lambda: apply_inverse(G, S), self.settings.lr)
+        spread_norm = math.sqrt(self.exchange.dots((W, W))[0])
+        figures = {"loss": loss, "spread_norm": spread_norm, "kept_rank": fit.rank, "condition": fit.condition}
+        return mean, d, figures
+
+    def draw(self, step: int) -> Array:
+        """Return centred standard normal columns, (M, held), from the seed and the step alone."""
+        exchange, dtype = self.exchange, self.parameters.dtype
+        held = []
+        for replica in range(self.exchange.replicas):
+            normal = np.random.default_rng([self.seed, step, replica]).standard_normal(self.exchange.size)
+            held.append(self.exchange.hold(to_device(normal, self.parameters)))
+        columns = self.xp.stack(held)
+        return columns - self.xp.mean(columns, axis=0)

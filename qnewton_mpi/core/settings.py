@@ -1,0 +1,92 @@
+"""Settings that validate themselves: frozen dataclasses built from flat mappings (TOML tables, command-line options)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, TypeVar, get_type_hints
+
+from qnewton_mpi.errors import UserError
+
+S = TypeVar("S")
+Check = tuple[Callable[[Any], bool], str]
+
+POSITIVE: Check = (lambda v: v > 0, "must be greater than 0")
+NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
+FRACTION: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+
+
+def one_of(*choices: str) -> Check:
+    """Return the check that a value is one of `choices`."""
+    return (lambda v: v in choices, f"must be one of {', '.join(choices)}")
+
+
+def setting(default: Any, text: str, check: Check | None = None) -> Any:
+    """Declare a dataclass field with its help text and the check of its value; None passes where it is the default."""
+    return field(default=default, metadata={"help": text, "check": check})
+
+
+def describe(item: Field[Any]) -> str:
+    """Return a field's help text with its default."""
+    shown = "" if item.default in (None, MISSING, "") else f" (default {item.default})"
+    return str(item.metadata["help"]) + shown
+
+
+def build(kind: type[S], values: Mapping[str, Any]) -> S:
+    """Return `kind(**values)` with every value converted to its field's type and checked.
+
+    Parameters
+    ----------
+    kind : frozen dataclass whose fields were declared with `setting`
+    values : mapping
+        Strings (from a command line) or TOML values.
+
+    Raises
+    ------
+    UserError
+        For an unknown name, a wrong type, or a value that its check refuses.
+    """
+    hints = get_type_hints(kind)
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown option {name!r}; known are {', '.join(sorted(known))}")
+    converted = {}
+    for name, value in values.items():
+        converted[name] = _convert(name, value, hints[name])
+        check = known[name].metadata["check"]
+        if check and converted[name] is not None and not check[0](converted[name]):
+            raise UserError(f"{name} = {value}: {check[1]}")
+    return kind(**converted)
+
+
+def base_type(hint: Any) -> type:
+    """Return T of a field declared as T or `T | None`."""
+    options = [t for t in getattr(hint, "__args__", (hint,)) if t is not type(None)]
+    return options[0]  # type: ignore[no-any-return]
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    target = base_type(hint)
+    if value is None:
+        return None
+    if target is bool or isinstance(value, bool):
+        if target is bool and isinstance(value, bool):
+            return value
+    elif target is float and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif target is int and isinstance(value, (int, str)):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    elif target is str and isinstance(value, str):
+        return value
+    kinds = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+    raise UserError(f"{name} = {value}: must be {kinds[target]}")

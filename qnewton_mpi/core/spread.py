@@ -1,0 +1,76 @@
+"""Spread policies: how the replicas are displaced from their mean for the next gradient.
+
+If every replica applied Ĥ⁻¹ to the mean gradient, the displacements W = [w_i − w̄] would stay as they are; if each applies
+it to its own gradient, they collapse, W ← (1 − α) W, whatever the curvature. So a rule must spread the replicas anew, and
+the poster's "1-step synchronous" can be read as several: docs/poster.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from qnewton_mpi.parallel.device import Array
+
+
+class SpreadPolicy(ABC):
+    """A rule for the displacements W, (M, held), whose mean over the replicas is zero.
+
+    Parameters
+    ----------
+    scale : float
+        η of `local-step`; the standard deviation of each random displacement's coordinates otherwise.
+    draw : callable
+        draw(step) returns centred standard normal columns (M, held) that depend on the seed and the step alone.
+    """
+
+    def __init__(self, scale: float, draw: Callable[[int], Array]) -> None:
+        self.scale = scale
+        self.draw = draw
+
+    def start(self) -> Array:
+        """Return the first displacements, (M, held)."""
+        return self.scale * self.draw(0)
+
+    @abstractmethod
+    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
+        """Return the displacements for the next gradient.
+
+        Parameters
+        ----------
+        step : int
+            Index of the step just done, from 1.
+        displacements, gradients : (M, held)
+            W and G of this step.
+        applied : callable
+            Returns Ĥ⁻¹G, (M, held).
+        rate : float
+            The learning rate α.
+        """
+
+
+class LocalStep(SpreadPolicy):
+    """Each replica takes one local gradient step from the common parameters: w_i = w̄ − η (g_i − ḡ)."""
+
+    def start(self) -> Array:
+        return 0 * self.draw(0)
+
+    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
+        return -self.scale * gradients
+
+
+class Independent(SpreadPolicy):
+    """Each replica applies the inverse to its own gradient: w_i ← w_i − α Ĥ⁻¹g_i, so W ← W − α Ĥ⁻¹G."""
+
+    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
+        return displacements - rate * applied()
+
+
+class Random(SpreadPolicy):
+    """Fresh random displacements before every gradient."""
+
+    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
+        return self.scale * self.draw(step)
+
+
+POLICIES: dict[str, type[SpreadPolicy]] = {"local-step": LocalStep, "independent": Independent, "random": Random}

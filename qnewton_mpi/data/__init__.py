@@ -1,0 +1,1 @@
+"""Images and labels: readers, where they are found, and which replica sees which."""

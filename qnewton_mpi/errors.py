@@ -1,0 +1,33 @@
+"""Errors that a user can mend: one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in options, data or set-up.
+
+    The message is one line. It must be raised on every rank of a communicator or on none (see
+    `qnewton_mpi.parallel.communicator.Communicator.together`): the program then prints it once and ends with code 2.
+    """
+
+
+class NonFiniteGradientError(UserError):
+    """The loss or gradient of a replica is NaN or infinite. Raised on every rank, before any state has changed.
+
+    Parameters
+    ----------
+    step : int
+        Index of the step, from 1.
+    replica : int
+        Index of the first offending replica, from 0.
+    loss, squared_norm : float
+        The replica's loss and the squared 2-norm of its gradient.
+    """
+
+    def __init__(self, step: int, replica: int, loss: float, squared_norm: float) -> None:
+        super().__init__(
+            f"step {step}: replica {replica} has loss {loss:g} and squared gradient norm {squared_norm:g}; "
+            "use a smaller --lr, or look for bad values in the data"
+        )
+        self.step = step
+        self.replica = replica

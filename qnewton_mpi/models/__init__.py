@@ -1,0 +1,1 @@
+"""The built-in networks: local losses and gradients in NumPy or CuPy."""

@@ -1,0 +1,201 @@
+"""Layers with the batch innermost: every array is (features…, B), so that elementwise work runs over long rows.
+
+A layer keeps the buffers of one batch size and reuses them; `forward` must precede `backward`. Written for NumPy and
+CuPy alike through one namespace `xp`, with `out=` wherever both have it. Arrays returned are the layer's own buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from types import ModuleType
+
+from qnewton_mpi.parallel.device import Array
+
+
+class Activation:
+    """Elementwise φ and its derivative, expressed through φ's value."""
+
+    def __init__(self, xp: ModuleType, name: str) -> None:
+        self.xp = xp
+        self.tanh = name == "tanh"
+
+    def apply(self, z: Array) -> None:
+        """Replace z by φ(z)."""
+        if self.tanh:
+            self.xp.tanh(z, out=z)
+        else:
+            self.xp.maximum(z, 0, out=z)
+
+    def pull_back(self, a: Array, da: Array, work: Array) -> None:
+        """Replace da = ∂L/∂φ by ∂L/∂z, where a = φ(z); `work` is a scratch array of a's shape."""
+        if self.tanh:
+            self.xp.multiply(a, a, out=work)
+            self.xp.subtract(1, work, out=work)
+            self.xp.multiply(da, work, out=da)
+        else:
+            self.xp.multiply(da, a > 0, out=da)
+
+
+@dataclass(frozen=True)
+class DenseShape:
+    """A fully connected layer, optionally followed by the activation."""
+
+    inputs: int
+    outputs: int
+    activated: bool = True
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.outputs, self.inputs)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.outputs,)
+
+    @property
+    def fan_in(self) -> int:
+        return self.inputs
+
+
+@dataclass(frozen=True)
+class ConvPoolShape:
+    """A convolution without padding, 2×2 max pooling, and the activation. Odd kernels, even heights and widths."""
+
+    input_shape: tuple[int, int, int]
+    filters: int
+    kernel: int
+
+    def __post_init__(self) -> None:
+        _, height, width = self.input_shape
+        if self.kernel % 2 == 0 or height % 2 or width % 2 or min(height, width) <= self.kernel:
+            raise ValueError(f"no pooled convolution of kernel {self.kernel} over {height}×{width}: odd kernel, even sides")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.filters, self.input_shape[0], self.kernel, self.kernel)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        _, height, width = self.input_shape
+        return (self.filters, (height - self.kernel + 1) // 2, (width - self.kernel + 1) // 2)
+
+    @property
+    def fan_in(self) -> int:
+        return self.input_shape[0] * self.kernel**2
+
+
+class Dense:
+    """a = φ(W x + b) for x (inputs, B)."""
+
+    def __init__(self, xp: ModuleType, shape: DenseShape, activation: Activation, batch: int, dtype: object) -> None:
+        self.xp, self.shape, self.activation = xp, shape, activation
+        self.a = xp.empty((shape.outputs, batch), dtype)
+        self.work = xp.empty_like(self.a)
+        self.dx = xp.empty((shape.inputs, batch), dtype)
+
+    def forward(self, x: Array, weight: Array, bias: Array) -> Array:
+        self.x = x.reshape(self.shape.inputs, -1)
+        self.xp.matmul(weight, self.x, out=self.a)
+        self.a += bias[:, None]
+        if self.shape.activated:
+            self.activation.apply(self.a)
+        return self.a
+
+    def backward(self, da: Array, weight: Array, dweight: Array, dbias: Array, need_dx: bool) -> Array | None:
+        da = da.reshape(self.a.shape)
+        if self.shape.activated:
+            self.activation.pull_back(self.a, da, self.work)
+        self.xp.matmul(da, self.x.T, out=dweight)
+        self.xp.sum(da, axis=1, out=dbias)
+        return self.xp.matmul(weight.T, da, out=self.dx) if need_dx else None
+
+
+class ConvPool:
+    """a = φ(maxpool₂ₓ₂(W ∗ x) + b) for x (C, H, W, B), as one matrix product.
+
+    The four outputs that a pooling window compares are four filters on one (k+1)×(k+1) patch of the input, taken at
+    stride 2. So the patches hold (k+1)²/4 numbers for each input position instead of k², and the matrix product has
+    4 F rows instead of F: more arithmetic by ((k+1)/k)², less memory traffic, and shapes that BLAS likes. Pooling is
+    then the maximum of four contiguous blocks, and comes before the activation, which is monotone.
+    """
+
+    def __init__(self, xp: ModuleType, shape: ConvPoolShape, activation: Activation, batch: int, dtype: object) -> None:
+        self.xp, self.shape, self.activation = xp, shape, activation
+        channels, height, width = shape.input_shape
+        filters, rows, columns = shape.output_shape
+        side = shape.kernel + 1
+        positions = rows * columns * batch
+        self.windows = (channels, side, side, rows, columns, batch)
+        self.patches = xp.empty(self.windows, dtype)
+        self.filters = xp.zeros((4, filters, channels, side, side), dtype)
+        self.dfilters = xp.empty_like(self.filters)
+        self.outputs = xp.empty((4, filters, positions), dtype)
+        self.pairs = xp.empty((2, filters, positions), dtype)
+        self.a = xp.empty((filters, rows, columns, batch), dtype)
+        self.work = xp.empty((filters, positions), dtype)
+        self.mask = xp.empty((filters, positions), bool)
+        self.dx = xp.zeros((channels, height, width, batch), dtype)
+
+    def forward(self, x: Array, weight: Array, bias: Array) -> Array:
+        xp = self.xp
+        c, h, w, b = x.strides
+        windows = xp.lib.stride_tricks.as_strided(x, self.windows, (c, h, w, 2 * h, 2 * w, b))
+        self.patches[...] = windows
+        for shifted, dy, dx in self._shifts(self.filters):
+            shifted[..., dy : dy + self.shape.kernel, dx : dx + self.shape.kernel] = weight
+        outputs, pairs, a = self.outputs, self.pairs, self.a.reshape(self.work.shape)
+        xp.matmul(self.filters.reshape(4 * len(weight), -1), self._patch_rows(), out=outputs.reshape(4 * len(weight), -1))
+        xp.maximum(outputs[0::2], outputs[1::2], out=pairs)
+        xp.maximum(pairs[0], pairs[1], out=a)
+        a += bias[:, None]
+        self.activation.apply(a)
+        return self.a
+
+    def backward(self, da: Array, weight: Array, dweight: Array, dbias: Array, need_dx: bool) -> Array | None:
+        xp, outputs, pairs = self.xp, self.outputs, self.pairs
+        da = da.reshape(self.work.shape)
+        self.activation.pull_back(self.a.reshape(self.work.shape), da, self.work)
+        xp.sum(da, axis=1, out=dbias)
+        # The gradient goes to the first of the four that attains the maximum, as in other libraries.
+        xp.greater_equal(outputs[0], outputs[1], out=self.mask)
+        first_of_top = self.mask.copy()
+        xp.greater_equal(outputs[2], outputs[3], out=self.mask)
+        first_of_bottom = self.mask.copy()
+        xp.greater_equal(pairs[0], pairs[1], out=self.mask)
+        xp.multiply(da, self.mask, out=pairs[0])
+        xp.subtract(da, pairs[0], out=pairs[1])
+        for pair, first in ((0, first_of_top), (1, first_of_bottom)):
+            xp.multiply(pairs[pair], first, out=outputs[2 * pair])
+            xp.subtract(pairs[pair], outputs[2 * pair], out=outputs[2 * pair + 1])
+        doutputs = outputs.reshape(4 * len(weight), -1)
+        xp.matmul(doutputs, self._patch_rows().T, out=self.dfilters.reshape(4 * len(weight), -1))
+        dweight[...] = 0
+        for shifted, dy, dx in self._shifts(self.dfilters):
+            dweight += shifted[..., dy : dy + self.shape.kernel, dx : dx + self.shape.kernel]
+        if not need_dx:
+            return None
+        # The patches are no longer needed: their buffer takes their gradient.
+        xp.matmul(self.filters.reshape(4 * len(weight), -1).T, doutputs, out=self._patch_rows())
+        return self._add_patches()
+
+    def _patch_rows(self) -> Array:
+        return self.patches.reshape(prod(self.windows[:3]), -1)
+
+    def _shifts(self, filters: Array) -> list[tuple[Array, int, int]]:
+        """Return the filters of each output of a pooling window with its offset."""
+        return [(filters[2 * dy + dx], dy, dx) for dy in (0, 1) for dx in (0, 1)]
+
+    def _add_patches(self) -> Array:
+        """Add the patches' gradient where the patches were taken from: the adjoint of the strided copy."""
+        channels, side, _, rows, columns, batch = self.windows
+        half = side // 2
+        self.dx[...] = 0
+        # Sides are even: 2×2 blocks are added at a time, which takes a quarter of the calls.
+        image = self.dx.reshape(channels, self.dx.shape[1] // 2, 2, self.dx.shape[2] // 2, 2, batch)
+        patches = self.patches.reshape(channels, half, 2, half, 2, rows, columns, batch)
+        for y in range(half):
+            for x in range(half):
+                target = image[:, y : y + rows, :, x : x + columns]
+                target += patches[:, y, :, x].transpose(0, 3, 1, 4, 2, 5)
+        return self.dx

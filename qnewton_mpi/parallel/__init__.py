@@ -1,0 +1,1 @@
+"""Ranks, devices and what must be set before either is loaded."""

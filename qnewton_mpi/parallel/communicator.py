@@ -1,0 +1,151 @@
+"""A duplicated MPI communicator: collectives on host buffers, agreement on errors, counted traffic."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from qnewton_mpi.errors import UserError
+
+T = TypeVar("T")
+HostArray = NDArray[Any]
+
+
+class Communicator:
+    """Collectives on contiguous NumPy buffers over a private duplicate of an MPI communicator.
+
+    Upper-case (buffer) calls only, but for `together` and `from_root`, which serve set-up and errors. Every method is
+    collective unless it says otherwise.
+
+    Parameters
+    ----------
+    parent : MPI.Comm, optional
+        Duplicated once; the world by default.
+
+    Attributes
+    ----------
+    rank, size : int
+    node_rank, node_size : int
+        Position among, and number of, the ranks that share this node's memory.
+    bytes_received : int
+        What this rank had to receive so far: 2B(n−1)/n for an Allreduce of B bytes (bandwidth-optimal algorithm),
+        everything that it did not already hold for the others. Set-up is not counted.
+    seconds : float
+        Time spent in counted collectives, waiting included.
+    """
+
+    def __init__(self, parent: MPI.Comm | None = None) -> None:
+        self.mpi = (MPI.COMM_WORLD if parent is None else parent).Dup()
+        self.rank = self.mpi.Get_rank()
+        self.size = self.mpi.Get_size()
+        node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        self.node_rank, self.node_size = node.Get_rank(), node.Get_size()
+        node.Free()
+        self.bytes_received = 0
+        self.seconds = 0.0
+
+    def allreduce(self, array: HostArray) -> HostArray:
+        """Return the sum of the ranks' arrays, same shape and dtype."""
+        total = np.empty_like(array)
+        self._count(2 * array.nbytes * (self.size - 1) // self.size, self.mpi.Allreduce, array, total)
+        return total
+
+    def reduce(self, array: HostArray) -> HostArray:
+        """Return the sum of the ranks' arrays on rank 0; elsewhere the argument."""
+        total = np.empty_like(array) if self.rank == 0 else array
+        received = array.nbytes * (self.size - 1) if self.rank == 0 else 0
+        self._count(received, self.mpi.Reduce, array, total if self.rank == 0 else None)
+        return total
+
+    def allgather(self, rows: HostArray, counts: Sequence[int]) -> HostArray:
+        """Return the ranks' rows, stacked in rank order; `counts` tells how many each rank has."""
+        everyone = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
+        self._count(everyone.nbytes - rows.nbytes, self.mpi.Allgatherv, rows, self._blocks(everyone, counts))
+        return everyone
+
+    def gather(self, rows: HostArray, counts: Sequence[int]) -> HostArray:
+        """Return the ranks' rows, stacked in rank order, on rank 0; elsewhere an array without rows."""
+        everyone = np.empty((sum(counts) if self.rank == 0 else 0, *rows.shape[1:]), rows.dtype)
+        target = self._blocks(everyone, counts) if self.rank == 0 else None
+        self._count(max(everyone.nbytes - rows.nbytes, 0), self.mpi.Gatherv, rows, target)
+        return everyone
+
+    def scatter(self, everyone: HostArray, rows: HostArray, counts: Sequence[int]) -> HostArray:
+        """Fill `rows` with this rank's share of rank 0's stacked rows and return it."""
+        source = self._blocks(everyone, counts) if self.rank == 0 else None
+        self._count(rows.nbytes if self.rank else 0, self.mpi.Scatterv, source, rows)
+        return rows
+
+    def broadcast(self, array: HostArray) -> HostArray:
+        """Fill `array` with rank 0's and return it."""
+        self._count(array.nbytes if self.rank else 0, self.mpi.Bcast, array)
+        return array
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if it raises `UserError` on any, raise the lowest rank's on all.
+
+        Other exceptions are bugs: they pass through, and end the job (`abort_on_exception`).
+        """
+        result: T | None = None
+        failure: UserError | None = None
+        try:
+            result = action()
+        except UserError as error:
+            failure = error
+        failures = [error for error in self.mpi.allgather(failure) if error is not None]
+        if failures:
+            raise failures[0]
+        return result  # type: ignore[return-value]
+
+    def from_root(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 alone; return its result, or raise its `UserError`, on every rank."""
+        outcome: tuple[T | None, UserError | None] | None = None
+        if self.rank == 0:
+            try:
+                outcome = action(), None
+            except UserError as error:
+                outcome = None, error
+        result, failure = self.mpi.bcast(outcome)
+        if failure is not None:
+            raise failure
+        return result
+
+    def total(self, value: int) -> int:
+        """Return the sum of an integer over the ranks. Not counted as traffic."""
+        return int(self.mpi.allreduce(value))
+
+    def _count(self, received: int, collective: Callable[..., None], *buffers: Any) -> None:
+        started = time.perf_counter()
+        collective(*buffers)
+        self.seconds += time.perf_counter() - started
+        self.bytes_received += received
+
+    @staticmethod
+    def _blocks(everyone: HostArray, counts: Sequence[int]) -> list[Any]:
+        """Describe rows to mpi4py's vector collectives: buffer and words per rank."""
+        words = int(np.prod(everyone.shape[1:], dtype=np.int64))
+        return [everyone, [count * words for count in counts]]
+
+
+def abort_on_exception(communicator: Communicator) -> None:
+    """Make an uncaught exception on any rank end the whole job: traceback on stderr, then MPI_Abort. Local.
+
+    Without it the other ranks would wait for ever in their next collective.
+    """
+
+    def report_and_abort(kind: type[BaseException], error: BaseException, trace: Any) -> NoReturn:
+        sys.stdout.flush()
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        print(f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}", file=sys.stderr, end="")
+        sys.stderr.flush()
+        communicator.mpi.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        raise SystemExit(1)  # not reached: Abort does not return
+
+    sys.excepthook = report_and_abort

@@ -1,0 +1,144 @@
+"""The training loop: replicas on their shares of the batches, steps, evaluations, the run's file."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qnewton_mpi.config import RunConfig
+from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.data import datasets
+from qnewton_mpi.data.order import BatchOrder
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.parallel import partition
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.device import Array, open_device, to_host
+from qnewton_mpi.training.progress import Progress
+from qnewton_mpi.training.runfile import RunFile
+
+PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
+EVALUATION_BATCH = 1024
+
+
+@dataclass
+class ReplicaLoss:
+    """`loss, gradient = f(w, replica)` on the replica's share of the batch of the current step. Local.
+
+    Within a step it may be called again, at other parameters, and sees the same samples.
+    """
+
+    network: Convnet
+    split: datasets.Split
+    order: BatchOrder
+    step: int = 0
+
+    def __call__(self, parameters: Array, replica: int) -> tuple[float, Array]:
+        return self.network.loss_and_gradient(parameters, *self.split.batch(self.order.indices(self.step, replica)))
+
+
+def train(config: RunConfig, communicator: Communicator) -> Path:
+    """Do a run and return the path of its file. Collective.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Resolved (`config.resolve`) and the same on every rank.
+
+    Raises
+    ------
+    UserError
+        On every rank: for data that cannot be had, a device that is not there, a gradient that is not finite.
+    """
+    training = config.training
+    device = communicator.together(lambda: open_device(training.device, communicator.node_rank))
+    dataset = load_data(config, communicator, device.xp)
+    network = Convnet(dataset.input_shape, training.activation, device.xp)
+    if training.batch > len(dataset.train):
+        raise UserError(f"a batch of {training.batch} is more than the {len(dataset.train)} training samples of {dataset.name}")
+
+    order = BatchOrder(len(dataset.train), training.batch, config.replicas, training.seed)
+    steps = training.steps or (training.epochs or 0) * order.steps_per_epoch
+    loss = ReplicaLoss(network, dataset.train, order)
+    exchange = EXCHANGES[training.exchange](communicator, config.replicas, network.size)
+    optimizer = OPTIMIZERS[training.method](
+        config.optimizer, network.initial_parameters(training.seed), exchange, order.share, training.seed
+    )
+
+    attributes = {**config.flat(), "ranks": communicator.size, "parameters": network.size, "device_name": device.name}
+    step_figures = (*optimizer.figures, *PHASES)
+    with contextlib.ExitStack() as stack:
+        root = communicator.rank == 0
+        file = communicator.together(
+            lambda: stack.enter_context(RunFile(config.output, attributes, step_figures)) if root else None
+        )
+        label, epochs = f"{training.method} M={config.replicas}", steps / order.steps_per_epoch
+        progress = Progress(training.progress if root else "off", steps, epochs, training.batch, label)
+        stack.enter_context(contextlib.closing(progress))
+
+        def evaluate(step: int, wall: float, evaluation: float) -> float:
+            """Evaluate and record; return the seconds that it took."""
+            started = time.perf_counter()
+            train_nll, _ = mean_nll(network, optimizer.parameters, dataset.train, communicator)
+            test_nll, accuracy = mean_nll(network, optimizer.parameters, dataset.test, communicator)
+            seconds = time.perf_counter() - started
+            figures = {
+                "epoch": step / order.steps_per_epoch,
+                "step": step,
+                "train_nll": train_nll,
+                "test_nll": test_nll,
+                "test_accuracy": accuracy,
+                "sample_gradients": step * training.batch,
+                "wall_seconds": wall,
+                "evaluation_seconds": evaluation + seconds,
+                "bytes_sent": communicator.total(sent),
+            }
+            if file is not None:
+                file.add_epoch(figures, to_host(optimizer.parameters))
+            progress.evaluated(figures)
+            return seconds
+
+        wall, sent = 0.0, 0
+        evaluation = evaluate(0, wall, 0.0)
+        for step in range(1, steps + 1):
+            loss.step = step - 1
+            before = (time.perf_counter(), optimizer.gradient_seconds, communicator.seconds, communicator.bytes_received)
+            figures = optimizer.step(loss)
+            after = (time.perf_counter(), optimizer.gradient_seconds, communicator.seconds, communicator.bytes_received)
+            whole, gradient, communication, received = (b - a for a, b in zip(before, after, strict=True))
+            wall += whole
+            sent += received
+            progress.step(figures["loss"])
+            if file is not None:
+                seconds = (gradient, communication, whole - gradient - communication)
+                file.add_step({**figures, **dict(zip(PHASES, seconds, strict=True))})
+            if step % order.steps_per_epoch == 0 or step == steps:
+                evaluation += evaluate(step, wall, evaluation)
+    return config.output
+
+
+def load_data(config: RunConfig, communicator: Communicator, xp: object = np) -> datasets.Dataset:
+    """Return the data set; the first rank of each node fetches what is missing, once. Collective."""
+    name, folder = config.training.data, config.training.data_dir
+
+    def fetch() -> None:
+        if communicator.node_rank == 0 and datasets.may_download(name, folder):
+            datasets.download(name)
+
+    communicator.together(fetch)
+    return communicator.together(lambda: datasets.load(name, folder, xp))  # type: ignore[arg-type]
+
+
+def mean_nll(network: Convnet, parameters: Array, split: datasets.Split, communicator: Communicator) -> tuple[float, float]:
+    """Return the mean negative log-likelihood (nats) and the accuracy over a split, shared by the ranks. Collective."""
+    mine = partition.share(len(split), communicator.size, communicator.rank)
+    sums = np.zeros(2)
+    for start in range(mine.start, mine.stop, EVALUATION_BATCH):
+        sums += network.evaluate(parameters, *split.batch(slice(start, min(start + EVALUATION_BATCH, mine.stop))))
+    nll, correct = communicator.allreduce(sums) / len(split)
+    return float(nll), float(correct)

@@ -1,0 +1,178 @@
+"""The HDF5 file of a run: written by one rank, flushed as it goes, and read back for tables and figures.
+
+    /epochs/{epoch, step, train_nll, test_nll, test_accuracy, sample_gradients, wall_seconds, evaluation_seconds, bytes_sent}
+    /steps/{loss, …}        one row a step: docs/runfile.md
+    /parameters             (N,) after the last epoch evaluated
+    attributes              the configuration, versions, `status` (running, finished, or what went wrong)
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from qnewton_mpi import __version__
+from qnewton_mpi.errors import UserError
+
+EPOCH_FIGURES = (
+    "epoch",
+    "step",
+    "train_nll",
+    "test_nll",
+    "test_accuracy",
+    "sample_gradients",
+    "wall_seconds",
+    "evaluation_seconds",
+    "bytes_sent",
+)
+FLUSH_SECONDS = 5.0
+
+
+class RunFile:
+    """An open run file, a context manager: leaving it on an exception records what went wrong. Local, one rank.
+
+    Rows are kept in memory and appended together, then flushed, at each epoch and every few seconds between: a killed
+    run's file opens and lacks those seconds at most.
+
+    Parameters
+    ----------
+    path : Path
+        Created, or replaced: whether it may be is checked before (`config.resolve`).
+    attributes : mapping
+        Stored as the file's attributes; None is left out.
+    step_figures : iterable of str
+        The names of a step's figures.
+
+    Raises
+    ------
+    UserError
+        Where the file cannot be created.
+    """
+
+    def __init__(self, path: Path, attributes: Mapping[str, Any], step_figures: Iterable[str]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = h5py.File(path, "w")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error}): name another --output") from error
+        for name, value in {**attributes, **versions(), "status": "running"}.items():
+            if value is not None:
+                self._file.attrs[name] = value
+        self._rows: dict[str, list[Mapping[str, float]]] = {"epochs": [], "steps": []}
+        for group, names in (("epochs", EPOCH_FIGURES), ("steps", tuple(step_figures))):
+            for name in names:
+                chunk = 64 if group == "epochs" else 1024
+                self._file.create_dataset(f"{group}/{name}", (0,), "f8", maxshape=(None,), chunks=(chunk,))
+        self._flushed = 0.0
+        self.flush()
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.attrs["status"] = "finished" if error is None else f"failed: {error}"
+        self.flush()
+        self._file.close()
+
+    def add_step(self, figures: Mapping[str, float]) -> None:
+        """Add the figures of a step."""
+        self._rows["steps"].append(figures)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def add_epoch(self, figures: Mapping[str, float], parameters: NDArray[Any]) -> None:
+        """Add the figures of an evaluation, keep the parameters evaluated, and flush."""
+        self._rows["epochs"].append(figures)
+        if "parameters" in self._file:
+            self._file["parameters"][...] = parameters
+        else:
+            self._file["parameters"] = parameters
+        self.flush()
+
+    def flush(self) -> None:
+        """Append the rows kept in memory and hand everything to the operating system."""
+        for group, rows in self._rows.items():
+            if not rows:
+                continue
+            for name, dataset in self._file[group].items():
+                dataset.resize(len(dataset) + len(rows), axis=0)
+                dataset[-len(rows) :] = [row[name] for row in rows]
+            rows.clear()
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = {f"version_{name}": metadata.version(name) for name in ("numpy", "mpi4py", "h5py")}
+    library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+    return {"version_qnewton_mpi": __version__, "version_python": platform.python_version(), "version_mpi": library, **packages}
+
+
+class Run:
+    """A run file read back whole. Local.
+
+    Attributes
+    ----------
+    attributes : dict
+    epochs, steps : dict of (rows,) float64
+        By figure.
+
+    Raises
+    ------
+    UserError
+        For a file that is missing or is not of a run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with h5py.File(path) as file:
+                self.attributes: dict[str, Any] = dict(file.attrs)
+                self.epochs = {name: np.asarray(file["epochs"][name]) for name in EPOCH_FIGURES}
+                self.steps = {name: np.asarray(dataset) for name, dataset in file["steps"].items()}
+        except (OSError, KeyError) as error:
+            raise UserError(f"{path}: is not the file of a run ({' '.join(str(error).split())})") from error
+
+    @property
+    def label(self) -> str:
+        """The method, the number of replicas and the rate, as a legend wants them."""
+        a = self.attributes
+        name = {"momentum": "Nesterov", "adam": "NAdam"}[a["method"]] if a.get("nesterov") else a["method"]
+        return f"{name} M={a['replicas']} lr={a['lr']:g}"
+
+
+def table(runs: list[Run]) -> str:
+    """Return the closing table: a row a run, where each stood after its last evaluation."""
+    head = ("run", "epochs", "train NLL", "test NLL", "accuracy", "seconds", "samples/s")
+    rows = [head]
+    for run in runs:
+        if not len(run.epochs["epoch"]):
+            rows.append((run.label, "none evaluated", *[""] * (len(head) - 2)))
+            continue
+        last = {name: float(values[-1]) for name, values in run.epochs.items()}
+        rate = last["sample_gradients"] / last["wall_seconds"] if last["wall_seconds"] else 0.0
+        rows.append(
+            (
+                run.label,
+                f"{last['epoch']:.4g}",
+                f"{last['train_nll']:.4f}",
+                f"{last['test_nll']:.4f}",
+                f"{last['test_accuracy']:.2%}",
+                f"{last['wall_seconds']:.1f}",
+                f"{rate:,.0f}",
+            )
+        )
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    lines = ["  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
