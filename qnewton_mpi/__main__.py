@@ -14,7 +14,10 @@ def main() -> int:
         from qnewton_mpi.cli import run
     except RuntimeError as error:  # mpi4py finds no MPI library
         reason = str(error).splitlines()[0]
-        print(f"qnewton-mpi: error: {reason}: load your site's MPI module, or pip install 'qnewton_mpi[mpich]'", file=sys.stderr)
+        print(
+            f"qnewton-mpi: error: {reason}: load your site's MPI module, or pip install 'qnewton_mpi[mpich]'",
+            file=sys.stderr,
+        )
         return 2
     return run(sys.argv[1:])
 

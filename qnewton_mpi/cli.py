@@ -48,13 +48,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
-    """Return the command with, for `train`, its resolved configuration as `config`; None when help was asked for. Local."""
+    """Return the command, for `train` with its resolved `config`; None when help was asked for. Local."""
     parser = Parser(prog="qnewton-mpi", description="Data-parallel quasi-Newton training over MPI.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"qnewton-mpi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     training = commands.add_parser("train", help="train the convnet; run it under mpiexec or srun", allow_abbrev=False)
-    training.add_argument("toml", nargs="?", metavar="CONFIG.toml", help="options as a flat table; those of the command line win")
+    training.add_argument(
+        "toml", nargs="?", metavar="CONFIG.toml", help="options as a flat table; those of the command line win"
+    )
     _add_options(training.add_argument_group("run"), [(None, TrainSettings)])
     _add_options(training.add_argument_group("method"), [(name, o.settings_type) for name, o in OPTIMIZERS.items()])
 

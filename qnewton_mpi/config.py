@@ -26,10 +26,13 @@ class TrainSettings:
     method: str = setting("fisher", ", ".join(OPTIMIZERS), one_of(*OPTIMIZERS))
     data: str = setting(datasets.EMBEDDED, ", ".join(datasets.NAMES), one_of(*datasets.NAMES))
     data_dir: str | None = setting(
-        None, f"folder of the data set's files (else ${datasets.VARIABLE}, {datasets.SYSTEM_FOLDER}, the download cache)"
+        None,
+        f"folder of the data set's files (else ${datasets.VARIABLE}, {datasets.SYSTEM_FOLDER}, the download cache)",
     )
     replicas: int | None = setting(
-        None, f"M, spread over the ranks as evenly as it goes (default {DEFAULT_REPLICAS}, or one a rank if there are more)", POSITIVE
+        None,
+        f"M, spread over the ranks as evenly as it goes (default {DEFAULT_REPLICAS}, or one a rank if there are more)",
+        POSITIVE,
     )
     batch: int = setting(256, "global batch, over all replicas; a multiple of M", POSITIVE)
     epochs: int | None = setting(None, f"passes over the training set (default {DEFAULT_EPOCHS})", POSITIVE)
@@ -118,9 +121,13 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     m = training.replicas or max(DEFAULT_REPLICAS, ranks)
     least = OPTIMIZERS[training.method].minimum_replicas
     if m < ranks:
-        raise UserError(f"{m} replicas on {ranks} ranks leave ranks idle: use --replicas {ranks} or more, or fewer ranks")
+        raise UserError(
+            f"{m} replicas on {ranks} ranks leave ranks idle: use --replicas {ranks} or more, or fewer ranks"
+        )
     if m < least:
-        raise UserError(f"{training.method} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}")
+        raise UserError(
+            f"{training.method} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}"
+        )
     if training.batch % m:
         nearest = max(m, round(training.batch / m) * m)
         raise UserError(f"a batch of {training.batch} cannot be shared by {m} replicas: use --batch {nearest}")

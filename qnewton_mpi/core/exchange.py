@@ -15,6 +15,7 @@ exchange      held by a rank               traffic of one step, words received p
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -53,7 +54,7 @@ class Exchange(ABC):
         self.replicas = replicas
         self.size = size
         limits = partition.bounds(replicas, communicator.size)
-        self.counts = [last - first for first, last in zip(limits, limits[1:], strict=False)]
+        self.counts = [last - first for first, last in itertools.pairwise(limits)]
         self.local = range(limits[communicator.rank], limits[communicator.rank + 1])
 
     @abstractmethod
@@ -100,7 +101,7 @@ class Exchange(ABC):
             left = xp.astype(a[:, block], xp.float64)
             right = left if a is b else xp.astype(b[:, block], xp.float64)
             partial[0] += to_host(left @ right.T)
-        return self.communicator.allgather(partial, [1] * self.communicator.size).sum(axis=0)
+        return self._added(partial)
 
     def dots(self, *pairs: tuple[Array, Array]) -> list[float]:
         """Return Σ x·y over all coordinates (and columns) of each pair of held arrays, the same on all ranks."""
@@ -109,12 +110,16 @@ class Exchange(ABC):
         for k, (x, y) in enumerate(pairs):
             xp = array_namespace(x)
             partial[0, k] = float(xp.sum(x[..., part] * y[..., part], dtype=xp.float64))
-        sums = self.communicator.allgather(partial, [1] * self.communicator.size).sum(axis=0)
-        return [float(value) for value in sums]
+        return [float(value) for value in self._added(partial)]
 
     def share(self, figures: Matrix) -> Matrix:
         """Return every replica's row of figures, (M, p), from this rank's (R, p)."""
         return self.communicator.allgather(figures, self.counts)
+
+    def _added(self, partial: Matrix) -> Matrix:
+        """Return the sum of the ranks' arrays (1, …) in rank order, without the first axis."""
+        everyone: Matrix = self.communicator.allgather(partial, [1] * self.communicator.size)
+        return everyone.sum(axis=0)  # type: ignore[no-any-return]
 
 
 class AllgatherExchange(Exchange):

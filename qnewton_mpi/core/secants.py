@@ -1,8 +1,8 @@
 """The small matrices: from a Gram matrix to the coefficients that combine columns.
 
 Everything here is host-side float64, needs no MPI and takes at most a few hundred rows; it is run redundantly, on
-bitwise equal input, by every rank. Eigenvectors have free signs and, at equal eigenvalues, free rotations: `multisecant`
-returns only functions f(S) = V f(Λ) Vᵀ, which do not depend on them.
+bitwise equal input, by every rank. Eigenvectors have free signs and, at equal eigenvalues, free rotations:
+`multisecant` returns only functions f(S) = V f(Λ) Vᵀ, which do not depend on them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings that validate themselves: frozen dataclasses built from flat mappings (TOML tables, command-line options)."""
+"""Settings that validate themselves: frozen dataclasses built from flat mappings (TOML, command line)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Spread policies: how the replicas are displaced from their mean for the next gradient.
 
-If every replica applied Ĥ⁻¹ to the mean gradient, the displacements W = [w_i − w̄] would stay as they are; if each applies
-it to its own gradient, they collapse, W ← (1 − α) W, whatever the curvature. So a rule must spread the replicas anew, and
-the poster's "1-step synchronous" can be read as several: docs/poster.md.
+If every replica applied Ĥ⁻¹ to the mean gradient, the displacements W = [w_i − w̄] would stay as they are; if each
+applies it to its own gradient, they collapse, W ← (1 − α) W, whatever the curvature. So a rule must spread the replicas
+anew, and the poster's "1-step synchronous" can be read as several: docs/poster.md.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.parallel.device import Array
 
 
@@ -28,12 +29,12 @@ class SpreadPolicy(ABC):
         self.scale = scale
         self.draw = draw
 
-    def start(self) -> Array:
-        """Return the first displacements, (M, held)."""
+    def start(self, zeros: Array) -> Array:
+        """Return the first displacements, in the shape (M, held) of `zeros`."""
         return self.scale * self.draw(0)
 
     @abstractmethod
-    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
+    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
         """Return the displacements for the next gradient.
 
         Parameters
@@ -42,8 +43,8 @@ class SpreadPolicy(ABC):
             Index of the step just done, from 1.
         displacements, gradients : (M, held)
             W and G of this step.
-        applied : callable
-            Returns Ĥ⁻¹G, (M, held).
+        inverse : InverseHessian
+            Ĥ⁻¹ of this step.
         rate : float
             The learning rate α.
         """
@@ -52,24 +53,24 @@ class SpreadPolicy(ABC):
 class LocalStep(SpreadPolicy):
     """Each replica takes one local gradient step from the common parameters: w_i = w̄ − η (g_i − ḡ)."""
 
-    def start(self) -> Array:
-        return 0 * self.draw(0)
+    def start(self, zeros: Array) -> Array:
+        return zeros
 
-    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
+    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
         return -self.scale * gradients
 
 
 class Independent(SpreadPolicy):
     """Each replica applies the inverse to its own gradient: w_i ← w_i − α Ĥ⁻¹g_i, so W ← W − α Ĥ⁻¹G."""
 
-    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
-        return displacements - rate * applied()
+    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
+        return displacements - rate * inverse.apply(gradients)
 
 
 class Random(SpreadPolicy):
     """Fresh random displacements before every gradient."""
 
-    def advance(self, step: int, displacements: Array, gradients: Array, applied: Callable[[], Array], rate: float) -> Array:
+    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
         return self.scale * self.draw(step)
 
 

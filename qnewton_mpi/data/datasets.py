@@ -161,7 +161,9 @@ def load(name: str, data_dir: str | None, xp: ModuleType = np, dtype: Any = np.f
     second = counts @ np.arange(256.0) ** 2 / counts.sum(axis=1)
     scale = 1 / np.sqrt(second - mean**2)
     constants = [xp.asarray(c[:, None, None], dtype=dtype) for c in (scale, -mean * scale)]
-    splits = (Split(xp.asarray(i), xp.asarray(la), *constants) for i, la in ((train, train_labels), (test, test_labels)))
+    splits = (
+        Split(xp.asarray(i), xp.asarray(la), *constants) for i, la in ((train, train_labels), (test, test_labels))
+    )
     return Dataset(name, *splits)
 
 
@@ -223,7 +225,9 @@ def _folders(data_dir: str | None) -> list[Path]:
 def _missing(name: str, data_dir: str | None) -> str:
     places = " or ".join(str(folder) for folder in _folders(data_dir))
     wanted = ", ".join(SOURCES[name].files[:2])
-    return f"no {name} files ({wanted}, …; .gz or not) in {places}: put them there, or name their folder with --data-dir"
+    return (
+        f"no {name} files ({wanted}, …; .gz or not) in {places}: put them there, or name their folder with --data-dir"
+    )
 
 
 def _read_sample() -> tuple[Bytes, Bytes, Bytes, Bytes]:

@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 
 class BatchOrder:
-    """A new permutation of the training samples each epoch, cut into batches; what is left over sits the epoch out. Local.
+    """A new permutation of the training samples each epoch, cut into batches. Local.
 
-    Replica i takes share i of the batch of every step, so the batches do not depend on the number of replicas or ranks.
+    What is left over sits the epoch out. Replica i takes share i of the batch of every step, so the batches do not
+    depend on the number of replicas or ranks.
 
     Parameters
     ----------

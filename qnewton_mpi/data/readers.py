@@ -31,7 +31,9 @@ def read_bytes(path: Path) -> bytes:
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}): fetch the file again, or name another folder with --data-dir") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}): fetch the file again, or name another folder with --data-dir"
+        ) from error
 
 
 def read_idx(path: Path, dimensions: int) -> Bytes:
@@ -51,13 +53,17 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
     raw = read_bytes(path)
     magic = bytes([0, 0, IDX_UNSIGNED_BYTE, dimensions])
     if raw[:4] != magic:
-        raise UserError(f"{path}: magic number is {raw[:4].hex()}, not {magic.hex()}: this is not the IDX file expected")
+        raise UserError(
+            f"{path}: magic number is {raw[:4].hex()}, not {magic.hex()}: this is not the IDX file expected"
+        )
     header = 4 + 4 * dimensions
     complete = len(raw) >= header
     shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, offset=4)) if complete else ()
     expected = header + int(np.prod(shape, dtype=np.int64)) if complete else header
     if not complete or len(raw) != expected:
-        raise UserError(f"{path}: holds {len(raw)} bytes where its header promises {expected}: truncated? fetch it again")
+        raise UserError(
+            f"{path}: holds {len(raw)} bytes where its header promises {expected}: truncated? fetch it again"
+        )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
@@ -71,7 +77,9 @@ def read_cifar(path: Path) -> tuple[Bytes, Bytes]:
     """
     raw = read_bytes(path)
     if not raw or len(raw) % CIFAR_RECORD:
-        raise UserError(f"{path}: {len(raw)} bytes are no whole number of CIFAR-10 records of {CIFAR_RECORD}: truncated? fetch it again")
+        raise UserError(
+            f"{path}: {len(raw)} bytes are no whole number of {CIFAR_RECORD}-byte records: truncated? fetch it again"
+        )
     records = np.frombuffer(raw, np.uint8).reshape(-1, CIFAR_RECORD)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
@@ -81,4 +89,6 @@ def check_pair(where: Any, images: Bytes, labels: Bytes) -> None:
     if len(images) != len(labels) or not len(images):
         raise UserError(f"{where}: {len(images)} images but {len(labels)} labels: the files do not belong together")
     if labels.max() >= CLASSES:
-        raise UserError(f"{where}: label {labels.max()} of sample {int(labels.argmax())} is out of range 0 … {CLASSES - 1}")
+        raise UserError(
+            f"{where}: label {labels.max()} of sample {int(labels.argmax())} is out of range 0 … {CLASSES - 1}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,7 @@ class Convnet:
         first = ConvPoolShape(input_shape, FILTERS[0], KERNEL)
         second = ConvPoolShape(first.output_shape, FILTERS[1], KERNEL)
         widths = (prod(second.output_shape), *DENSE_WIDTHS[input_shape], CLASSES)
-        dense = [DenseShape(m, n, activated=n != CLASSES) for m, n in zip(widths, widths[1:], strict=False)]
+        dense = [DenseShape(m, n, activated=n != CLASSES) for m, n in itertools.pairwise(widths)]
         self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *dense]
         self.size = sum(prod(s.weight_shape) + s.output_shape[0] for s in self.shapes)
         self._gradient = xp.empty(self.size, dtype)

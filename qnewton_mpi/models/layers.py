@@ -69,14 +69,16 @@ class ConvPoolShape:
     def __post_init__(self) -> None:
         _, height, width = self.input_shape
         if self.kernel % 2 == 0 or height % 2 or width % 2 or min(height, width) <= self.kernel:
-            raise ValueError(f"no pooled convolution of kernel {self.kernel} over {height}×{width}: odd kernel, even sides")
+            raise ValueError(
+                f"no pooled convolution of kernel {self.kernel} over {height}×{width}: odd kernel, even sides"
+            )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         return (self.filters, self.input_shape[0], self.kernel, self.kernel)
 
     @property
-    def output_shape(self) -> tuple[int, ...]:
+    def output_shape(self) -> tuple[int, int, int]:
         _, height, width = self.input_shape
         return (self.filters, (height - self.kernel + 1) // 2, (width - self.kernel + 1) // 2)
 
@@ -145,7 +147,9 @@ class ConvPool:
         for shifted, dy, dx in self._shifts(self.filters):
             shifted[..., dy : dy + self.shape.kernel, dx : dx + self.shape.kernel] = weight
         outputs, pairs, a = self.outputs, self.pairs, self.a.reshape(self.work.shape)
-        xp.matmul(self.filters.reshape(4 * len(weight), -1), self._patch_rows(), out=outputs.reshape(4 * len(weight), -1))
+        xp.matmul(
+            self.filters.reshape(4 * len(weight), -1), self._patch_rows(), out=outputs.reshape(4 * len(weight), -1)
+        )
         xp.maximum(outputs[0::2], outputs[1::2], out=pairs)
         xp.maximum(pairs[0], pairs[1], out=a)
         a += bias[:, None]

@@ -115,7 +115,7 @@ class Communicator:
         result, failure = self.mpi.bcast(outcome)
         if failure is not None:
             raise failure
-        return result
+        return result  # type: ignore[no-any-return]
 
     def total(self, value: int) -> int:
         """Return the sum of an integer over the ranks. Not counted as traffic."""

@@ -19,16 +19,12 @@ LAUNCHERS = (
 
 
 def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set one BLAS thread per rank, and let waiting ranks yield where they outnumber the cores.
+    """Set one BLAS thread per rank, where the user has not set the number.
 
-    Values that the user has set are left alone. The default of most BLAS libraries, a thread per core in every rank,
-    was measured 20 to 30 times slower.
+    The default of most BLAS libraries, a thread per core in every rank, was measured 20 to 30 times slower.
     """
     for name in THREAD_VARIABLES:
         environ.setdefault(name, "1")
-    ranks_here = int(environ.get("MPI_LOCALNRANKS", "1"))
-    if ranks_here > len(os.sched_getaffinity(0)):
-        environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
 
 
 def launched_tasks(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:

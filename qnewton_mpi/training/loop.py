@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qnewton_mpi.config import RunConfig
 from qnewton_mpi.core.exchange import EXCHANGES
@@ -60,7 +61,9 @@ def train(config: RunConfig, communicator: Communicator) -> Path:
     dataset = load_data(config, communicator, device.xp)
     network = Convnet(dataset.input_shape, training.activation, device.xp)
     if training.batch > len(dataset.train):
-        raise UserError(f"a batch of {training.batch} is more than the {len(dataset.train)} training samples of {dataset.name}")
+        raise UserError(
+            f"a batch of {training.batch} is more than the {len(dataset.train)} training samples of {dataset.name}"
+        )
 
     order = BatchOrder(len(dataset.train), training.batch, config.replicas, training.seed)
     steps = training.steps or (training.epochs or 0) * order.steps_per_epoch
@@ -71,54 +74,50 @@ def train(config: RunConfig, communicator: Communicator) -> Path:
     )
 
     attributes = {**config.flat(), "ranks": communicator.size, "parameters": network.size, "device_name": device.name}
-    step_figures = (*optimizer.figures, *PHASES)
+    root = communicator.rank == 0
+    label, epochs = f"{training.method} M={config.replicas}", steps / order.steps_per_epoch
     with contextlib.ExitStack() as stack:
-        root = communicator.rank == 0
+        figures_of_steps = (*optimizer.figures, *PHASES)
         file = communicator.together(
-            lambda: stack.enter_context(RunFile(config.output, attributes, step_figures)) if root else None
+            lambda: stack.enter_context(RunFile(config.output, attributes, figures_of_steps)) if root else None
         )
-        label, epochs = f"{training.method} M={config.replicas}", steps / order.steps_per_epoch
         progress = Progress(training.progress if root else "off", steps, epochs, training.batch, label)
         stack.enter_context(contextlib.closing(progress))
 
-        def evaluate(step: int, wall: float, evaluation: float) -> float:
-            """Evaluate and record; return the seconds that it took."""
-            started = time.perf_counter()
-            train_nll, _ = mean_nll(network, optimizer.parameters, dataset.train, communicator)
-            test_nll, accuracy = mean_nll(network, optimizer.parameters, dataset.test, communicator)
-            seconds = time.perf_counter() - started
-            figures = {
-                "epoch": step / order.steps_per_epoch,
-                "step": step,
-                "train_nll": train_nll,
-                "test_nll": test_nll,
-                "test_accuracy": accuracy,
-                "sample_gradients": step * training.batch,
-                "wall_seconds": wall,
-                "evaluation_seconds": evaluation + seconds,
-                "bytes_sent": communicator.total(sent),
-            }
-            if file is not None:
-                file.add_epoch(figures, to_host(optimizer.parameters))
-            progress.evaluated(figures)
-            return seconds
+        def readings() -> NDArray[np.float64]:
+            """Seconds in all, in gradients and in communication, and the bytes received, up to now."""
+            return np.array(
+                [time.perf_counter(), optimizer.gradient_seconds, communicator.seconds, communicator.bytes_received]
+            )
 
-        wall, sent = 0.0, 0
-        evaluation = evaluate(0, wall, 0.0)
-        for step in range(1, steps + 1):
-            loss.step = step - 1
-            before = (time.perf_counter(), optimizer.gradient_seconds, communicator.seconds, communicator.bytes_received)
-            figures = optimizer.step(loss)
-            after = (time.perf_counter(), optimizer.gradient_seconds, communicator.seconds, communicator.bytes_received)
-            whole, gradient, communication, received = (b - a for a, b in zip(before, after, strict=True))
-            wall += whole
-            sent += received
-            progress.step(figures["loss"])
-            if file is not None:
-                seconds = (gradient, communication, whole - gradient - communication)
-                file.add_step({**figures, **dict(zip(PHASES, seconds, strict=True))})
+        spent, evaluation_seconds = np.zeros(4), 0.0
+        for step in range(steps + 1):
+            if step > 0:
+                loss.step = step - 1
+                before = readings()
+                figures = optimizer.step(loss)
+                whole, gradient, communication, _ = took = readings() - before
+                spent += took
+                progress.step(figures["loss"])
+                if file is not None:
+                    phases = (gradient, communication, whole - gradient - communication)
+                    file.add_step({**figures, **dict(zip(PHASES, phases, strict=True))})
             if step % order.steps_per_epoch == 0 or step == steps:
-                evaluation += evaluate(step, wall, evaluation)
+                started = time.perf_counter()
+                quality = evaluate(network, optimizer.parameters, dataset, communicator)
+                evaluation_seconds += time.perf_counter() - started
+                figures = {
+                    "epoch": step / order.steps_per_epoch,
+                    "step": step,
+                    **quality,
+                    "sample_gradients": step * training.batch,
+                    "wall_seconds": spent[0],
+                    "evaluation_seconds": evaluation_seconds,
+                    "bytes_sent": communicator.total(int(spent[3])),
+                }
+                progress.evaluated(figures)
+                if file is not None:
+                    file.add_epoch(figures, to_host(optimizer.parameters))
     return config.output
 
 
@@ -134,11 +133,20 @@ def load_data(config: RunConfig, communicator: Communicator, xp: object = np) ->
     return communicator.together(lambda: datasets.load(name, folder, xp))  # type: ignore[arg-type]
 
 
-def mean_nll(network: Convnet, parameters: Array, split: datasets.Split, communicator: Communicator) -> tuple[float, float]:
-    """Return the mean negative log-likelihood (nats) and the accuracy over a split, shared by the ranks. Collective."""
-    mine = partition.share(len(split), communicator.size, communicator.rank)
-    sums = np.zeros(2)
-    for start in range(mine.start, mine.stop, EVALUATION_BATCH):
-        sums += network.evaluate(parameters, *split.batch(slice(start, min(start + EVALUATION_BATCH, mine.stop))))
-    nll, correct = communicator.allreduce(sums) / len(split)
-    return float(nll), float(correct)
+def evaluate(
+    network: Convnet, parameters: Array, dataset: datasets.Dataset, communicator: Communicator
+) -> dict[str, float]:
+    """Return the mean negative log-likelihoods (nats) of both splits and the test accuracy. Collective.
+
+    The samples are shared by the ranks.
+    """
+    sums = np.zeros((2, 2))
+    splits = (dataset.train, dataset.test)
+    for k, split in enumerate(splits):
+        mine = partition.share(len(split), communicator.size, communicator.rank)
+        for start in range(mine.start, mine.stop, EVALUATION_BATCH):
+            sums[k] += network.evaluate(
+                parameters, *split.batch(slice(start, min(start + EVALUATION_BATCH, mine.stop)))
+            )
+    (train_nll, _), (test_nll, accuracy) = communicator.allreduce(sums) / [[len(split)] for split in splits]
+    return {"train_nll": float(train_nll), "test_nll": float(test_nll), "test_accuracy": float(accuracy)}

@@ -33,7 +33,13 @@ class Progress:
         self._paused = 0.0
         layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
         self._bar = tqdm(
-            total=steps, desc=label, disable=kind != "bar", file=sys.stderr, bar_format=layout, mininterval=0.2, dynamic_ncols=True
+            total=steps,
+            desc=label,
+            disable=kind != "bar",
+            file=sys.stderr,
+            bar_format=layout,
+            mininterval=0.2,
+            dynamic_ncols=True,
         )
 
     def step(self, loss: float) -> None:

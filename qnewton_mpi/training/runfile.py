@@ -1,9 +1,9 @@
 """The HDF5 file of a run: written by one rank, flushed as it goes, and read back for tables and figures.
 
-    /epochs/{epoch, step, train_nll, test_nll, test_accuracy, sample_gradients, wall_seconds, evaluation_seconds, bytes_sent}
-    /steps/{loss, …}        one row a step: docs/runfile.md
-    /parameters             (N,) after the last epoch evaluated
-    attributes              the configuration, versions, `status` (running, finished, or what went wrong)
+/epochs/{epoch, train_nll, …}  one row an evaluation: EPOCH_FIGURES
+/steps/{loss, …}               one row a step: docs/runfile.md
+/parameters                    (N,) after the last epoch evaluated
+attributes                     the configuration, versions, `status` (running, finished, or what went wrong)
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class RunFile:
     def __enter__(self) -> RunFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.attrs["status"] = "finished" if error is None else f"failed: {error}"
         self.flush()
         self._file.close()
@@ -116,7 +118,12 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = {f"version_{name}": metadata.version(name) for name in ("numpy", "mpi4py", "h5py")}
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-    return {"version_qnewton_mpi": __version__, "version_python": platform.python_version(), "version_mpi": library, **packages}
+    return {
+        "version_qnewton_mpi": __version__,
+        "version_python": platform.python_version(),
+        "version_mpi": library,
+        **packages,
+    }
 
 
 class Run:
@@ -155,7 +162,7 @@ class Run:
 def table(runs: list[Run]) -> str:
     """Return the closing table: a row a run, where each stood after its last evaluation."""
     head = ("run", "epochs", "train NLL", "test NLL", "accuracy", "seconds", "samples/s")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for run in runs:
         if not len(run.epochs["epoch"]):
             rows.append((run.label, "none evaluated", *[""] * (len(head) - 2)))
@@ -174,5 +181,8 @@ def table(runs: list[Run]) -> str:
             )
         )
     widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
-    lines = ["  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

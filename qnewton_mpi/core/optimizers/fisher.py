@@ -33,8 +33,8 @@ class Fisher(Optimizer[FisherSettings]):
         F ≈ Σ_k λ_k u_k u_kᵀ                   the leading eigenpairs, from the Gram matrix of L's rows and G
         (F + ε I)⁻¹ z = (z − Σ_k λ_k/(λ_k + ε) u_k u_kᵀ z)/ε
 
-    L (rank × held) has the rows √λ_k u_k. The bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients
-    are all equal, F = 0 and the step is that of gradient descent at this rate.
+    L (rank × held) has the rows √λ_k u_k. The bulk, outside the span, moves at the rate α/ε. Where the replicas'
+    gradients are all equal, F = 0 and the step is that of gradient descent at this rate.
 
     See docs/method.md for where this comes from; kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019).
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qnewton_mpi.core import secants
+from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
 from qnewton_mpi.core.spread import POLICIES
@@ -41,27 +41,23 @@ class Multisecant(Optimizer[MultisecantSettings]):
         settings = self.settings
         scale = settings.spread_scale or (settings.lr if settings.spread == "local-step" else 0.01)
         self.spread = POLICIES[settings.spread](scale, self.draw)
-        self.displacements = self.spread.start()
+        self.displacements = self.spread.start(
+            self.xp.zeros((self.exchange.replicas, *self.held.shape), dtype=self.held.dtype)
+        )
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         W = self.displacements
         gradients, loss = self.evaluate(loss_and_gradient, self.exchange.rows(W))
         mean, G = self.exchange.centred(gradients)
-        S = self.exchange.gram(G, G)
-        fit = secants.multisecant(S, self.settings.tolerance, self.settings.tikhonov)
-
-        def apply_inverse(z: Array, projections: secants.Matrix) -> Array:
-            return z + to_device(fit.coefficients(projections).T, z) @ (W - G)
-
-        d = apply_inverse(mean, self.exchange.gram(G, mean[None, :])[:, 0])
-        self.displacements = self.spread.advance(self.steps, W, G, lambda: apply_inverse(G, S), self.settings.lr)
+        inverse = InverseHessian(self.exchange, W, G, self.settings.tolerance, self.settings.tikhonov)
+        d = inverse.apply(mean[None, :])[0, :]
+        self.displacements = self.spread.advance(self.steps, W, G, inverse, self.settings.lr)
         spread_norm = math.sqrt(self.exchange.dots((W, W))[0])
-        figures = {"loss": loss, "spread_norm": spread_norm, "kept_rank": fit.rank, "condition": fit.condition}
+        figures = {"loss": loss, "spread_norm": spread_norm, "kept_rank": inverse.rank, "condition": inverse.condition}
         return mean, d, figures
 
     def draw(self, step: int) -> Array:
         """Return centred standard normal columns, (M, held), from the seed and the step alone."""
-        exchange, dtype = self.exchange, self.parameters.dtype
         held = []
         for replica in range(self.exchange.replicas):
             normal = np.random.default_rng([self.seed, step, replica]).standard_normal(self.exchange.size)

@@ -1,0 +1,64 @@
+# Two commands do all the set-up: `make run` (the main job) and `make test`.
+# A site's own MPI: make run MPIEXEC=/path/to/mpiexec
+
+PYTHON  ?= python3
+RANKS   ?= 4
+EPOCHS  ?= 20
+RUNS    ?= runs
+
+# With the site's mpiexec the virtual environment gets no MPI of its own, and mpi4py loads the library beside mpiexec.
+ifdef MPIEXEC
+VENV      ?= .venv-site
+EXTRAS    := plot
+SITE_LIBS := $(abspath $(dir $(MPIEXEC))/../lib)
+export LD_LIBRARY_PATH := $(SITE_LIBS)$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
+else
+VENV      ?= .venv
+EXTRAS    := mpich,plot
+MPIEXEC   := $(VENV)/bin/mpiexec
+endif
+
+BIN      := $(VENV)/bin
+TRAIN    := $(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi train --replicas $(RANKS) --epochs $(EPOCHS) --overwrite
+# Under mpiexec no rank sees the terminal; make does.
+PROGRESS := $(shell if [ -t 2 ]; then echo bar; else echo lines; fi)
+export MPIEXEC
+
+.PHONY: help run test lint bench clean
+
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  with MPIEXEC=/path/to/mpiexec a site's own MPI; RANKS=$(RANKS) EPOCHS=$(EPOCHS) PYTHON=$(PYTHON)"
+
+run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedded images; draw NLL against epochs
+	$(TRAIN) --method fisher --progress $(PROGRESS) --output $(RUNS)/fisher.h5
+	$(TRAIN) --method sgd --lr 0.3 --progress $(PROGRESS) --output $(RUNS)/sgd.h5
+	$(BIN)/qnewton-mpi plot $(RUNS)/fisher.h5 $(RUNS)/sgd.h5 --output $(RUNS)/nll.png --overwrite
+
+test: $(VENV)/.installed-dev  ## Run the whole test suite: one process, then under mpiexec on 1, 2, 3 and 4 ranks
+	$(BIN)/python -m pytest -q
+	for ranks in 1 2 3 4; do $(MPIEXEC) -n $$ranks $(BIN)/python -m pytest -q tests/mpi || exit 1; done
+
+lint: $(VENV)/.installed-dev  ## Check style (ruff) and types (mypy, strict)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## Compare the convnet's gradients with PyTorch's: samples/s, one thread
+	$(BIN)/python scripts/bench_gradients.py
+
+clean:  ## Remove the virtual environments and what the runs left
+	rm -rf .venv .venv-site $(RUNS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),dev]'
+	touch $@
