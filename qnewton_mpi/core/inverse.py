@@ -37,7 +37,7 @@ class InverseHessian:
     >>> from qnewton_mpi.parallel.communicator import Communicator
     >>> W = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
     >>> inverse = InverseHessian(AllgatherExchange(Communicator(), 2, 3), W, W * [4.0, 1.0, 1.0], 1e-6)
-    >>> inverse.apply(np.array([[8.0, 5.0, 0.0]])).tolist()
+    >>> inverse.apply(np.array([[8.0, 5.0, 0.0]])).round(6).tolist()
     [[2.0, 5.0, 0.0]]
     """
 

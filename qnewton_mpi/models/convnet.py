@@ -67,12 +67,14 @@ class Convnet:
         self._layers: dict[int, list[ConvPool | Dense]] = {}
 
     def initial_parameters(self, seed: int) -> Array:
-        """Return (N,): weights normal with variance 1/fan-in (tanh) or 2/fan-in (ReLU), biases zero."""
+        """Return (N,): weights normal with variance 1/fan-in, biases zero.
+
+        Not 2/fan-in for ReLU: the maximum of four already raises the second moment that ReLU halves.
+        """
         random = np.random.default_rng([seed, 0])
-        gain = 1.0 if self.activation.tanh else 2.0
         pieces = []
         for shape in self.shapes:
-            pieces.append(random.standard_normal(prod(shape.weight_shape)) * np.sqrt(gain / shape.fan_in))
+            pieces.append(random.standard_normal(prod(shape.weight_shape)) * shape.fan_in**-0.5)
             pieces.append(np.zeros(shape.output_shape[0]))
         return self.xp.asarray(np.concatenate(pieces), dtype=self.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, MutableMapping
 
 from qnewton_mpi.errors import UserError
@@ -25,6 +26,8 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     for name in THREAD_VARIABLES:
         environ.setdefault(name, "1")
+    # mpi4py's own word on a mismatched launcher, three lines from each task: `check_launcher` says it in one.
+    warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
 
 
 def launched_tasks(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:

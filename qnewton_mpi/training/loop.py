@@ -115,9 +115,9 @@ def train(config: RunConfig, communicator: Communicator) -> Path:
                     "evaluation_seconds": evaluation_seconds,
                     "bytes_sent": communicator.total(int(spent[3])),
                 }
-                progress.evaluated(figures)
                 if file is not None:
                     file.add_epoch(figures, to_host(optimizer.parameters))
+                progress.evaluated(figures)
     return config.output
 
 

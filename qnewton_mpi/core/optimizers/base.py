@@ -114,11 +114,12 @@ class Optimizer(ABC, Generic[S]):
         local = self.exchange.local
         squares = np.empty((len(local), 2))
         started = time.perf_counter()
-        for r, replica in enumerate(local):
-            point = self.parameters if displacements is None else self.parameters + displacements[r, :]
-            loss, gradient = loss_and_gradient(point, replica)
-            self.gradients[r, :] = gradient
-            squares[r] = loss, float(gradient @ gradient)
+        with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told below, once
+            for r, replica in enumerate(local):
+                point = self.parameters if displacements is None else self.parameters + displacements[r, :]
+                loss, gradient = loss_and_gradient(point, replica)
+                self.gradients[r, :] = gradient
+                squares[r] = loss, float(gradient @ gradient)
         self.gradient_seconds += time.perf_counter() - started
         everyone = self.exchange.share(squares)
         finite = np.isfinite(everyone).all(axis=1)

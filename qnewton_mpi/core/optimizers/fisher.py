@@ -21,7 +21,8 @@ class FisherSettings(Settings):
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     damping: float = setting(0.1, "ε of (F + ε I)⁻¹", POSITIVE)
     momentum: float = setting(0.9, "momentum β", FRACTION)
-    update_every: int = setting(4, "steps between updates of the Fisher matrix", POSITIVE)
+    max_divergence: float = setting(0.01, "bound of a step's predicted KL divergence (nats)", POSITIVE)
+    update_every: int = setting(4, "steps between updates of F, once its rank is reached", POSITIVE)
 
 
 class Fisher(Optimizer[FisherSettings]):
@@ -36,12 +37,16 @@ class Fisher(Optimizer[FisherSettings]):
     L (rank × held) has the rows √λ_k u_k. The bulk, outside the span, moves at the rate α/ε. Where the replicas'
     gradients are all equal, F = 0 and the step is that of gradient descent at this rate.
 
+    A step d of rate α changes the model's distribution by a KL divergence of about α²/2 dᵀ(F + ε I)d = α²/2 dᵀz, which
+    is bounded: d is shrunk to it. This matters in the first steps, before F has seen the large directions, and keeps a
+    rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017).
+
     See docs/method.md for where this comes from; kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019).
     """
 
     settings_type = FisherSettings
     minimum_replicas = 2
-    figures = (*Optimizer.figures, "kept_rank", "largest_eigenvalue", "smallest_eigenvalue")
+    figures = (*Optimizer.figures, "shrink", "kept_rank", "largest_eigenvalue", "smallest_eigenvalue")
 
     def start(self) -> None:
         self.moment = self.xp.zeros_like(self.held)
@@ -51,7 +56,8 @@ class Fisher(Optimizer[FisherSettings]):
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         gradients, loss = self.evaluate(loss_and_gradient)
-        if (self.steps - 1) % self.settings.update_every == 0:
+        full = len(self.eigenvalues) == self.settings.rank
+        if not full or self.steps % self.settings.update_every == 0:
             mean, G = self.exchange.centred(gradients)
             self.update_factor(G)
         else:
@@ -61,11 +67,15 @@ class Fisher(Optimizer[FisherSettings]):
         self.moment = beta * self.moment + (1 - beta) * mean
         z = (beta * self.moment + (1 - beta) * mean) / (1 - beta ** (t + 1))
         d = self.apply_inverse(z)
+        divergence = self.settings.lr**2 / 2 * self.exchange.dots((d, z))[0]
+        shrink = min(1.0, math.sqrt(self.settings.max_divergence / divergence)) if divergence > 0 else 1.0
+        d = shrink * d
 
         values = self.eigenvalues
         kept = len(values)
         figures = {
             "loss": loss,
+            "shrink": shrink,
             "kept_rank": kept,
             "largest_eigenvalue": values[0] if kept else math.nan,
             "smallest_eigenvalue": values[-1] if kept else math.nan,

@@ -1,0 +1,142 @@
+"""Exchanges on 1, 2, 3 and 4 ranks: what is held, what is moved, what every rank agrees on."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from problems import VARIANTS, Quadratic, make_optimizer
+
+from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.errors import NonFiniteGradientError, UserError
+from qnewton_mpi.parallel import partition
+
+SIZE = 23  # divisible by no number of ranks
+REPLICAS = [4, 5, 8]
+
+
+def global_rows(replicas, seed=0, dtype=np.float64):
+    return np.random.default_rng(seed).standard_normal((replicas, SIZE)).astype(dtype)
+
+
+@pytest.fixture(params=EXCHANGES)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("replicas", REPLICAS)
+def test_rows_become_columns_and_come_back(communicator, name, replicas):
+    exchange = EXCHANGES[name](communicator, replicas, SIZE)
+    everyone = global_rows(replicas)
+    mine = everyone[exchange.local.start : exchange.local.stop]
+    columns = exchange.columns(mine)
+    held = exchange.hold(np.arange(SIZE)).astype(int)
+    np.testing.assert_array_equal(columns, everyone[:, held])
+    np.testing.assert_array_equal(exchange.rows(columns), mine)
+    np.testing.assert_allclose(exchange.mean(mine), everyone.mean(axis=0)[held], atol=1e-14)
+    mean, centred = exchange.centred(mine)
+    np.testing.assert_allclose(centred, (everyone - everyone.mean(axis=0))[:, held], atol=1e-14)
+    np.testing.assert_allclose(exchange.collect(mean), everyone.mean(axis=0), atol=1e-14)
+    np.testing.assert_array_equal(exchange.collect(exchange.hold(everyone[0])), everyone[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gram_is_float64_and_bitwise_equal_on_all_ranks(communicator, name, dtype):
+    exchange = EXCHANGES[name](communicator, 4, SIZE)
+    a, b = global_rows(3, 1, dtype), global_rows(5, 2, dtype)
+    held_a, held_b = (np.stack([exchange.hold(row) for row in rows]) for rows in (a, b))
+    gram = exchange.gram(held_a, held_b)
+    assert gram.dtype == np.float64
+    np.testing.assert_allclose(gram, a.astype("f8") @ b.astype("f8").T, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(exchange.gram(held_a, held_a), a.astype("f8") @ a.astype("f8").T, atol=1e-13)
+    assert len(set(communicator.mpi.allgather(gram.tobytes()))) == 1
+
+
+def test_gram_keeps_small_singular_values(communicator, name):
+    """float32 columns at condition 10⁴: a float32 Gram matrix would lose σ_min² below σ_max² · 10⁻⁷."""
+    exchange = EXCHANGES[name](communicator, 4, SIZE)
+    rows = np.zeros((2, SIZE), np.float32)
+    rows[0, :], rows[1, :] = 1, 1
+    rows[1, 0] += 1e-4
+    gram = exchange.gram(*[np.stack([exchange.hold(row) for row in rows])] * 2)
+    assert np.linalg.eigvalsh(gram)[0] == pytest.approx(0.5e-8 * (1 - 1 / SIZE), rel=0.01)
+
+
+def test_dots(communicator, name):
+    exchange = EXCHANGES[name](communicator, 4, SIZE)
+    x, y = global_rows(2, 3)
+    columns = np.stack([exchange.hold(x), exchange.hold(y)])
+    xy, total = exchange.dots((exchange.hold(x), exchange.hold(y)), (columns, columns))
+    assert xy == pytest.approx(x @ y)
+    assert total == pytest.approx(x @ x + y @ y)
+
+
+def test_counted_traffic_is_the_formula(communicator):
+    n, item = communicator.size, 8
+    rows = np.ones((1, SIZE))
+
+    def received(action):
+        before = communicator.bytes_received
+        action()
+        return communicator.bytes_received - before
+
+    literal, server = (EXCHANGES[name](communicator, n, SIZE) for name in ("allgather", "server"))
+    root = communicator.rank == 0
+    assert received(lambda: literal.mean(rows)) == 2 * item * SIZE * (n - 1) // n
+    assert received(lambda: literal.columns(rows)) == item * SIZE * (n - 1)
+    assert received(lambda: literal.gram(rows, rows)) == item * (n - 1)
+    assert received(lambda: server.columns(rows)) == (item * SIZE * (n - 1) if root else 0)
+    assert received(lambda: server.collect(server.hold(rows[0]))) == (0 if root else item * SIZE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("replicas", REPLICAS)
+def test_exchanges_agree_and_ranks_hold_bitwise_the_same(communicator, variant, replicas):
+    parameters, figures = {}, {}
+    for name in EXCHANGES:
+        problem = Quadratic(SIZE, replicas)
+        optimizer = make_optimizer(variant, problem, communicator, replicas, exchange=name)
+        for _ in range(4):
+            figures[name] = optimizer.step(problem)
+        digest = hashlib.sha256(np.ascontiguousarray(optimizer.parameters).tobytes()).hexdigest()
+        assert len(set(communicator.mpi.allgather(digest))) == 1
+        assert len(set(communicator.mpi.allgather(repr(figures[name])))) == 1
+        parameters[name] = np.array(optimizer.parameters)
+    np.testing.assert_allclose(parameters["server"], parameters["allgather"], rtol=1e-9)
+    for key, value in figures["allgather"].items():
+        assert figures["server"][key] == pytest.approx(value, rel=1e-6, nan_ok=True)
+
+
+def test_one_bad_replica_is_told_on_every_rank(communicator):
+    replicas = 2 * communicator.size
+    problem = Quadratic(SIZE, replicas)
+    optimizer = make_optimizer("sgd", problem, communicator, replicas)
+
+    def poisoned(w, replica):
+        loss, gradient = problem(w, replica)
+        return loss, gradient * (np.nan if replica == replicas - 1 else 1)
+
+    with pytest.raises(NonFiniteGradientError, match=f"step 1: replica {replicas - 1}"):
+        optimizer.step(poisoned)
+
+
+def test_errors_of_one_rank_are_raised_on_all(communicator):
+    last = communicator.size - 1
+
+    def fail_on_the_last():
+        if communicator.rank == last:
+            raise UserError(f"rank {last} has no disk")
+        return communicator.rank
+
+    with pytest.raises(UserError, match=f"rank {last} has no disk"):
+        communicator.together(fail_on_the_last)
+    assert communicator.together(lambda: communicator.rank) == communicator.rank
+    assert communicator.from_root(lambda: communicator.rank) == 0
+    with pytest.raises(UserError, match="root"):
+        communicator.from_root(lambda: (_ for _ in ()).throw(UserError("root")))
+
+
+def test_local_replicas_cover_all(communicator):
+    for replicas in REPLICAS:
+        exchange = EXCHANGES["allgather"](communicator, replicas, SIZE)
+        assert [i for local in communicator.mpi.allgather(exchange.local) for i in local] == list(range(replicas))
+        assert exchange.counts == list(np.diff(partition.bounds(replicas, communicator.size)))

@@ -1,0 +1,46 @@
+"""Small problems with known answers, shared by the tests."""
+
+import numpy as np
+
+from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.settings import build
+
+# Every method, with the options that change its algebra.
+VARIANTS = {
+    "sgd": ("sgd", {}),
+    "heavy-ball": ("momentum", {}),
+    "nesterov": ("momentum", {"nesterov": True}),
+    "adam": ("adam", {}),
+    "nadam": ("adam", {"nesterov": True}),
+    "multisecant": ("multisecant", {}),
+    "multisecant-tikhonov": ("multisecant", {"tikhonov": 1e-3}),
+    "independent": ("multisecant", {"spread": "independent"}),
+    "random": ("multisecant", {"spread": "random"}),
+    "fisher": ("fisher", {"rank": 6, "update_every": 2}),
+}
+
+
+class Quadratic:
+    """½ (w − x_i)ᵀ H (w − x_i): every replica its own centre x_i, all the same Hessian H."""
+
+    def __init__(self, size, replicas, seed=0, dtype=np.float64, xp=np):
+        random = np.random.default_rng(seed)
+        basis = np.linalg.qr(random.standard_normal((size, size)))[0]
+        self.hessian = basis @ np.diag(np.geomspace(0.1, 10, size)) @ basis.T
+        self.centres = random.standard_normal((replicas, size))
+        self.start = xp.asarray(random.standard_normal(size), dtype=dtype)
+        self._hessian, self._centres = (xp.asarray(a, dtype=dtype) for a in (self.hessian, self.centres))
+
+    def __call__(self, w, replica):
+        offset = w - self._centres[replica, :]
+        gradient = self._hessian @ offset
+        return float(offset @ gradient) / 2, gradient
+
+
+def make_optimizer(variant, problem, communicator, replicas, exchange="allgather", **options):
+    method, own = VARIANTS[variant]
+    kind = OPTIMIZERS[method]
+    settings = build(kind.settings_type, {**own, **options})
+    chosen = EXCHANGES[exchange](communicator, replicas, problem.start.shape[0])
+    return kind(settings, problem.start, chosen, samples=4, seed=3)

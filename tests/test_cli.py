@@ -1,0 +1,260 @@
+"""The command line from end to end: what comes out, and one line of error, once, on any number of ranks."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from test_data import idx, write_mnist
+
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run
+
+
+@pytest.fixture
+def one_line_error(qnewton, tmp_path):
+    """Return check(ranks, *arguments, match=...): exit code 2 and a single matching line on stderr."""
+
+    def check(ranks, *arguments, match, **options):
+        finished = qnewton(ranks, *arguments, cwd=tmp_path, **options)
+        lines = [line for line in finished.stderr.splitlines() if line]
+        assert finished.returncode == 2, finished.stderr
+        assert len(lines) == 1, finished.stderr
+        assert lines[0].startswith("qnewton-mpi: error: ")
+        assert re.search(match, lines[0]), lines[0]
+
+    return check
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_train_writes_its_file_and_a_table(qnewton, tmp_path, ranks):
+    path = tmp_path / "new" / "run.h5"
+    finished = qnewton(ranks, "train", "--replicas", "4", "--epochs", "2", "--output", path)
+    assert finished.returncode == 0, finished.stderr
+    assert "fisher M=4" in finished.stdout
+    assert finished.stdout.count("written to") == 1
+    run = Run(path)
+    assert run.attributes["status"] == "finished"
+    assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("fisher", ranks, 0.1)
+    assert "MPI" in run.attributes["version_mpi"].upper()
+    np.testing.assert_array_equal(run.epochs["epoch"], [0, 1, 2])
+    np.testing.assert_array_equal(run.epochs["sample_gradients"], [0, 39 * 256, 78 * 256])
+    assert run.epochs["train_nll"][-1] < 0.6 < run.epochs["train_nll"][0]
+    assert run.epochs["test_accuracy"][-1] > 0.75
+    assert (run.epochs["bytes_sent"][1] > 0) == (ranks > 1)
+    assert (np.diff(run.epochs["wall_seconds"]) > 0).all()
+    assert len(run.steps["loss"]) == 78
+    assert np.isfinite(run.steps["cosine"]).all()
+    phases = sum(run.steps[f"seconds_{phase}"] for phase in ("gradient", "communication", "algebra"))
+    assert phases.sum() == pytest.approx(run.epochs["wall_seconds"][-1])
+    with h5py.File(path) as file:
+        assert file["parameters"].shape == (15924,)
+        assert set(file["epochs"]) == set(EPOCH_FIGURES)
+
+
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_every_method_trains(qnewton, tmp_path, method):
+    path = tmp_path / "run.h5"
+    # 0.01 suits none of them best, but the poster's formula diverges here at 0.1.
+    arguments = ("--method", method, "--lr", "0.01", "--steps", "30", "--activation", "relu", "--exchange", "server")
+    finished = qnewton(2, "train", *arguments, "--output", path)
+    assert finished.returncode == 0, finished.stderr
+    run = Run(path)
+    assert run.epochs["train_nll"][-1] < run.epochs["train_nll"][0]
+    assert set(OPTIMIZERS[method].figures) <= set(run.steps)
+
+
+def test_options_of_a_file_yield_to_the_command_line(qnewton, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        'method = "adam"\nsteps = 2\nnesterov = true\noutput = "toml.h5"\nreplicas = 3\nbatch = 96\n'
+    )
+    finished = qnewton(1, "train", "run.toml", "--replicas", "2", "--no-nesterov", "--output", "line.h5", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    attributes = Run(tmp_path / "line.h5").attributes
+    assert (attributes["method"], attributes["replicas"], attributes["nesterov"]) == ("adam", 2, False)
+    assert not (tmp_path / "toml.h5").exists()
+
+
+def test_plot_and_its_table(qnewton, one_line_error, tmp_path):
+    pytest.importorskip("matplotlib")
+    for method in ("sgd", "fisher"):
+        finished = qnewton(1, "train", "--method", method, "--steps", "2", "--output", f"{method}.h5", cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+    finished = qnewton(2, "plot", "sgd.h5", "fisher.h5", "--output", "nll.png", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "nll.png").read_bytes().startswith(b"\x89PNG")
+    assert finished.stdout.count("sgd M=8 lr=") == finished.stdout.count("fisher M=8 lr=") == 1
+    one_line_error(1, "plot", "sgd.h5", "--output", "nll.png", match="nll.png exists.*--overwrite")
+    one_line_error(1, "plot", "missing.h5", match="missing.h5: is not the file of a run")
+    one_line_error(1, "plot", "sgd.h5", "--output", "nll.nothing", match="cannot be written")
+
+
+def test_info_tells_of_every_rank(qnewton):
+    finished = qnewton(3, "info")
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"ranks +3 on 1 node", finished.stdout)
+    assert len(re.findall(r"^rank \d.* 1 BLAS thread", finished.stdout, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("--version",)])
+def test_help_is_printed_once(qnewton, arguments):
+    finished = qnewton(2, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("qnewton-mpi") == qnewton(1, *arguments).stdout.count("qnewton-mpi") > 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "match"),
+    [
+        (2, ("train", "--method", "newton"), "newton"),
+        (2, ("train", "--learning-rate", "1"), "--learning-rate"),
+        (1, ("train", "--meth", "sgd"), "--meth"),
+        (2, ("fit",), "fit"),
+        (1, (), "required"),
+        (2, ("train", "--method", "sgd", "--rank", "4"), "rank is an option of fisher"),
+        (2, ("train", "--epochs", "1", "--steps", "1"), "contradict"),
+        (3, ("train", "--replicas", "2"), "use --replicas 3 or more"),
+        (2, ("train", "--replicas", "6"), "use --batch 258"),
+        (2, ("train", "--batch", "20480"), "more than the 10000 training samples"),
+        (2, ("train", "--data", "mnist", "--data-dir", "nowhere"), "no mnist files .* in nowhere"),
+        (2, ("train", "--device", "cuda"), "CuPy"),
+        (2, ("train", "missing.toml"), "missing.toml"),
+        (2, ("train", "--steps", "1", "--output", "/proc/run.h5"), "cannot be written"),
+    ],
+)
+def test_bad_use(one_line_error, ranks, arguments, match):
+    one_line_error(ranks, *arguments, match=match)
+
+
+def test_bad_files(one_line_error, tmp_path):
+    arguments = ("train", "--data", "mnist", "--data-dir", tmp_path, "--steps", "1", "--batch", "8")
+    write_mnist(tmp_path, count=8)
+    images = tmp_path / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    one_line_error(2, *arguments, match="train-images-idx3-ubyte: holds .* truncated")
+    images.write_bytes(b"PNG?" + images.read_bytes()[4:])
+    one_line_error(2, *arguments, match="magic number")
+    write_mnist(tmp_path, count=8)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(idx(np.full(8, 12)))
+    one_line_error(2, *arguments, match="label 12 of sample 0")
+
+
+def test_existing_output(qnewton, one_line_error, tmp_path):
+    path = tmp_path / "run.h5"
+    path.write_text("precious")
+    one_line_error(2, "train", "--steps", "1", "--output", path, match="run.h5 exists.*--overwrite")
+    assert path.read_text() == "precious"
+    assert qnewton(2, "train", "--steps", "1", "--output", path, "--overwrite").returncode == 0
+    assert Run(path).attributes["status"] == "finished"
+
+
+def test_divergence_ends_the_run_and_keeps_its_file(one_line_error, tmp_path):
+    path = tmp_path / "run.h5"
+    arguments = ("train", "--method", "sgd", "--activation", "relu", "--lr", "1e15", "--epochs", "1", "--output", path)
+    one_line_error(2, *arguments, "--progress", "off", match=r"step \d+: replica \d has loss .*--lr")
+    run = Run(path)
+    assert run.attributes["status"].startswith("failed: step")
+    assert len(run.epochs["epoch"]) == 1
+    assert len(run.steps["loss"]) == int(re.search(r"step (\d+)", run.attributes["status"])[1]) - 1
+
+
+def test_one_rank_jobs_of_a_mismatched_launcher(mpiexec, tmp_path):
+    """What the tasks of a foreign launcher see: each an MPI world of one rank."""
+    outputs = []
+    for task in range(3):
+        environ = mpiexec.environ | {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": str(task)}
+        command = [sys.executable, "-m", "qnewton_mpi", "train", "--steps", "1"]
+        finished = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert finished.returncode == 2
+        outputs.append(finished.stderr)
+    assert "3 tasks, but each sees an MPI world of one rank" in outputs[0]
+    assert outputs[0].count("\n") == 1
+    assert outputs[1:] == ["", ""]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_raises_ends_the_job(mpiexec, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            """
+            import numpy as np
+            from qnewton_mpi.core.exchange import AllgatherExchange
+            from qnewton_mpi.core.optimizers import SGD, Settings
+            from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+
+            communicator = Communicator()
+            abort_on_exception(communicator)
+
+            def loss_and_gradient(w, replica):
+                if replica == 2:
+                    raise ZeroDivisionError("a bug in replica 2")
+                return 0.0, w
+
+            print("ready", flush=True)
+            SGD(Settings(), np.ones(5), AllgatherExchange(communicator, 3, 5)).step(loss_and_gradient)
+            """
+        )
+    )
+    started = time.monotonic()
+    finished = mpiexec(3, program)
+    assert time.monotonic() - started < 5 + 5  # five seconds, and as many for three interpreters to start
+    assert finished.returncode != 0
+    assert "rank 2 of 3 failed" in finished.stderr
+    assert "ZeroDivisionError: a bug in replica 2" in finished.stderr
+    assert "Traceback" in finished.stderr
+
+
+@pytest.mark.parametrize(("body", "told"), [("assert rank == 0", "assert 1 == 0"), ("1 / (1 - rank)", "ZeroDivision")])
+def test_the_mpi_tests_cannot_hang(mpiexec, tmp_path, body, told):
+    """A rank fails before a collective that the others are in: the job ends, with the traceback."""
+    (tmp_path / "conftest.py").write_text((Path(__file__).parent / "mpi" / "conftest.py").read_text())
+    test = f"""
+        from mpi4py import MPI
+        rank = MPI.COMM_WORLD.rank
+        def test_it():
+            {body}
+            MPI.COMM_WORLD.Barrier()
+    """
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(test))
+    started = time.monotonic()
+    finished = mpiexec(2, "-m", "pytest", "-q", tmp_path, "-p", "no:cacheprovider", cwd=tmp_path)
+    assert time.monotonic() - started < 20
+    assert finished.returncode != 0
+    assert "rank 1 failed" in finished.stderr
+    assert told in finished.stderr
+
+
+def test_a_killed_runs_file_opens(mpiexec, tmp_path):
+    path = tmp_path / "run.h5"
+    command = [mpiexec.launcher, "-n", "2", sys.executable, "-m", "qnewton_mpi", "train", "--epochs", "500"]
+    process = subprocess.Popen(
+        [*command, "--output", str(path)],
+        env=mpiexec.environ,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        told = 0
+        while told < 3:
+            line = process.stderr.readline()
+            assert line, "the run ended by itself"
+            told += "train NLL" in line
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-KILL", "-f", str(path)], check=False)  # ranks in sessions of their own
+        process.wait()
+        process.stderr.close()
+    run = Run(path)
+    assert run.attributes["status"] == "running"
+    assert len(run.epochs["train_nll"]) >= 3
+    assert len(run.steps["loss"]) >= 2 * 39

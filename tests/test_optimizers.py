@@ -1,0 +1,204 @@
+"""Each method against its equation, another library, or a property it must have."""
+
+import array_api_strict
+import numpy as np
+import pytest
+from problems import VARIANTS, Quadratic, make_optimizer
+
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.errors import NonFiniteGradientError
+from qnewton_mpi.parallel.communicator import Communicator
+
+SIZE, REPLICAS = 12, 6
+
+
+@pytest.fixture(scope="module")
+def communicator():
+    return Communicator()
+
+
+def trajectory(optimizer, problem, steps):
+    points = []
+    for _ in range(steps):
+        optimizer.step(problem)
+        points.append(np.array(optimizer.parameters))
+    return np.array(points)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_minimises_a_quadratic(communicator, variant):
+    problem = Quadratic(SIZE, REPLICAS)
+    if VARIANTS[variant][0] == "multisecant":
+        # Different minima are noise in G, which the formula takes for curvature: it may well diverge then.
+        problem._centres[:] = problem._centres[0]
+    optimum = problem._centres.mean(axis=0)
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, lr=0.05)
+    trajectory(optimizer, problem, 400)
+    start, end = (np.linalg.norm(w - optimum) for w in (problem.start, optimizer.parameters))
+    assert end < 0.5 * start
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_figures_are_those_announced(communicator, variant):
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
+    before = np.array(optimizer.parameters)
+    figures = optimizer.step(problem)
+    assert set(figures) == set(optimizer.figures)
+    step = np.array(optimizer.parameters) - before
+    losses, gradients = zip(*(problem(before, i) for i in range(REPLICAS)), strict=True)
+    mean = np.mean(gradients, axis=0)
+    if variant in ("independent", "random"):  # the replicas are spread from the start
+        return
+    assert figures["loss"] == pytest.approx(np.mean(losses))
+    assert figures["gradient_norm"] == pytest.approx(np.linalg.norm(mean))
+    assert figures["step_norm"] == pytest.approx(np.linalg.norm(step))
+    assert figures["cosine"] == pytest.approx(-step @ mean / np.linalg.norm(step) / np.linalg.norm(mean))
+
+
+@pytest.mark.parametrize(
+    ("variant", "peer", "options"),
+    [
+        ("sgd", "SGD", {}),
+        ("heavy-ball", "SGD", {"momentum": 0.9}),
+        ("nesterov", "SGD", {"momentum": 0.9, "nesterov": True}),
+        ("adam", "Adam", {}),
+        ("nadam", "NAdam", {}),
+    ],
+)
+def test_first_order_methods_are_pytorchs(communicator, variant, peer, options):
+    torch = pytest.importorskip("torch")
+    problem = Quadratic(SIZE, REPLICAS)
+    ours = trajectory(make_optimizer(variant, problem, communicator, REPLICAS, lr=0.03), problem, 30)
+    w = torch.tensor(problem.start, requires_grad=True)
+    other = getattr(torch.optim, peer)([w], lr=0.03, **options)
+    for k in range(30):
+        w.grad = torch.tensor(np.mean([problem(w.detach().numpy(), i)[1] for i in range(REPLICAS)], axis=0))
+        other.step()
+        # PyTorch keeps NAdam's product of momenta in float32.
+        np.testing.assert_allclose(ours[k], w.detach().numpy(), rtol=1e-6 if peer == "NAdam" else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_core_needs_no_more_than_the_array_api(communicator, variant, dtype):
+    points = []
+    for xp in (np, array_api_strict):
+        problem = Quadratic(SIZE, REPLICAS, dtype=getattr(xp, dtype), xp=xp)
+        optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
+        assert type(optimizer.parameters) is type(problem.start)
+        points.append(trajectory(optimizer, problem, 5))
+        assert optimizer.parameters.dtype == problem.start.dtype
+    np.testing.assert_allclose(*points, rtol=1e-12 if dtype == "float64" else 1e-4)
+
+
+def test_fisher_is_its_equation(communicator):
+    """Enough rank to lose nothing: the step is that of the dense matrix F, averaged as the docstring says."""
+    problem = Quadratic(SIZE, REPLICAS)
+    options = {
+        "rank": SIZE,
+        "decay": 0.7,
+        "damping": 0.3,
+        "momentum": 0.6,
+        "update_every": 1,
+        "lr": 0.2,
+        "max_divergence": 1e9,
+    }
+    optimizer = make_optimizer("fisher", problem, communicator, REPLICAS, **options)
+    w, F, m = np.array(problem.start), np.zeros((SIZE, SIZE)), np.zeros(SIZE)
+    for t in range(1, 8):
+        problem.centres[:] = problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
+        gradients = np.array([problem(w, i)[1] for i in range(REPLICAS)])
+        G = gradients - gradients.mean(axis=0)
+        gamma = (1 - 0.7) / (1 - 0.7**t)
+        F = (1 - gamma) * F + gamma * 4 / (REPLICAS - 1) * G.T @ G
+        m = 0.6 * m + 0.4 * gradients.mean(axis=0)
+        z = (0.6 * m + 0.4 * gradients.mean(axis=0)) / (1 - 0.6 ** (t + 1))
+        w = w - 0.2 * np.linalg.solve(F + 0.3 * np.eye(SIZE), z)
+        figures = optimizer.step(problem)
+        np.testing.assert_allclose(optimizer.parameters, w, rtol=1e-10)
+        assert figures["largest_eigenvalue"] == pytest.approx(np.linalg.eigvalsh(F)[-1])
+
+
+def test_fisher_bounds_the_divergence_of_a_step(communicator):
+    """½ Δwᵀ (F + ε I) Δw is at most the bound, however large the rate."""
+    problem = Quadratic(SIZE, REPLICAS)
+    steps = []
+    for lr in (1e-3, 1.0, 1e3):
+        options = {"rank": SIZE, "update_every": 1, "damping": 0.3, "momentum": 0.0, "max_divergence": 1e-3, "lr": lr}
+        optimizer = make_optimizer("fisher", problem, communicator, REPLICAS, **options)
+        figures = optimizer.step(problem)
+        gradients = np.array([problem(problem.start, i)[1] for i in range(REPLICAS)])
+        G = gradients - gradients.mean(axis=0)
+        metric = 4 / (REPLICAS - 1) * G.T @ G + 0.3 * np.eye(SIZE)
+        step = np.array(optimizer.parameters) - problem.start
+        steps.append(step)
+        assert (step @ metric @ step / 2 == pytest.approx(1e-3)) == (figures["shrink"] < 1) == (lr > 1e-3)
+    np.testing.assert_allclose(steps[1], steps[2], rtol=1e-6)
+
+
+def test_fisher_with_equal_replicas_is_momentum(communicator):
+    problem = Quadratic(SIZE, REPLICAS)
+    problem._centres[:] = problem._centres[0]
+    optimizer = make_optimizer(
+        "fisher", problem, communicator, REPLICAS, lr=0.02, damping=0.1, momentum=0.0, max_divergence=1e9
+    )
+    plain = make_optimizer("sgd", problem, communicator, REPLICAS, lr=0.2)
+    np.testing.assert_allclose(trajectory(optimizer, problem, 6), trajectory(plain, problem, 6), rtol=1e-9)
+
+
+@pytest.mark.parametrize("spread", ["local-step", "independent", "random"])
+def test_multisecant_with_equal_gradients_is_sgd(communicator, spread):
+    """A linear loss: G = 0 whatever the spread."""
+    problem = Quadratic(SIZE, REPLICAS)
+    slope = np.arange(1.0, SIZE + 1)
+    optimizer = make_optimizer("multisecant", problem, communicator, REPLICAS, spread=spread, lr=0.1)
+    points = trajectory(optimizer, lambda w, i: (float(slope @ w), slope), 4)
+    np.testing.assert_allclose(points, problem.start - 0.1 * np.outer(np.arange(1, 5), slope), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_independent_replicas_collapse_whatever_the_curvature(communicator, rate):
+    """W ← (1 − α) W: the reason why there are spread policies."""
+    problem = Quadratic(SIZE, REPLICAS)
+    problem._centres[:] = problem._centres[0]  # the same batch everywhere, so that G = H W
+    optimizer = make_optimizer("independent", problem, communicator, REPLICAS, lr=rate, tolerance=1e-8)
+    for _ in range(5):
+        before = np.array(optimizer.displacements)
+        optimizer.step(problem)
+        np.testing.assert_allclose(optimizer.displacements, (1 - rate) * before, rtol=1e-6)
+
+
+def test_multisecant_is_newtons_method_on_its_span(communicator):
+    """Same batch, M − 1 = N directions: one step at rate 1 solves the quadratic."""
+    problem = Quadratic(5, 6)
+    problem._centres[:] = problem._centres[0]
+    optimizer = make_optimizer("random", problem, communicator, 6, lr=1.0, tolerance=1e-10)
+    optimizer.step(problem)
+    np.testing.assert_allclose(optimizer.parameters, problem._centres[0], rtol=1e-8)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_names_step_and_replica_and_changes_nothing(communicator, value, where):
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer("fisher", problem, communicator, REPLICAS)
+    optimizer.step(problem)
+    before = np.array(optimizer.parameters)
+
+    def poisoned(w, replica):
+        loss, gradient = problem(w, replica)
+        if replica == 4:
+            if where == "loss":
+                return value, gradient
+            gradient[3] = value
+        return loss, gradient
+
+    with pytest.raises(NonFiniteGradientError, match="step 2: replica 4") as caught:
+        optimizer.step(poisoned)
+    assert (caught.value.step, caught.value.replica) == (2, 4)
+    np.testing.assert_array_equal(optimizer.parameters, before)
+
+
+def test_every_method_is_covered():
+    assert {method for method, _ in VARIANTS.values()} == set(OPTIMIZERS)
