@@ -23,6 +23,9 @@ TRAIN    := $(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi train --replicas $(RANKS) 
 # Under mpiexec no rank sees the terminal; make does.
 PROGRESS := $(shell if [ -t 2 ]; then echo bar; else echo lines; fi)
 export MPIEXEC
+# Open MPI: 4 ranks on a machine with fewer cores.
+export OMPI_MCA_rmaps_base_oversubscribe := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 .PHONY: help run test lint bench clean
 
@@ -37,7 +40,7 @@ run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedd
 
 test: $(VENV)/.installed-dev  ## Run the whole test suite: one process, then under mpiexec on 1, 2, 3 and 4 ranks
 	$(BIN)/python -m pytest -q
-	for ranks in 1 2 3 4; do $(MPIEXEC) -n $$ranks $(BIN)/python -m pytest -q tests/mpi || exit 1; done
+	for ranks in 1 2 3 4; do echo "-- $$ranks rank(s)"; $(MPIEXEC) -n $$ranks $(BIN)/python -m pytest -q tests/mpi || exit 1; done
 
 lint: $(VENV)/.installed-dev  ## Check style (ruff) and types (mypy, strict)
 	$(BIN)/ruff check .

@@ -63,7 +63,7 @@ class Convnet:
         dense = [DenseShape(m, n, activated=n != CLASSES) for m, n in itertools.pairwise(widths)]
         self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *dense]
         self.size = sum(prod(s.weight_shape) + s.output_shape[0] for s in self.shapes)
-        self._gradient = xp.empty(self.size, dtype)
+        self._part = xp.empty(self.size, dtype)  # the gradient of one block
         self._layers: dict[int, list[ConvPool | Dense]] = {}
 
     def initial_parameters(self, seed: int) -> Array:
@@ -91,23 +91,19 @@ class Convnet:
         -------
         loss : float
         gradient : (N,)
-            A buffer that the next call overwrites.
         """
         xp, count = self.xp, len(labels)
-        total = 0.0
-        self._gradient[...] = 0
-        weights, gradients = self._unflatten(parameters), self._unflatten(xp.empty_like(self._gradient))
+        total, gradient = 0.0, xp.zeros(self.size, self.dtype)
+        weights, parts = self._unflatten(parameters), self._unflatten(self._part)
         for block in self._blocks(count):
             layers, logits = self._forward(weights, images[block])
             nll, probabilities, hot = self._softmax(logits, labels[block])
             total += float(xp.sum(nll))
             d = (probabilities - hot) / count
             for k in reversed(range(len(layers))):
-                d = layers[k].backward(d, weights[k][0], *gradients[k], need_dx=k > 0)
-            for target, part in zip(self._unflatten(self._gradient), gradients, strict=True):
-                target[0][...] += part[0]
-                target[1][...] += part[1]
-        return total / count, self._gradient
+                d = layers[k].backward(d, weights[k][0], *parts[k], need_dx=k > 0)
+            gradient += self._part
+        return total / count, gradient
 
     def evaluate(self, parameters: Array, images: Array, labels: Array) -> tuple[float, int]:
         """Return the summed negative log-likelihood (nats) and the number of samples classified correctly."""
