@@ -37,6 +37,10 @@ def run(arguments: Sequence[str]) -> int:
         if communicator.rank == 0 and (communicator.size > 1 or launched_tasks()[1] == 0):
             print(f"qnewton-mpi: error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    except BrokenPipeError:  # `qnewton-mpi plot … | head`
+        if communicator.size > 1:
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     return 0
 
 

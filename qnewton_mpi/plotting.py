@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.training.runfile import Run
+from qnewton_mpi.training.runfile import Run, by_label
+
+MANY = 8  # labels, beyond which the legend stands beside the axes
 
 
 def plot_runs(runs: list[Run], target: Path) -> None:
-    """Draw training (solid) and test (dashed) NLL against epochs, a colour a run. Local.
+    """Draw training (solid) and test (dashed) NLL against epochs, a colour a label. Local.
 
     Raises
     ------
@@ -23,14 +25,24 @@ def plot_runs(runs: list[Run], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for run in runs:
-        (line,) = axes.plot(run.epochs["epoch"], run.epochs["train_nll"], label=run.label)
-        axes.plot(run.epochs["epoch"], run.epochs["test_nll"], "--", color=line.get_color(), linewidth=1)
+    groups = by_label(runs)
+    figure, axes = plt.subplots(figsize=(7 if len(groups) <= MANY else 10, 4.5), layout="constrained")
+    for label, group in groups.items():
+        color = None
+        for run in group:
+            text = None if color else label
+            (line,) = axes.plot(run.epochs["epoch"], run.epochs["train_nll"], color=color, label=text)
+            color = line.get_color()
+            axes.plot(run.epochs["epoch"], run.epochs["test_nll"], "--", color=color, linewidth=1)
     names = sorted({str(run.attributes["data"]) for run in runs})
     axes.set(xlabel="epochs", ylabel="negative log-likelihood (nats)", yscale="log", title=", ".join(names))
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:g}")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(title="training (dashed: test)")
+    if len(groups) <= MANY:
+        axes.legend(title="training (dashed: test)")
+    else:
+        figure.legend(title="training (dashed: test)", loc="outside right upper", fontsize="x-small", ncols=2)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=150)

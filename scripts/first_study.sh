@@ -23,7 +23,7 @@ run() {  # run NAME OPTIONS...
 }
 
 mkdir -p "$folder"
-for lr in 0.1 0.3 0.5 1; do run "sgd-$lr" --method sgd --lr $lr; done
+for lr in 0.01 0.1 0.3 0.5 1; do run "sgd-$lr" --method sgd --lr $lr; done
 for lr in 0.02 0.05 0.1; do run "heavy-ball-$lr" --method momentum --lr $lr; done
 for lr in 0.02 0.05 0.1; do run "nesterov-$lr" --method momentum --nesterov --lr $lr; done
 for lr in 0.001 0.003 0.01; do run "adam-$lr" --method adam --lr $lr; done

@@ -8,9 +8,11 @@ attributes                     the configuration, versions, `status` (running, f
 
 from __future__ import annotations
 
+import math
 import platform
+import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -158,31 +160,38 @@ class Run:
         name = {"momentum": "Nesterov", "adam": "NAdam"}[a["method"]] if a.get("nesterov") else a["method"]
         return f"{name} M={a['replicas']} lr={a['lr']:g}"
 
+    def last(self, figure: str) -> float:
+        """Return a figure of the last evaluation; NaN before any."""
+        values = self.epochs[figure]
+        return float(values[-1]) if len(values) else math.nan
+
+
+def by_label(runs: list[Run]) -> dict[str, list[Run]]:
+    """Return the runs grouped by their labels: those of a group differ in the seed at most, or are repetitions."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
 
 def table(runs: list[Run]) -> str:
-    """Return the closing table: a row a run, where each stood after its last evaluation."""
-    head = ("run", "epochs", "train NLL", "test NLL", "accuracy", "seconds", "samples/s")
-    rows: list[tuple[str, ...]] = [head]
-    for run in runs:
-        if not len(run.epochs["epoch"]):
-            rows.append((run.label, "none evaluated", *[""] * (len(head) - 2)))
-            continue
-        last = {name: float(values[-1]) for name, values in run.epochs.items()}
-        rate = last["sample_gradients"] / last["wall_seconds"] if last["wall_seconds"] else 0.0
-        rows.append(
-            (
-                run.label,
-                f"{last['epoch']:.4g}",
-                f"{last['train_nll']:.4f}",
-                f"{last['test_nll']:.4f}",
-                f"{last['test_accuracy']:.2%}",
-                f"{last['wall_seconds']:.1f}",
-                f"{rate:,.0f}",
-            )
-        )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
-    lines = [
-        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
+    """Return the closing table: where the runs stood after their last evaluation, mean ± std over those of a label."""
+    columns: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
+        ("epochs", ".4g", lambda run: run.last("epoch")),
+        ("train NLL", ".4f", lambda run: run.last("train_nll")),
+        ("test NLL", ".4f", lambda run: run.last("test_nll")),
+        ("accuracy", ".2%", lambda run: run.last("test_accuracy")),
+        ("seconds", ".1f", lambda run: run.last("wall_seconds")),
+        ("samples/s", ",.0f", lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)),
+    )
+    rows = [("run", "runs", *(name for name, _, _ in columns))]
+    for label, group in by_label(runs).items():
+        cells = []
+        for _, layout, figure in columns:
+            values = [figure(run) for run in group]
+            spread = f" ± {statistics.stdev(values):{layout}}" if len(values) > 1 and max(values) > min(values) else ""
+            cells.append(f"{statistics.fmean(values):{layout}}{spread}")
+        rows.append((label, str(len(group)), *cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

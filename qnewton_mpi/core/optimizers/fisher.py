@@ -77,8 +77,8 @@ class Fisher(Optimizer[FisherSettings]):
             "loss": loss,
             "shrink": shrink,
             "kept_rank": kept,
-            "largest_eigenvalue": values[0] if kept else math.nan,
-            "smallest_eigenvalue": values[-1] if kept else math.nan,
+            "largest_eigenvalue": float(values[0]) if kept else math.nan,
+            "smallest_eigenvalue": float(values[-1]) if kept else math.nan,
         }
         return mean, d, figures
 
