@@ -15,7 +15,7 @@ export LD_LIBRARY_PATH := $(SITE_LIBS)$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH
 else
 VENV      ?= .venv
 EXTRAS    := mpich,plot
-MPIEXEC   := $(VENV)/bin/mpiexec
+MPIEXEC   := $(abspath $(VENV)/bin/mpiexec)
 endif
 
 BIN      := $(VENV)/bin

@@ -251,7 +251,9 @@ def test_a_killed_runs_file_opens(mpiexec, tmp_path):
             told += "train NLL" in line
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["pkill", "-KILL", "-f", str(path)], check=False)  # ranks in sessions of their own
+        # The ranks are in sessions of their own.
+        while subprocess.run(["pkill", "-KILL", "-f", str(path)], check=False).returncode == 0:
+            time.sleep(0.1)
         process.wait()
         process.stderr.close()
     run = Run(path)
