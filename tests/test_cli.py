@@ -15,6 +15,7 @@ import pytest
 from test_data import idx, write_mnist
 
 from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.errors import UserError
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run
 
 
@@ -251,12 +252,18 @@ def test_a_killed_runs_file_opens(mpiexec, tmp_path):
             told += "train NLL" in line
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        # The ranks are in sessions of their own.
-        while subprocess.run(["pkill", "-KILL", "-f", str(path)], check=False).returncode == 0:
-            time.sleep(0.1)
+        subprocess.run(["pkill", "-KILL", "-f", str(path)], check=False)  # ranks in sessions of their own
         process.wait()
         process.stderr.close()
-    run = Run(path)
+    deadline = time.monotonic() + 20  # until the kernel has taken the dead rank's file lock away
+    while True:
+        try:
+            run = Run(path)
+            break
+        except UserError as error:
+            assert "still being written" in str(error)
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     assert run.attributes["status"] == "running"
     assert len(run.epochs["train_nll"]) >= 3
     assert len(run.steps["loss"]) >= 2 * 39

@@ -150,6 +150,8 @@ class Run:
                 self.attributes: dict[str, Any] = dict(file.attrs)
                 self.epochs = {name: np.asarray(file["epochs"][name]) for name in EPOCH_FIGURES}
                 self.steps = {name: np.asarray(dataset) for name, dataset in file["steps"].items()}
+        except BlockingIOError as error:
+            raise UserError(f"{path}: is still being written: wait for its run to end") from error
         except (OSError, KeyError) as error:
             raise UserError(f"{path}: is not the file of a run ({' '.join(str(error).split())})") from error
 
