@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from mpi4py import MPI
 
@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
     training.add_argument(
         "toml", nargs="?", metavar="CONFIG.toml", help="options as a flat table; those of the command line win"
     )
-    _add_options(training.add_argument_group("run"), [(None, TrainSettings)])
+    _add_options(training.add_argument_group("run"), [("", TrainSettings)])
     _add_options(training.add_argument_group("method"), [(name, o.settings_type) for name, o in OPTIMIZERS.items()])
 
     plotting = commands.add_parser("plot", help="draw NLL against epochs and print a table", allow_abbrev=False)
@@ -139,17 +139,20 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
 }
 
 
-def _add_options(group: Any, owners: list[tuple[str | None, type]]) -> None:
+def _add_options(group: Any, owners: list[tuple[str, type]]) -> None:
     """Add an option for each field of the owners' dataclasses; those that share a name share an option."""
-    found: dict[str, list[tuple[str | None, Any]]] = {}
+    texts: dict[str, dict[str, list[str]]] = {}
+    kinds: dict[str, type] = {}
     for owner, kind in owners:
         for item in fields(kind):
-            found.setdefault(item.name, []).append((owner, item))
-    for name, items in found.items():
-        texts = [describe(item) if owner is None else f"{owner}: {describe(item)}" for owner, item in items]
-        flag, text = f"--{name.replace('_', '-')}", "; ".join(texts).replace("%", "%%")
+            texts.setdefault(item.name, {}).setdefault(describe(item), []).append(owner)
+            kinds[item.name] = base_type(get_type_hints(kind)[item.name])
+    for name, parts in texts.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = "; ".join(f"{', '.join(of)}: {said}" if any(of) else said for said, of in parts.items())
+        text = text.replace("%", "%%")
         # Values stay strings here: `config` converts and checks them as it does those of a TOML file.
-        if base_type(items[0][1].type) in (bool, "bool"):
+        if kinds[name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             group.add_argument(flag, default=argparse.SUPPRESS, help=text, metavar=name.rpartition("_")[2].upper())

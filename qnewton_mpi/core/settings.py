@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
@@ -67,26 +68,23 @@ def base_type(hint: Any) -> type:
     return options[0]  # type: ignore[no-any-return]
 
 
+# What a field's type accepts, strings being those of a command line, and how to say so.
+ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int, str), "an integer"),
+    float: ((int, float, str), "a finite number"),
+    str: ((str,), "a string"),
+}
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    target = base_type(hint)
     if value is None:
         return None
-    if target is bool or isinstance(value, bool):
-        if target is bool and isinstance(value, bool):
-            return value
-    elif target is float and isinstance(value, (int, float, str)):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif target is int and isinstance(value, (int, str)):
-        try:
-            return int(value)
-        except ValueError:
-            pass
-    elif target is str and isinstance(value, str):
-        return value
-    kinds = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
-    raise UserError(f"{name} = {value}: must be {kinds[target]}")
+    target = base_type(hint)
+    accepted, wanted = ACCEPTED[target]
+    if isinstance(value, accepted) and isinstance(value, bool) == (target is bool):
+        with contextlib.suppress(ValueError):
+            converted = target(value)
+            if target is not float or math.isfinite(converted):
+                return converted
+    raise UserError(f"{name} = {value}: must be {wanted}")

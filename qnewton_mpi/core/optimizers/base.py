@@ -27,7 +27,7 @@ Figures = dict[str, float]
 class Settings:
     """What every optimizer has: the learning rate α of w ← w − α d."""
 
-    lr: float = setting(0.1, "learning rate", POSITIVE)
+    lr: float = setting(0.3, "learning rate", POSITIVE)
 
 
 S = TypeVar("S", bound=Settings)

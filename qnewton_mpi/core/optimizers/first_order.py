@@ -26,7 +26,7 @@ class MomentumSettings(Settings):
 
     lr: float = setting(0.05, "learning rate", POSITIVE)
     momentum: float = setting(0.9, "momentum β", FRACTION)
-    nesterov: bool = setting(False, "Nesterov's momentum (momentum) or NAdam (adam)")
+    nesterov: bool = setting(False, "Nesterov's momentum")
 
 
 class Momentum(Optimizer[MomentumSettings]):
@@ -54,7 +54,7 @@ class AdamSettings(Settings):
     beta2: float = setting(0.999, "decay of the second moment", FRACTION)
     epsilon: float = setting(1e-8, "added to the root of the second moment", POSITIVE)
     momentum_decay: float = setting(0.004, "of NAdam's momentum schedule", POSITIVE)
-    nesterov: bool = setting(False, "Nesterov's momentum (momentum) or NAdam (adam)")
+    nesterov: bool = setting(False, "NAdam")
 
 
 class Adam(Optimizer[AdamSettings]):

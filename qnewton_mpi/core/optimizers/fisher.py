@@ -17,6 +17,7 @@ from qnewton_mpi.parallel.device import Array, to_device
 class FisherSettings(Settings):
     """Settings of `fisher`."""
 
+    lr: float = setting(0.1, "learning rate", POSITIVE)
     rank: int = setting(64, "directions of the Fisher matrix that are kept", POSITIVE)
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     damping: float = setting(0.1, "ε of (F + ε I)⁻¹", POSITIVE)

@@ -18,6 +18,7 @@ from qnewton_mpi.parallel.device import Array, to_device
 class MultisecantSettings(Settings):
     """Settings of `multisecant`."""
 
+    lr: float = setting(0.1, "learning rate", POSITIVE)
     spread: str = setting("local-step", f"how replicas are displaced: {', '.join(POLICIES)}", one_of(*POLICIES))
     spread_scale: float | None = setting(
         None, "η of local-step (default: lr); standard deviation of random displacements (default 0.01)", POSITIVE
