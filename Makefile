@@ -3,7 +3,7 @@
 
 PYTHON  ?= python3
 RANKS   ?= 4
-EPOCHS  ?= 20
+EPOCHS  ?= 10
 RUNS    ?= runs
 
 # With the site's mpiexec the virtual environment gets no MPI of its own, and mpi4py loads the library beside mpiexec.
@@ -35,7 +35,7 @@ help:  ## Show this help
 
 run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedded images; draw NLL against epochs
 	$(TRAIN) --method fisher --progress $(PROGRESS) --output $(RUNS)/fisher.h5
-	$(TRAIN) --method sgd --lr 0.3 --progress $(PROGRESS) --output $(RUNS)/sgd.h5
+	$(TRAIN) --method sgd --lr 0.5 --progress $(PROGRESS) --output $(RUNS)/sgd.h5
 	$(BIN)/qnewton-mpi plot $(RUNS)/fisher.h5 $(RUNS)/sgd.h5 --output $(RUNS)/nll.png --overwrite
 
 test: $(VENV)/.installed-dev  ## Run the whole test suite: one process, then under mpiexec on 1, 2, 3 and 4 ranks
