@@ -19,6 +19,7 @@ from qnewton_mpi.core.settings import base_type, describe
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
+from qnewton_mpi.studies.plan import read_study
 
 USAGE_ERROR = 2
 
@@ -69,6 +70,19 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
     plotting.add_argument("--output", metavar="FILE.png", help="default: beside the first run, with its name and .png")
     plotting.add_argument("--overwrite", action="store_true", help="replace an existing picture")
 
+    comparing = commands.add_parser(
+        "compare", help="run a study: many runs, tuned alike; resumable", allow_abbrev=False
+    )
+    comparing.add_argument("study", metavar="STUDY.toml")
+    comparing.add_argument("--output", required=True, metavar="STUDY.h5", help="finished runs are kept in STUDY.runs/")
+    comparing.add_argument(
+        "--ranks-per-run", type=int, default=1, metavar="N", help="the ranks of each run (default 1)"
+    )
+
+    reporting = commands.add_parser("report", help="the table (.md) and figure (.png) of a study", allow_abbrev=False)
+    reporting.add_argument("study", metavar="STUDY.h5")
+    reporting.add_argument("--overwrite", action="store_true", help="replace the report of an earlier state")
+
     commands.add_parser("info", help="MPI library, ranks and nodes, threads, devices", allow_abbrev=False)
     try:
         command = parser.parse_args(arguments)
@@ -78,6 +92,10 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
         given = {k: v for k, v in vars(command).items() if k not in ("command", "toml")}
         options = {**(read_toml(command.toml) if command.toml else {}), **given}
         command.config = resolve(run_config(options), ranks)
+    if command.command == "compare":
+        command.plan = read_study(command.study)
+        if command.ranks_per_run < 1 or ranks % command.ranks_per_run:
+            raise UserError(f"--ranks-per-run {command.ranks_per_run} does not divide the {ranks} rank(s)")
     return command
 
 
@@ -108,6 +126,34 @@ def plot_command(command: argparse.Namespace, communicator: Communicator) -> Non
     communicator.from_root(draw)
 
 
+def compare_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Run a study."""
+    from qnewton_mpi.studies.compare import compare
+
+    compare(command.plan, Path(command.output), command.ranks_per_run, communicator)
+    if communicator.rank == 0:
+        print(f"written to {command.output}; next: qnewton-mpi report {command.output}", flush=True)
+
+
+def report_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Write and print the report on a study, on rank 0."""
+    from qnewton_mpi.studies.report import draw, markdown, read_results
+
+    def report() -> None:
+        path = Path(command.study)
+        table, picture = path.with_suffix(".md"), path.with_suffix(".png")
+        results = read_results(path)
+        for target in (table, picture):
+            if target.exists() and not command.overwrite:
+                raise UserError(f"{target} exists: replace it with --overwrite")
+        text = markdown(results)
+        table.write_text(text)
+        draw(results, picture)
+        print(f"{text}\ntable: {table}\nfigure: {picture}", flush=True)
+
+    communicator.from_root(report)
+
+
 def info_command(command: argparse.Namespace, communicator: Communicator) -> None:
     """Tell what the ranks run on."""
     from threadpoolctl import threadpool_info
@@ -135,6 +181,8 @@ def info_command(command: argparse.Namespace, communicator: Communicator) -> Non
 COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
     "train": train_command,
     "plot": plot_command,
+    "compare": compare_command,
+    "report": report_command,
     "info": info_command,
 }
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Settings
-from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, build, one_of, setting
+from qnewton_mpi.core.schedules import SCHEDULES
+from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import ACTIVATIONS
@@ -37,6 +38,10 @@ class TrainSettings:
     batch: int = setting(256, "global batch, over all replicas; a multiple of M", POSITIVE)
     epochs: int | None = setting(None, f"passes over the training set (default {DEFAULT_EPOCHS})", POSITIVE)
     steps: int | None = setting(None, "steps, instead of epochs", POSITIVE)
+    schedule: str = setting("constant", f"of the learning rate: {', '.join(SCHEDULES)}", one_of(*SCHEDULES))
+    warmup: int = setting(0, "steps over which the rate grows linearly first", NOT_NEGATIVE)
+    ema: float = setting(0.99, "decay of the exponential mean of the iterates that is evaluated too", FRACTION)
+    evaluate_every: int | None = setting(None, "steps between evaluations (default: an epoch)", POSITIVE)
     activation: str = setting("tanh", ", ".join(ACTIVATIONS), one_of(*ACTIVATIONS))
     seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
     device: str = setting("cpu", "cpu, or cuda (CuPy)", one_of("cpu", "cuda"))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -47,6 +48,11 @@ class Exchange(ABC):
     ----------
     local : range
         The global indices of this rank's replicas.
+    bytes_sent : int
+        By all ranks together, so far: what each collective must move at least, 2B(n−1) for an Allreduce of B bytes over
+        n ranks (bandwidth-optimal algorithm), otherwise what is not yet where it has to be.
+    bytes_sent_by_replicas : int
+        The same if every replica were on a rank of its own, n = M.
     """
 
     def __init__(self, communicator: Communicator, replicas: int, size: int) -> None:
@@ -56,6 +62,8 @@ class Exchange(ABC):
         limits = partition.bounds(replicas, communicator.size)
         self.counts = [last - first for first, last in itertools.pairwise(limits)]
         self.local = range(limits[communicator.rank], limits[communicator.rank + 1])
+        self.bytes_sent = 0
+        self.bytes_sent_by_replicas = 0
 
     @abstractmethod
     def mean(self, rows: Array) -> Array:
@@ -114,10 +122,20 @@ class Exchange(ABC):
 
     def share(self, figures: Matrix) -> Matrix:
         """Return every replica's row of figures, (M, p), from this rank's (R, p)."""
+        self._count(lambda n: (n - 1) * self.replicas * figures[0].nbytes)
         return self.communicator.allgather(figures, self.counts)
+
+    def _row_bytes(self, like: Array) -> int:
+        return int(self.size * array_namespace(like).finfo(like.dtype).bits // 8)
+
+    def _count(self, sent: Callable[[int], float]) -> None:
+        """Count a collective that makes n ranks together send sent(n) bytes."""
+        self.bytes_sent += round(sent(self.communicator.size))
+        self.bytes_sent_by_replicas += round(sent(self.replicas))
 
     def _added(self, partial: Matrix) -> Matrix:
         """Return the sum of the ranks' arrays (1, …) in rank order, without the first axis."""
+        self._count(lambda n: n * (n - 1) * partial.nbytes)
         everyone: Matrix = self.communicator.allgather(partial, [1] * self.communicator.size)
         return everyone.sum(axis=0)  # type: ignore[no-any-return]
 
@@ -127,10 +145,12 @@ class AllgatherExchange(Exchange):
 
     def mean(self, rows: Array) -> Array:
         xp = array_namespace(rows)
+        self._count(lambda n: 2 * (n - 1) * self._row_bytes(rows))
         total = self.communicator.allreduce(to_host(xp.sum(rows, axis=0)))
         return to_device(total, rows) / self.replicas
 
     def columns(self, rows: Array) -> Array:
+        self._count(lambda n: (n - 1) * self.replicas * self._row_bytes(rows))
         return to_device(self.communicator.allgather(to_host(rows), self.counts), rows)
 
     def rows(self, columns: Array) -> Array:
@@ -151,16 +171,19 @@ class ServerExchange(Exchange):
 
     def mean(self, rows: Array) -> Array:
         xp = array_namespace(rows)
+        self._count(lambda n: (n - 1) * self._row_bytes(rows))
         total = self.communicator.reduce(to_host(xp.sum(rows, axis=0)))
         return to_device(total[self.summed()], rows) / self.replicas
 
     def columns(self, rows: Array) -> Array:
+        self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(rows))
         everyone = self.communicator.gather(to_host(rows), self.counts)
         return to_device(everyone.reshape(self.replicas, -1), rows)
 
     def rows(self, columns: Array) -> Array:
         everyone = to_host(columns)
         mine = np.empty((len(self.local), self.size), everyone.dtype)
+        self._count(lambda n: (n - 1) / n * self.replicas * mine[0].nbytes)
         return to_device(self.communicator.scatter(everyone, mine, self.counts), columns)
 
     def hold(self, vector: Array) -> Array:
@@ -169,6 +192,7 @@ class ServerExchange(Exchange):
     def collect(self, vector: Array) -> Array:
         host = to_host(vector)
         whole = host.copy() if self.communicator.rank == 0 else np.empty(self.size, host.dtype)
+        self._count(lambda n: (n - 1) * whole.nbytes)
         return to_device(self.communicator.broadcast(whole), vector)
 
     def summed(self) -> slice:

@@ -13,25 +13,32 @@ from collections.abc import Callable
 from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.parallel.device import Array
 
+RANDOM_SCALE = 0.01
+
 
 class SpreadPolicy(ABC):
     """A rule for the displacements W, (M, held), whose mean over the replicas is zero.
 
     Parameters
     ----------
-    scale : float
-        η of `local-step`; the standard deviation of each random displacement's coordinates otherwise.
+    scale : float, optional
+        η of `local-step`, by default the learning rate; the standard deviation of each random displacement's
+        coordinates otherwise, by default 0.01.
     draw : callable
         draw(step) returns centred standard normal columns (M, held) that depend on the seed and the step alone.
     """
 
-    def __init__(self, scale: float, draw: Callable[[int], Array]) -> None:
+    def __init__(self, scale: float | None, draw: Callable[[int], Array]) -> None:
         self.scale = scale
         self.draw = draw
 
     def start(self, zeros: Array) -> Array:
         """Return the first displacements, in the shape (M, held) of `zeros`."""
-        return self.scale * self.draw(0)
+        return self.random(0)
+
+    def random(self, step: int) -> Array:
+        """Return random displacements of the policy's scale, (M, held)."""
+        return (RANDOM_SCALE if self.scale is None else self.scale) * self.draw(step)
 
     @abstractmethod
     def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
@@ -57,7 +64,7 @@ class LocalStep(SpreadPolicy):
         return zeros
 
     def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
-        return -self.scale * gradients
+        return -(rate if self.scale is None else self.scale) * gradients
 
 
 class Independent(SpreadPolicy):
@@ -71,7 +78,7 @@ class Random(SpreadPolicy):
     """Fresh random displacements before every gradient."""
 
     def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
-        return self.scale * self.draw(step)
+        return self.random(step)
 
 
 POLICIES: dict[str, type[SpreadPolicy]] = {"local-step": LocalStep, "independent": Independent, "random": Random}

@@ -1,4 +1,4 @@
-"""A duplicated MPI communicator: collectives on host buffers, agreement on errors, counted traffic."""
+"""A duplicated MPI communicator: collectives on host buffers, agreement on errors."""
 
 from __future__ import annotations
 
@@ -34,11 +34,8 @@ class Communicator:
     rank, size : int
     node_rank, node_size : int
         Position among, and number of, the ranks that share this node's memory.
-    bytes_received : int
-        What this rank had to receive so far: 2B(n−1)/n for an Allreduce of B bytes (bandwidth-optimal algorithm),
-        everything that it did not already hold for the others. Set-up is not counted.
     seconds : float
-        Time spent in counted collectives, waiting included.
+        Time spent in collectives on buffers, waiting included.
     """
 
     def __init__(self, parent: MPI.Comm | None = None) -> None:
@@ -48,44 +45,42 @@ class Communicator:
         node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
         self.node_rank, self.node_size = node.Get_rank(), node.Get_size()
         node.Free()
-        self.bytes_received = 0
         self.seconds = 0.0
 
     def allreduce(self, array: HostArray) -> HostArray:
         """Return the sum of the ranks' arrays, same shape and dtype."""
         total = np.empty_like(array)
-        self._count(2 * array.nbytes * (self.size - 1) // self.size, self.mpi.Allreduce, array, total)
+        self._time(self.mpi.Allreduce, array, total)
         return total
 
     def reduce(self, array: HostArray) -> HostArray:
         """Return the sum of the ranks' arrays on rank 0; elsewhere the argument."""
         total = np.empty_like(array) if self.rank == 0 else array
-        received = array.nbytes * (self.size - 1) if self.rank == 0 else 0
-        self._count(received, self.mpi.Reduce, array, total if self.rank == 0 else None)
+        self._time(self.mpi.Reduce, array, total if self.rank == 0 else None)
         return total
 
     def allgather(self, rows: HostArray, counts: Sequence[int]) -> HostArray:
         """Return the ranks' rows, stacked in rank order; `counts` tells how many each rank has."""
         everyone = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
-        self._count(everyone.nbytes - rows.nbytes, self.mpi.Allgatherv, rows, self._blocks(everyone, counts))
+        self._time(self.mpi.Allgatherv, rows, self._blocks(everyone, counts))
         return everyone
 
     def gather(self, rows: HostArray, counts: Sequence[int]) -> HostArray:
         """Return the ranks' rows, stacked in rank order, on rank 0; elsewhere an array without rows."""
         everyone = np.empty((sum(counts) if self.rank == 0 else 0, *rows.shape[1:]), rows.dtype)
         target = self._blocks(everyone, counts) if self.rank == 0 else None
-        self._count(max(everyone.nbytes - rows.nbytes, 0), self.mpi.Gatherv, rows, target)
+        self._time(self.mpi.Gatherv, rows, target)
         return everyone
 
     def scatter(self, everyone: HostArray, rows: HostArray, counts: Sequence[int]) -> HostArray:
         """Fill `rows` with this rank's share of rank 0's stacked rows and return it."""
         source = self._blocks(everyone, counts) if self.rank == 0 else None
-        self._count(rows.nbytes if self.rank else 0, self.mpi.Scatterv, source, rows)
+        self._time(self.mpi.Scatterv, source, rows)
         return rows
 
     def broadcast(self, array: HostArray) -> HostArray:
         """Fill `array` with rank 0's and return it."""
-        self._count(array.nbytes if self.rank else 0, self.mpi.Bcast, array)
+        self._time(self.mpi.Bcast, array)
         return array
 
     def together(self, action: Callable[[], T]) -> T:
@@ -117,15 +112,10 @@ class Communicator:
             raise failure
         return result  # type: ignore[no-any-return]
 
-    def total(self, value: int) -> int:
-        """Return the sum of an integer over the ranks. Not counted as traffic."""
-        return int(self.mpi.allreduce(value))
-
-    def _count(self, received: int, collective: Callable[..., None], *buffers: Any) -> None:
+    def _time(self, collective: Callable[..., None], *buffers: Any) -> None:
         started = time.perf_counter()
         collective(*buffers)
         self.seconds += time.perf_counter() - started
-        self.bytes_received += received
 
     @staticmethod
     def _blocks(everyone: HostArray, counts: Sequence[int]) -> list[Any]:

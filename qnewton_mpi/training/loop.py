@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +17,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.config import RunConfig
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
@@ -20,8 +25,9 @@ from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
+from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.progress import Progress
-from qnewton_mpi.training.runfile import RunFile
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, RunFile
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
 EVALUATION_BATCH = 1024
@@ -43,13 +49,16 @@ class ReplicaLoss:
         return self.network.loss_and_gradient(parameters, *self.split.batch(self.order.indices(self.step, replica)))
 
 
-def train(config: RunConfig, communicator: Communicator) -> Path:
+def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, Any] | None = None) -> Path:
     """Do a run and return the path of its file. Collective.
 
     Parameters
     ----------
     config : RunConfig
         Resolved (`config.resolve`) and the same on every rank.
+    communicator : Communicator
+    labels : mapping, optional
+        More attributes for the run's file.
 
     Raises
     ------
@@ -73,7 +82,8 @@ def train(config: RunConfig, communicator: Communicator) -> Path:
         config.optimizer, network.initial_parameters(training.seed), exchange, order.share, training.seed
     )
 
-    attributes = {**config.flat(), "ranks": communicator.size, "parameters": network.size, "device_name": device.name}
+    machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
+    attributes = {**config.flat(), **machine, **(labels or {})}
     root = communicator.rank == 0
     label, epochs = f"{training.method} M={config.replicas}", steps / order.steps_per_epoch
     with contextlib.ExitStack() as stack:
@@ -84,36 +94,47 @@ def train(config: RunConfig, communicator: Communicator) -> Path:
         progress = Progress(training.progress if root else "off", steps, epochs, training.batch, label)
         stack.enter_context(contextlib.closing(progress))
 
-        def readings() -> NDArray[np.float64]:
-            """Seconds in all, in gradients and in communication, and the bytes received, up to now."""
-            return np.array(
-                [time.perf_counter(), optimizer.gradient_seconds, communicator.seconds, communicator.bytes_received]
-            )
+        averages = Averages(optimizer.parameters, steps, training.ema)
 
-        spent, evaluation_seconds = np.zeros(4), 0.0
+        def readings() -> NDArray[np.float64]:
+            """Seconds in all, in gradients and in communication, up to now."""
+            return np.array([time.perf_counter(), optimizer.gradient_seconds, communicator.seconds])
+
+        spent, evaluation_seconds = np.zeros(3), 0.0
         for step in range(steps + 1):
             if step > 0:
                 loss.step = step - 1
+                optimizer.rate = config.optimizer.lr * factor(training.schedule, training.warmup, step - 1, steps)
                 before = readings()
                 figures = optimizer.step(loss)
-                whole, gradient, communication, _ = took = readings() - before
+                whole, gradient, communication = took = readings() - before
                 spent += took
+                averages.add(optimizer.parameters, step)
                 progress.step(figures["loss"])
                 if file is not None:
                     phases = (gradient, communication, whole - gradient - communication)
                     file.add_step({**figures, **dict(zip(PHASES, phases, strict=True))})
-            if step % order.steps_per_epoch == 0 or step == steps:
+            if step % (training.evaluate_every or order.steps_per_epoch) == 0 or step == steps:
                 started = time.perf_counter()
-                quality = evaluate(network, optimizer.parameters, dataset, communicator)
+                iterates = {"": optimizer.parameters}
+                if step == steps:
+                    iterates |= {"ema_": averages.exponential, "tail_": averages.tail}
+                quality = {
+                    iterate + name: value
+                    for iterate, parameters in iterates.items()
+                    for name, value in evaluate(network, parameters, dataset, communicator).items()
+                }
                 evaluation_seconds += time.perf_counter() - started
                 figures = {
+                    **dict.fromkeys(EPOCH_FIGURES, math.nan),
+                    **quality,
                     "epoch": step / order.steps_per_epoch,
                     "step": step,
-                    **quality,
                     "sample_gradients": step * training.batch,
                     "wall_seconds": spent[0],
                     "evaluation_seconds": evaluation_seconds,
-                    "bytes_sent": communicator.total(int(spent[3])),
+                    "bytes_sent": exchange.bytes_sent,
+                    "bytes_sent_by_replicas": exchange.bytes_sent_by_replicas,
                 }
                 if file is not None:
                     file.add_epoch(figures, to_host(optimizer.parameters))
@@ -121,7 +142,7 @@ def train(config: RunConfig, communicator: Communicator) -> Path:
     return config.output
 
 
-def load_data(config: RunConfig, communicator: Communicator, xp: object = np) -> datasets.Dataset:
+def load_data(config: RunConfig, communicator: Communicator, xp: ModuleType = np) -> datasets.Dataset:
     """Return the data set; the first rank of each node fetches what is missing, once. Collective."""
     name, folder = config.training.data, config.training.data_dir
 
@@ -130,7 +151,7 @@ def load_data(config: RunConfig, communicator: Communicator, xp: object = np) ->
             datasets.download(name)
 
     communicator.together(fetch)
-    return communicator.together(lambda: datasets.load(name, folder, xp))  # type: ignore[arg-type]
+    return communicator.together(lambda: datasets.load(name, folder, xp))
 
 
 def evaluate(

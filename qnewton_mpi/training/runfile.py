@@ -26,16 +26,17 @@ from numpy.typing import NDArray
 from qnewton_mpi import __version__
 from qnewton_mpi.errors import UserError
 
+ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter
+QUALITIES = ("train_nll", "test_nll", "test_accuracy")
 EPOCH_FIGURES = (
     "epoch",
     "step",
-    "train_nll",
-    "test_nll",
-    "test_accuracy",
+    *(iterate + quality for iterate in ITERATES for quality in QUALITIES),
     "sample_gradients",
     "wall_seconds",
     "evaluation_seconds",
     "bytes_sent",
+    "bytes_sent_by_replicas",
 )
 FLUSH_SECONDS = 5.0
 
@@ -144,16 +145,35 @@ class Run:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
             with h5py.File(path) as file:
-                self.attributes: dict[str, Any] = dict(file.attrs)
-                self.epochs = {name: np.asarray(file["epochs"][name]) for name in EPOCH_FIGURES}
-                self.steps = {name: np.asarray(dataset) for name, dataset in file["steps"].items()}
+                self._read(path, file)
         except BlockingIOError as error:
             raise UserError(f"{path}: is still being written: wait for its run to end") from error
         except (OSError, KeyError) as error:
             raise UserError(f"{path}: is not the file of a run ({' '.join(str(error).split())})") from error
+
+    @classmethod
+    def of_group(cls, path: Path, group: h5py.Group) -> Run:
+        """Return the run in a group of a study's file; KeyError where it is none."""
+        run = cls.__new__(cls)
+        run._read(path, group)
+        return run
+
+    def _read(self, path: Path, group: h5py.Group) -> None:
+        self.path = path
+        self.attributes: dict[str, Any] = dict(group.attrs)
+        self.epochs = {name: np.asarray(group["epochs"][name]) for name in EPOCH_FIGURES}
+        self.steps = {name: np.asarray(dataset) for name, dataset in group.get("steps", {}).items()}
+
+    def reached(self, figure: str) -> float:
+        """Return a figure of the last evaluation; NaN for a run that diverged or was killed."""
+        return self.last(figure) if self.finished else math.nan
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end: it was not killed, and did not diverge."""
+        return bool(self.attributes["status"] == "finished")
 
     @property
     def label(self) -> str:

@@ -72,20 +72,24 @@ def test_dots(communicator, name):
 
 def test_counted_traffic_is_the_formula(communicator):
     n, item = communicator.size, 8
-    rows = np.ones((1, SIZE))
 
-    def received(action):
-        before = communicator.bytes_received
+    def sent(exchange, action):
+        before = exchange.bytes_sent, exchange.bytes_sent_by_replicas
         action()
-        return communicator.bytes_received - before
+        after = exchange.bytes_sent, exchange.bytes_sent_by_replicas
+        return tuple(b - a for a, b in zip(before, after, strict=True))
 
-    literal, server = (EXCHANGES[name](communicator, n, SIZE) for name in ("allgather", "server"))
-    root = communicator.rank == 0
-    assert received(lambda: literal.mean(rows)) == 2 * item * SIZE * (n - 1) // n
-    assert received(lambda: literal.columns(rows)) == item * SIZE * (n - 1)
-    assert received(lambda: literal.gram(rows, rows)) == item * (n - 1)
-    assert received(lambda: server.columns(rows)) == (item * SIZE * (n - 1) if root else 0)
-    assert received(lambda: server.collect(server.hold(rows[0]))) == (0 if root else item * SIZE)
+    vector = item * SIZE
+    for replicas in (n, 2 * n):
+        literal, server = (EXCHANGES[name](communicator, replicas, SIZE) for name in ("allgather", "server"))
+        rows = np.ones((len(literal.local), SIZE))
+        counts = (n, replicas)
+        assert sent(literal, lambda: literal.mean(rows)) == tuple(2 * vector * (k - 1) for k in counts)  # noqa: B023
+        assert sent(literal, lambda: literal.columns(rows)) == tuple(replicas * vector * (k - 1) for k in counts)  # noqa: B023
+        assert sent(literal, lambda: literal.dots((rows[0], rows[0]))) == tuple(item * k * (k - 1) for k in counts)  # noqa: B023
+        assert sent(server, lambda: server.columns(rows)) == tuple(replicas * vector * (k - 1) // k for k in counts)  # noqa: B023
+        held = server.hold(rows[0])
+        assert sent(server, lambda: server.collect(held)) == tuple(vector * (k - 1) for k in counts)  # noqa: B023
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -53,6 +53,8 @@ class Optimizer(ABC, Generic[S]):
         The current parameters, the same on every rank. Valid until the next step, which may change them in place.
     steps : int
         Steps done.
+    rate : float
+        The learning rate α of the next step; the settings' until it is changed, as by a schedule.
     gradient_seconds : float
         Time that this rank has spent in `loss_and_gradient`.
     """
@@ -67,6 +69,7 @@ class Optimizer(ABC, Generic[S]):
         self.samples = samples
         self.seed = seed
         self.steps = 0
+        self.rate = settings.lr
         self.gradient_seconds = 0.0
         self.xp = array_namespace(parameters)
         self.held = exchange.hold(parameters)
@@ -93,14 +96,14 @@ class Optimizer(ABC, Generic[S]):
         """
         self.steps += 1
         mean, direction, figures = self.direction(loss_and_gradient)
-        self.held -= self.settings.lr * direction
+        self.held -= self.rate * direction
         self.parameters = self.exchange.collect(self.held)
         gg, dd, gd = self.exchange.dots((mean, mean), (direction, direction), (mean, direction))
         norms = math.sqrt(gg * dd)
         cosine = gd / norms if norms > 0 else math.nan
         return {
             "gradient_norm": math.sqrt(gg),
-            "step_norm": self.settings.lr * math.sqrt(dd),
+            "step_norm": self.rate * math.sqrt(dd),
             "cosine": cosine,
             **figures,
         }

@@ -68,7 +68,7 @@ class Fisher(Optimizer[FisherSettings]):
         self.moment = beta * self.moment + (1 - beta) * mean
         z = (beta * self.moment + (1 - beta) * mean) / (1 - beta ** (t + 1))
         d = self.apply_inverse(z)
-        divergence = self.settings.lr**2 / 2 * self.exchange.dots((d, z))[0]
+        divergence = self.rate**2 / 2 * self.exchange.dots((d, z))[0]
         shrink = min(1.0, math.sqrt(self.settings.max_divergence / divergence)) if divergence > 0 else 1.0
         d = shrink * d
 

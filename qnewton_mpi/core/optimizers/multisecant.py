@@ -21,7 +21,7 @@ class MultisecantSettings(Settings):
     lr: float = setting(0.1, "learning rate", POSITIVE)
     spread: str = setting("local-step", f"how replicas are displaced: {', '.join(POLICIES)}", one_of(*POLICIES))
     spread_scale: float | None = setting(
-        None, "η of local-step (default: lr); standard deviation of random displacements (default 0.01)", POSITIVE
+        None, "η of local-step (default: the rate); standard deviation of random displacements (default 0.01)", POSITIVE
     )
     tolerance: float = setting(1e-4, "secants with σ ≤ tolerance · σ_max are dropped", NOT_NEGATIVE)
     tikhonov: float = setting(0.0, "Tikhonov damping of the secants, relative to σ_max²", NOT_NEGATIVE)
@@ -39,9 +39,7 @@ class Multisecant(Optimizer[MultisecantSettings]):
     figures = (*Optimizer.figures, "spread_norm", "kept_rank", "condition")
 
     def start(self) -> None:
-        settings = self.settings
-        scale = settings.spread_scale or (settings.lr if settings.spread == "local-step" else 0.01)
-        self.spread = POLICIES[settings.spread](scale, self.draw)
+        self.spread = POLICIES[self.settings.spread](self.settings.spread_scale, self.draw)
         self.displacements = self.spread.start(
             self.xp.zeros((self.exchange.replicas, *self.held.shape), dtype=self.held.dtype)
         )
@@ -52,7 +50,7 @@ class Multisecant(Optimizer[MultisecantSettings]):
         mean, G = self.exchange.centred(gradients)
         inverse = InverseHessian(self.exchange, W, G, self.settings.tolerance, self.settings.tikhonov)
         d = inverse.apply(mean[None, :])[0, :]
-        self.displacements = self.spread.advance(self.steps, W, G, inverse, self.settings.lr)
+        self.displacements = self.spread.advance(self.steps, W, G, inverse, self.rate)
         spread_norm = math.sqrt(self.exchange.dots((W, W))[0])
         figures = {"loss": loss, "spread_norm": spread_norm, "kept_rank": inverse.rank, "condition": inverse.condition}
         return mean, d, figures

@@ -1,0 +1,1 @@
+"""Studies: many runs under one launch, tuned alike, and the report on them."""

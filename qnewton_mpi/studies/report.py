@@ -1,0 +1,177 @@
+"""The report on a study: a table against the best baseline, and its curves over three kinds of cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.studies.plan import at_edge
+from qnewton_mpi.studies.store import read_runs
+from qnewton_mpi.training.runfile import Run
+
+COSTS = {
+    "sample_gradients": "sample gradients",
+    "wall_seconds": "seconds, without evaluations",
+    "bytes_sent_by_replicas": "bytes sent, a rank for each replica",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a row of a study reached.
+
+    Attributes
+    ----------
+    runs : list of Run
+        On the seeds that count; those that diverged are not in it, but in `diverged`.
+    tried : list of float
+        The rates tuned over; empty without tuning.
+    """
+
+    name: str
+    baseline: bool
+    rate: float
+    tried: list[float]
+    runs: list[Run]
+    diverged: int
+
+    def mean(self, figure: str) -> float:
+        """Return the mean of a figure of the last evaluation; NaN where every run diverged."""
+        return statistics.fmean(run.last(figure) for run in self.runs) if self.runs else math.nan
+
+    def cell(self, figure: str, layout: str = ".4f") -> str:
+        """Return mean ± standard deviation over the runs."""
+        if not self.runs:
+            return "diverged"
+        values = [run.last(figure) for run in self.runs]
+        spread = f" ± {statistics.stdev(values):{layout}}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):{layout}}{spread}"
+
+    def curve(self, figure: str) -> NDArray[np.float64]:
+        """Return a figure of each evaluation, mean over the runs."""
+        return np.asarray(np.mean([run.epochs[figure] for run in self.runs], axis=0))
+
+    def cost_to(self, target: float, cost: str) -> float:
+        """Return the cost at which the mean training NLL reaches a target; NaN if it does not, or a run diverged."""
+        if not self.runs or self.diverged:
+            return math.nan
+        return reached_at(self.curve(cost), self.curve("train_nll"), target)
+
+
+def reached_at(cost: NDArray[np.float64], nll: NDArray[np.float64], target: float) -> float:
+    """Return the cost at which a curve first falls to a target, log-linear between evaluations; NaN if it never does.
+
+    Examples
+    --------
+    >>> reached_at(np.array([0.0, 10.0, 20.0]), np.array([1.0, 0.1, 0.01]), 0.1**1.5)
+    15.0
+    """
+    below = np.flatnonzero(nll <= target)
+    if not len(below):
+        return math.nan
+    k = below[0]
+    if k == 0:
+        return float(cost[0])
+    part = (math.log(nll[k - 1]) - math.log(target)) / (math.log(nll[k - 1]) - math.log(nll[k]))
+    return round(float(cost[k - 1] + part * (cost[k] - cost[k - 1])), 9)
+
+
+def read_results(path: Path) -> list[Result]:
+    """Return the rows of a study's file.
+
+    Raises
+    ------
+    UserError
+        For a file that is missing or is no study's.
+    """
+    runs: dict[str, list[Run]] = {}
+    for run in read_runs(path):
+        runs.setdefault(str(run.attributes["row"]), []).append(run)
+    results = []
+    for name, members in runs.items():
+        final = [run for run in members if run.attributes["stage"] == "final"]
+        whole = [run for run in final if run.finished]
+        tried = sorted(float(run.attributes["lr"]) for run in members if run.attributes["stage"] == "tuning")
+        first = final[0].attributes
+        results.append(Result(name, bool(first["baseline"]), float(first["lr"]), tried, whole, len(final) - len(whole)))
+    return results
+
+
+def best_baseline(results: Iterable[Result], figure: str) -> Result | None:
+    """Return the baseline with the lowest mean of a figure, or None without baselines."""
+    candidates = [r for r in results if r.baseline and r.runs]
+    return min(candidates, key=lambda r: r.mean(figure), default=None)
+
+
+def markdown(results: list[Result]) -> str:
+    """Return the table: mean ± standard deviation over the seeds, and ratios to the best baseline in each figure.
+
+    "to its NLL" is the cost until the best baseline's final training NLL is reached, over the baseline's whole cost.
+    """
+    last, tail = (best_baseline(results, figure) for figure in ("train_nll", "tail_train_nll"))
+    ordered = sorted(results, key=lambda r: (not r.baseline, r.name))
+
+    def ratio(value: float, base: float | None) -> str:
+        return "–" if base is None or math.isnan(value) else f"{value / base:.2f}"
+
+    def to_target(result: Result, cost: str) -> str:
+        if last is None:
+            return "–"
+        return ratio(result.cost_to(last.mean("train_nll"), cost), last.mean(cost))
+
+    columns: dict[str, Callable[[Result], str]] = {
+        "row": lambda r: r.name + (" (baseline)" if r.baseline else ""),
+        "rate": lambda r: f"{r.rate:g}" + (" (edge)" if at_edge(r.rate, r.tried) else ""),
+        "tuned over": lambda r: str(len(r.tried)),
+        "seeds": lambda r: str(len(r.runs)) + (f" + {r.diverged} diverged" if r.diverged else ""),
+        "train NLL": lambda r: r.cell("train_nll"),
+        "ratio": lambda r: ratio(r.mean("train_nll"), last.mean("train_nll") if last else None),
+        "train NLL, tail mean": lambda r: r.cell("tail_train_nll"),
+        "ratio, tail": lambda r: ratio(r.mean("tail_train_nll"), tail.mean("tail_train_nll") if tail else None),
+        "test NLL, tail mean": lambda r: r.cell("tail_test_nll"),
+        "samples to its NLL": lambda r: to_target(r, "sample_gradients"),
+        "seconds to its NLL": lambda r: to_target(r, "wall_seconds"),
+    }
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(cell(result) for cell in columns.values())} |" for result in ordered]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[Result], target: Path) -> None:
+    """Draw the mean training NLL of each row against the three kinds of cost. Local.
+
+    Raises
+    ------
+    UserError
+        Without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("report needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(COSTS), figsize=(15, 5), sharey=True, layout="constrained")
+    for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
+        for result in results:
+            if not result.runs:
+                continue
+            style, label_of = "--" if result.baseline else "-", f"{result.name}, {result.rate:g}"
+            axes.plot(result.curve(cost), result.curve("train_nll"), style, label=label_of)
+        axes.set(xlabel=label, yscale="log")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
+        axes.grid(True, which="both", alpha=0.3)
+    panels[0].set_ylabel("training NLL (nats), mean over seeds; baselines dashed")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figure.savefig(target, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""Where the runs of a study are: STUDY.h5, and while it is under way a folder STUDY.runs beside it.
+
+A run's name identifies its options, by a hash. So a study that was cut off goes on where it stopped, and one that was
+changed repeats only what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.training.runfile import Run
+
+
+def run_name(row: str, options: Mapping[str, Any]) -> str:
+    """Return a name that tells the row and identifies the options.
+
+    Examples
+    --------
+    >>> run_name("Adam, 3", {"lr": 0.1}) == run_name("Adam, 3", {"lr": 0.1})
+    True
+    >>> run_name("Adam, 3", {"lr": 0.1})[:7]
+    'adam-3-'
+    """
+    digest = hashlib.sha256(json.dumps([row, sorted(options.items())]).encode()).hexdigest()[:12]
+    return f"{re.sub('[^a-z0-9.]+', '-', row.lower())}-{digest}"
+
+
+class Store:
+    """The runs of a study. Local; each file has one writer.
+
+    Parameters
+    ----------
+    output : Path
+        STUDY.h5: a group for each run, with its attributes and its /epochs.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_suffix(".runs")
+
+    def open(self) -> None:
+        """Make the folder, and forget who had claimed what when a launch was cut off: on one rank, first.
+
+        Raises
+        ------
+        UserError
+            Where the folder cannot be made, or the output is not a study's.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made ({error}): name another --output") from error
+        for claim in self.folder.glob("*.claim"):
+            claim.unlink()
+        if self.output.exists():
+            read_runs(self.output)
+
+    def claim(self, name: str) -> bool:
+        """Tell whether a name was not claimed before; from now on it is."""
+        try:
+            (self.folder / f"{name}.claim").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def has(self, name: str) -> bool:
+        """Tell whether a run is stored whole."""
+        return self._path(name).exists() or self._merged(name) is not None
+
+    def run(self, name: str) -> Run:
+        """Return a stored run."""
+        return Run(self._path(name)) if self._path(name).exists() else self._merged(name)  # type: ignore[return-value]
+
+    def unfinished(self, name: str) -> Path:
+        """Return where a run is to be written."""
+        return self._path(name).with_suffix(".part")
+
+    def keep(self, name: str) -> None:
+        """Declare a run written whole."""
+        self.unfinished(name).rename(self._path(name))
+
+    def merge(self, names: list[str]) -> None:
+        """Write the named runs into the output, replaced by a rename; then the folder goes."""
+        part = self.output.with_suffix(".part")
+        with h5py.File(part, "w") as study:
+            for name in names:
+                inside = not self._path(name).exists()
+                with h5py.File(self.output if inside else self._path(name)) as file:
+                    source = file[name] if inside else file
+                    group = study.create_group(name)
+                    group.attrs.update(source.attrs)
+                    for figure, dataset in source["epochs"].items():
+                        group[f"epochs/{figure}"] = dataset[()]  # no longer to be extended: small
+        part.rename(self.output)
+        shutil.rmtree(self.folder)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.h5"
+
+    def _merged(self, name: str) -> Run | None:
+        if not self.output.exists():
+            return None
+        with h5py.File(self.output) as file:
+            return Run.of_group(self.output, file[name]) if name in file else None
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Return the runs of a study's file.
+
+    Raises
+    ------
+    UserError
+        For a file that is missing or is no study's.
+    """
+    try:
+        with h5py.File(path) as file:
+            return [Run.of_group(path, group) for group in file.values()]
+    except (OSError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: is not the file of a study ({' '.join(str(error).split())})") from error
