@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 from problems import VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.optimizers.kronecker import Side, layers_of
+from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import NonFiniteGradientError
 from qnewton_mpi.parallel.communicator import Communicator
 
@@ -32,7 +35,8 @@ def test_minimises_a_quadratic(communicator, variant):
         # Different minima are noise in G, which the formula takes for curvature: it may well diverge then.
         problem._centres[:] = problem._centres[0]
     optimum = problem._centres.mean(axis=0)
-    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, lr=0.05)
+    # The rate of `kronecker` is relative to the root of the batch, and its steps to the noise.
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, lr=1.0 if variant == "kronecker" else 0.05)
     trajectory(optimizer, problem, 400)
     start, end = (np.linalg.norm(w - optimum) for w in (problem.start, optimizer.parameters))
     assert end < 0.5 * start
@@ -135,6 +139,71 @@ def test_fisher_bounds_the_divergence_of_a_step(communicator):
         steps.append(step)
         assert (step @ metric @ step / 2 == pytest.approx(1e-3)) == (figures["shrink"] < 1) == (lr > 1e-3)
     np.testing.assert_allclose(steps[1], steps[2], rtol=1e-6)
+
+
+def test_kronecker_is_its_equation(communicator):
+    """One layer of 3 × (3 + bias); statistics in the old bases, which then take a step of orthogonal iteration."""
+    problem = Quadratic(SIZE, REPLICAS)
+    options = {"decay": 0.7, "damping": 0.3, "momentum": 0.6, "basis_every": 100, "lr": 0.2, "max_divergence": 1e9}
+    settings = build(OPTIMIZERS["kronecker"].settings_type, options)
+    exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
+    optimizer = OPTIMIZERS["kronecker"](settings, problem.start, exchange, samples=4, shapes=[(3, 3), (3,)])
+    assert optimizer.rate == pytest.approx(0.2 * np.sqrt(4 * REPLICAS / 256))
+
+    def as_matrices(flat):
+        return np.concatenate([flat[:, :9].reshape(-1, 3, 3), flat[:, 9:, None]], axis=2)
+
+    w, m, V, A, B = np.array(problem.start), np.zeros(SIZE), 0, 0, 0
+    basis_a, basis_b = np.eye(4), np.eye(3)
+
+    def iterated(factor, basis):
+        return np.linalg.qr((factor + 1e-3 * np.trace(factor) / len(factor) * np.eye(len(factor))) @ basis)[0]
+
+    for t in range(1, 8):
+        problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
+        gradients = np.array([problem(w, i)[1] for i in range(REPLICAS)])
+        X = as_matrices((gradients - gradients.mean(axis=0)) * np.sqrt(4 / (REPLICAS - 1)))
+        gamma = (1 - 0.7) / (1 - 0.7**t)
+        A = (1 - gamma) * A + gamma * np.einsum("rij,rik->jk", X, X)
+        B = (1 - gamma) * B + gamma * np.einsum("rij,rkj->ik", X, X)
+        before = (basis_a, basis_b)
+        V = (1 - gamma) * V + gamma * ((before[1].T @ X @ before[0]) ** 2).sum(axis=0)
+        basis_a, basis_b = iterated(A, basis_a), iterated(B, basis_b)
+        V = ((before[1].T @ basis_b) ** 2).T @ V @ (before[0].T @ basis_a) ** 2
+        m = 0.6 * m + 0.4 * gradients.mean(axis=0)
+        z = as_matrices(((0.6 * m + 0.4 * gradients.mean(axis=0)) / (1 - 0.6 ** (t + 1)))[None])[0]
+        d = basis_b @ ((basis_b.T @ z @ basis_a) / (V + 0.3)) @ basis_a.T
+        w = w - optimizer.rate * np.concatenate([d[:, :3].ravel(), d[:, 3]])
+        optimizer.step(problem)
+        np.testing.assert_allclose(optimizer.parameters, w, rtol=1e-9)
+
+
+def test_kronecker_bases_become_eigenvectors(communicator):
+    """Orthogonal iteration on a fixed factor."""
+    side = Side(5, np.zeros(1), max_side=9)
+    spectrum = np.linalg.qr(np.random.default_rng(0).standard_normal((5, 5)))[0]
+    side.factor = spectrum @ np.diag([16.0, 8, 4, 2, 1]) @ spectrum.T
+    for _ in range(60):
+        overlaps = side.renew(lambda factor: factor)
+    np.testing.assert_allclose(np.abs(side.basis.T @ spectrum), np.eye(5), atol=1e-6)
+    np.testing.assert_allclose(overlaps, np.eye(5), atol=1e-6)
+
+
+def test_kronecker_layers_cover_the_parameters(communicator):
+    shapes = [(4, 2, 3), (4,), (5, 4), (7,), (2, 5), (3,)]
+    layers = layers_of(shapes, np.zeros(1), max_side=5)
+    assert [(layer.span, layer.outputs, layer.inputs, layer.bias) for layer in layers] == [
+        (slice(0, 28), 4, 6, True),
+        (slice(28, 48), 5, 4, False),
+        (slice(48, 55), 7, 1, False),
+        (slice(55, 65), 2, 5, False),
+        (slice(65, 68), 3, 1, False),
+    ]
+    assert layers[0].right.basis is None  # 6 + 1 is longer than a side may be
+    assert layers[0].left.basis.shape == (4, 4)
+    z = np.random.default_rng(0).standard_normal(68)
+    for layer in layers:
+        np.testing.assert_allclose(layer.apply_inverse(z[layer.span], 0.5), 2 * z[layer.span])
 
 
 def test_fisher_with_equal_replicas_is_momentum(communicator):

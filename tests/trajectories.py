@@ -35,6 +35,7 @@ def main(output):
                 network.initial_parameters(0),
                 EXCHANGES[exchange](communicator, REPLICAS, network.size),
                 BATCH // REPLICAS,
+                shapes=network.parameter_shapes,
             )
             for step in range(STEPS):
                 loss.step = step

@@ -89,6 +89,10 @@ class Exchange(ABC):
     def summed(self) -> slice:
         """Return the held coordinates whose products this rank adds: over the ranks, each of the N once."""
 
+    @abstractmethod
+    def total(self, array: Array) -> Array:
+        """Return the sum of the ranks' arrays of one shape, on every rank."""
+
     def centred(self, rows: Array) -> tuple[Array, Array]:
         """Return the mean z̄ (held,) and the centred columns [z_i − z̄], (M, held)."""
         mean = self.mean(rows)
@@ -149,6 +153,11 @@ class AllgatherExchange(Exchange):
         total = self.communicator.allreduce(to_host(xp.sum(rows, axis=0)))
         return to_device(total, rows) / self.replicas
 
+    def total(self, array: Array) -> Array:
+        host = to_host(array)
+        self._count(lambda n: 2 * (n - 1) * host.nbytes)
+        return to_device(self.communicator.allreduce(host), array)
+
     def columns(self, rows: Array) -> Array:
         self._count(lambda n: (n - 1) * self.replicas * self._row_bytes(rows))
         return to_device(self.communicator.allgather(to_host(rows), self.counts), rows)
@@ -174,6 +183,12 @@ class ServerExchange(Exchange):
         self._count(lambda n: (n - 1) * self._row_bytes(rows))
         total = self.communicator.reduce(to_host(xp.sum(rows, axis=0)))
         return to_device(total[self.summed()], rows) / self.replicas
+
+    def total(self, array: Array) -> Array:
+        host = to_host(array)
+        self._count(lambda n: 2 * (n - 1) * host.nbytes)
+        total = self.communicator.reduce(host)
+        return to_device(self.communicator.broadcast(total.copy()), array)
 
     def columns(self, rows: Array) -> Array:
         self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(rows))

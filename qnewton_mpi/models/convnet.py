@@ -66,6 +66,11 @@ class Convnet:
         self._part = xp.empty(self.size, dtype)  # the gradient of one block
         self._layers: dict[int, list[ConvPool | Dense]] = {}
 
+    @property
+    def parameter_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the weights and biases that the flat parameters are made of, in their order."""
+        return [shape for s in self.shapes for shape in (s.weight_shape, s.output_shape[:1])]
+
     def initial_parameters(self, seed: int) -> Array:
         """Return (N,): weights normal with variance 1/fan-in, biases zero.
 

@@ -79,8 +79,14 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     loss = ReplicaLoss(network, dataset.train, order)
     exchange = EXCHANGES[training.exchange](communicator, config.replicas, network.size)
     optimizer = OPTIMIZERS[training.method](
-        config.optimizer, network.initial_parameters(training.seed), exchange, order.share, training.seed
+        config.optimizer,
+        network.initial_parameters(training.seed),
+        exchange,
+        order.share,
+        training.seed,
+        network.parameter_shapes,
     )
+    rate = optimizer.rate
 
     machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
     attributes = {**config.flat(), **machine, **(labels or {})}
@@ -104,7 +110,7 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
         for step in range(steps + 1):
             if step > 0:
                 loss.step = step - 1
-                optimizer.rate = config.optimizer.lr * factor(training.schedule, training.warmup, step - 1, steps)
+                optimizer.rate = rate * factor(training.schedule, training.warmup, step - 1, steps)
                 before = readings()
                 figures = optimizer.step(loss)
                 whole, gradient, communication = took = readings() - before

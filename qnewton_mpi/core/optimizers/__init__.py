@@ -7,9 +7,11 @@ from typing import Any
 from qnewton_mpi.core.optimizers.base import Optimizer, Settings
 from qnewton_mpi.core.optimizers.first_order import SGD, Adam, Momentum
 from qnewton_mpi.core.optimizers.fisher import Fisher
+from qnewton_mpi.core.optimizers.kronecker import Kronecker
 from qnewton_mpi.core.optimizers.multisecant import Multisecant
 
 OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
+    "kronecker": Kronecker,
     "fisher": Fisher,
     "multisecant": Multisecant,
     "sgd": SGD,
@@ -17,4 +19,4 @@ OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
     "adam": Adam,
 }
 
-__all__ = ["OPTIMIZERS", "SGD", "Adam", "Fisher", "Momentum", "Multisecant", "Optimizer", "Settings"]
+__all__ = ["OPTIMIZERS", "SGD", "Adam", "Fisher", "Kronecker", "Momentum", "Multisecant", "Optimizer", "Settings"]

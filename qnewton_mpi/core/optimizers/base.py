@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -46,6 +46,8 @@ class Optimizer(ABC, Generic[S]):
         b, how many samples each replica's loss is the mean of.
     seed : int, optional
         For what a method draws at random.
+    shapes : sequence of tuple of int, optional
+        Of the tensors that the parameters are the concatenation of, for methods that know layers; default: one vector.
 
     Attributes
     ----------
@@ -63,19 +65,32 @@ class Optimizer(ABC, Generic[S]):
     minimum_replicas: ClassVar[int] = 1
     figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine")
 
-    def __init__(self, settings: S, parameters: Array, exchange: Exchange, samples: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        settings: S,
+        parameters: Array,
+        exchange: Exchange,
+        samples: int = 1,
+        seed: int = 0,
+        shapes: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
         self.settings = settings
         self.exchange = exchange
         self.samples = samples
         self.seed = seed
         self.steps = 0
-        self.rate = settings.lr
+        self.shapes = shapes or [(exchange.size,)]
+        self.rate = self.default_rate()
         self.gradient_seconds = 0.0
         self.xp = array_namespace(parameters)
         self.held = exchange.hold(parameters)
         self.parameters = exchange.collect(self.held)
         self.gradients = self.xp.empty((len(exchange.local), exchange.size), dtype=parameters.dtype)
         self.start()
+
+    def default_rate(self) -> float:
+        """Return the learning rate that the settings mean for this batch."""
+        return self.settings.lr
 
     def start(self) -> None:
         """Create the state that the method carries from step to step. Collective."""
