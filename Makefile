@@ -34,9 +34,9 @@ help:  ## Show this help
 	@echo "  with MPIEXEC=/path/to/mpiexec a site's own MPI; RANKS=$(RANKS) EPOCHS=$(EPOCHS) PYTHON=$(PYTHON)"
 
 run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedded images; draw NLL against epochs
-	$(TRAIN) --method fisher --progress $(PROGRESS) --output $(RUNS)/fisher.h5
+	$(TRAIN) --method kronecker --progress $(PROGRESS) --output $(RUNS)/kronecker.h5
 	$(TRAIN) --method sgd --lr 0.5 --progress $(PROGRESS) --output $(RUNS)/sgd.h5
-	$(BIN)/qnewton-mpi plot $(RUNS)/fisher.h5 $(RUNS)/sgd.h5 --output $(RUNS)/nll.png --overwrite
+	$(BIN)/qnewton-mpi plot $(RUNS)/kronecker.h5 $(RUNS)/sgd.h5 --output $(RUNS)/nll.png --overwrite
 
 test: $(VENV)/.installed-dev  ## Run the whole test suite: one process, then under mpiexec on 1, 2, 3 and 4 ranks
 	$(BIN)/python -m pytest -q

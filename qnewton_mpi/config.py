@@ -24,7 +24,7 @@ DEFAULT_EPOCHS = 10
 class TrainSettings:
     """What a training run needs besides the settings of its method."""
 
-    method: str = setting("fisher", ", ".join(OPTIMIZERS), one_of(*OPTIMIZERS))
+    method: str = setting("kronecker", ", ".join(OPTIMIZERS), one_of(*OPTIMIZERS))
     data: str = setting(datasets.EMBEDDED, ", ".join(datasets.NAMES), one_of(*datasets.NAMES))
     data_dir: str | None = setting(
         None,

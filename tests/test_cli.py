@@ -39,11 +39,11 @@ def test_train_writes_its_file_and_a_table(qnewton, tmp_path, ranks):
     path = tmp_path / "new" / "run.h5"
     finished = qnewton(ranks, "train", "--replicas", "4", "--epochs", "2", "--output", path)
     assert finished.returncode == 0, finished.stderr
-    assert "fisher M=4" in finished.stdout
+    assert "kronecker M=4" in finished.stdout
     assert finished.stdout.count("written to") == 1
     run = Run(path)
     assert run.attributes["status"] == "finished"
-    assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("fisher", ranks, 0.1)
+    assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("kronecker", ranks, 0.003)
     assert "MPI" in run.attributes["version_mpi"].upper()
     np.testing.assert_array_equal(run.epochs["epoch"], [0, 1, 2])
     np.testing.assert_array_equal(run.epochs["sample_gradients"], [0, 39 * 256, 78 * 256])

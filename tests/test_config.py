@@ -14,7 +14,7 @@ from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "newton"}, "must be one of fisher"),
+        ({"method": "newton"}, "must be one of kronecker"),
         ({"data": "imagenet"}, "must be one of fashion-mnist-sample"),
         ({"learning_rate": 1}, "unknown option 'learning_rate'"),
         ({"method": "sgd", "rank": 8}, "rank is an option of fisher, not of sgd"),
@@ -45,7 +45,7 @@ def test_bad_options(options, message):
     [
         ({"replicas": 2}, 3, "2 replicas on 3 ranks leave ranks idle"),
         ({"replicas": 6, "batch": 256}, 2, "use --batch 258"),
-        ({"replicas": 1}, 1, "fisher needs at least 2 replicas"),
+        ({"replicas": 1}, 1, "kronecker needs at least 2 replicas"),
         ({"batch": 4}, 1, "use --batch 8"),
     ],
 )
@@ -65,7 +65,7 @@ def test_existing_output_is_refused_unless_overwritten(tmp_path):
 
 def test_defaults():
     config = resolve(run_config({}), 3)
-    assert (config.training.method, config.replicas, config.training.epochs) == ("fisher", 8, 10)
+    assert (config.training.method, config.replicas, config.training.epochs) == ("kronecker", 8, 10)
     assert resolve(run_config({"batch": 240}), 12).replicas == 12
     assert resolve(run_config({"steps": 5}), 1).training.epochs is None
 

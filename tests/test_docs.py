@@ -24,4 +24,4 @@ def test_toml_example_is_accepted(qnewton, tmp_path):
     (tmp_path / "run.toml").write_text(example)
     finished = qnewton(2, "train", "run.toml", "--steps", "2", "--output", "run.h5", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert "fisher M=16" in finished.stdout
+    assert "kronecker M=16" in finished.stdout

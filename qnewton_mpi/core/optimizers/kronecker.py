@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from array_api_compat import array_namespace
 
-from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
-from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.core.optimizers.base import Figures, Optimizer
+from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
+from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 RATE_BATCH = 256
@@ -19,32 +20,27 @@ RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 
 
 @dataclass(frozen=True)
-class KroneckerSettings(Settings):
+class KroneckerSettings(NaturalGradientSettings):
     """Settings of `kronecker`."""
 
     lr: float = setting(0.02, f"learning rate at a batch of {RATE_BATCH}; it grows as √batch", POSITIVE)
     damping: float = setting(0.003, "ε of (F + ε I)⁻¹", POSITIVE)
-    momentum: float = setting(0.9, "momentum β", FRACTION)
-    decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
-    max_divergence: float = setting(0.01, "bound of a step's predicted KL divergence (nats)", POSITIVE)
-    update_every: int = setting(4, f"steps between updates of F, after the first {FIRST_UPDATES}", POSITIVE)
-    basis_every: int = setting(5, f"updates between steps of the eigenbases, after the first {FIRST_UPDATES}", POSITIVE)
+    basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)
 
 
-class Kronecker(Optimizer[KroneckerSettings]):
-    """w ← w − α (F + ε I)⁻¹ z, F the Fisher matrix of each layer, diagonal in a Kronecker eigenbasis.
+class Kronecker(NaturalGradient[KroneckerSettings]):
+    """The natural gradient with F layer by layer, each diagonal in a Kronecker eigenbasis.
 
-    As in `Fisher`, the centred gradients of the replicas are sampling noise whose covariance is the Fisher matrix. Here
-    a layer's share of replica i is a matrix X_i = √(b/(M−1)) (g_i − ḡ), (outputs, inputs + 1) with the bias last, and
+    A layer's share of replica i is a matrix X_i = √(b/(M−1)) (g_i − ḡ), (outputs, inputs + 1) with the bias last, and
 
-        A = Σ_i X_iᵀ X_i = Q_A Λ_A Q_Aᵀ,    B = Σ_i X_i X_iᵀ = Q_B Λ_B Q_Bᵀ       running means
-        V = Σ_i (Q_Bᵀ X_i Q_A)²                                                elementwise: F's diagonal in this basis
+        A = Σ_i X_iᵀ X_i,  Q_A ← qr((A + ρ I) Q_A)     running means, and their eigenbases by
+        B = Σ_i X_i X_iᵀ,  Q_B ← qr((B + ρ I) Q_B)     orthogonal iteration
+        V = Σ_i (Q_Bᵀ X_i Q_A)²                        elementwise: F's diagonal in this basis
         (F + ε I)⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + ε)] Q_Aᵀ
 
-    z is Nesterov's momentum, and a step is shrunk to a bound on its KL divergence, both as in `Fisher`. The columns of
-    the replicas never cross the network: each rank keeps running sums over its own replicas, V is added up by an
-    Allreduce at an update, A and B only when the bases are renewed.
+    The columns of the replicas never cross the network: each rank keeps running sums over its own replicas, V is added
+    up by an Allreduce at an update, A and B only when the bases move. The first ten steps do all of it.
 
     The eigenbasis is K-FAC's and Shampoo's (Martens and Grosse 2015; Gupta et al. 2018), the diagonal in it EKFAC's
     (George et al. 2018) and SOAP's (Vyas et al. 2024). What differs is the estimate, from the differences of the
@@ -53,46 +49,39 @@ class Kronecker(Optimizer[KroneckerSettings]):
     """
 
     settings_type = KroneckerSettings
-    minimum_replicas = 2
     figures = (*Optimizer.figures, "shrink", "largest_eigenvalue")
 
     def default_rate(self) -> float:
         return self.settings.lr * math.sqrt(self.samples * self.exchange.replicas / RATE_BATCH)
 
     def start(self) -> None:
-        self.moment = self.xp.zeros_like(self.parameters)
+        super().start()
         self.layers = layers_of(self.shapes, self.parameters, self.settings.max_side)
-        self.updates = 0
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        settings, t = self.settings, self.steps
-        gradients, loss = self.evaluate(loss_and_gradient)
-        held = self.exchange.mean(gradients)
-        mean = self.exchange.collect(held)
-        if t <= FIRST_UPDATES or t % settings.update_every == 0:
-            self.update(gradients - mean)
+    def update_is_due(self) -> bool:
+        return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
 
-        beta = settings.momentum
-        self.moment = beta * self.moment + (1 - beta) * mean
-        z = (beta * self.moment + (1 - beta) * mean) / (1 - beta ** (t + 1))
-        d = self.xp.concat([layer.apply_inverse(z[layer.span], settings.damping) for layer in self.layers])
-        divergence = self.rate**2 / 2 * float(d @ z)
-        shrink = min(1.0, math.sqrt(settings.max_divergence / divergence)) if divergence > 0 else 1.0
-        largest = max(float(self.xp.max(layer.variances)) for layer in self.layers)
-        return held, self.exchange.hold(shrink * d), {"loss": loss, "shrink": shrink, "largest_eigenvalue": largest}
-
-    def update(self, centred: Array) -> None:
-        """Take this rank's centred gradients, (R, N), into F. Collective."""
-        self.updates += 1
-        weight = (1 - self.settings.decay) / (1 - self.settings.decay**self.updates)
-        scaled = math.sqrt(self.samples / (self.exchange.replicas - 1)) * centred
+    def update(self, gradients: Array) -> Array:
+        mean = self.exchange.mean(gradients)
+        scaled = self.scale * (gradients - self.exchange.collect(mean))
         for layer in self.layers:
-            layer.add(scaled[:, layer.span], weight)
+            layer.add(scaled[:, layer.span], self.weight)
         if self.updates <= FIRST_UPDATES or self.updates % self.settings.basis_every == 0:
             for layer in self.layers:
                 layer.renew_bases(self.exchange.total)
+        own = self.xp.concat([self.xp.reshape(layer.own_variances, (-1,)) for layer in self.layers])
+        total = self.exchange.total(own)
         for layer in self.layers:
-            layer.variances = self.exchange.total(layer.own_variances)
+            layer.variances = self.xp.reshape(total[layer.span], layer.own_variances.shape)
+        return mean
+
+    def apply_inverse(self, z: Array) -> Array:
+        whole, damping = self.exchange.collect(z), self.settings.damping
+        parts = [layer.apply_inverse(whole[layer.span], damping) for layer in self.layers]
+        return self.exchange.hold(self.xp.concat(parts))
+
+    def spectrum(self) -> Figures:
+        return {"largest_eigenvalue": max(float(self.xp.max(layer.variances)) for layer in self.layers)}
 
 
 class Side:

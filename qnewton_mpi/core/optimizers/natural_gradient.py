@@ -1,0 +1,86 @@
+"""What `fisher` and `kronecker` share: momentum, the preconditioned step, and the bound on its KL divergence."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.parallel.device import Array
+
+
+@dataclass(frozen=True)
+class NaturalGradientSettings(Settings):
+    """Settings that the methods share; each sets its own rate and damping."""
+
+    damping: float = setting(0.1, "ε of (F + ε I)⁻¹", POSITIVE)
+    momentum: float = setting(0.9, "momentum β", FRACTION)
+    decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
+    max_divergence: float = setting(0.01, "bound of a step's predicted KL divergence (nats)", POSITIVE)
+    update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
+
+
+S = TypeVar("S", bound=NaturalGradientSettings)
+
+
+class NaturalGradient(Optimizer[S]):
+    """w ← w − α (F + ε I)⁻¹ z, F the Fisher matrix from the replicas and z Nesterov's momentum of the mean gradient.
+
+    All replicas stand at the same w, so G = [g_i − ḡ] is sampling noise, and its covariance is the Fisher matrix of the
+    log-likelihood: b/(M−1) G Gᵀ with b samples a replica. How its running mean is held is up to the method.
+
+    A step d of rate α changes the model's distribution by a KL divergence of about α²/2 dᵀ(F + ε I)d = α²/2 dᵀz, which
+    is bounded: d is shrunk to it. This matters in the first steps, before F has seen the large directions, and keeps a
+    rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017).
+    """
+
+    minimum_replicas = 2
+
+    def start(self) -> None:
+        self.moment = self.xp.zeros_like(self.held)
+        self.updates = 0
+
+    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+        gradients, loss = self.evaluate(loss_and_gradient)
+        if self.update_is_due():
+            self.updates += 1
+            mean = self.update(gradients)
+        else:
+            mean = self.exchange.mean(gradients)
+
+        beta, t = self.settings.momentum, self.steps
+        self.moment = beta * self.moment + (1 - beta) * mean
+        z = (beta * self.moment + (1 - beta) * mean) / (1 - beta ** (t + 1))
+        d = self.apply_inverse(z)
+        divergence = self.rate**2 / 2 * self.exchange.dots((d, z))[0]
+        shrink = min(1.0, math.sqrt(self.settings.max_divergence / divergence)) if divergence > 0 else 1.0
+        return mean, shrink * d, {"loss": loss, "shrink": shrink, **self.spectrum()}
+
+    @property
+    def weight(self) -> float:
+        """γ = (1 − β)/(1 − βᵗ) of the t-th update, F ← (1 − γ) F + γ new: unbiased from the first on."""
+        return (1 - self.settings.decay) / (1 - self.settings.decay**self.updates)
+
+    @property
+    def scale(self) -> float:
+        """√(b/(M−1)), by which centred gradients are multiplied so that their Gram or outer products add up to F."""
+        return math.sqrt(self.samples / (self.exchange.replicas - 1))
+
+    @abstractmethod
+    def update_is_due(self) -> bool:
+        """Tell whether this step updates F."""
+
+    @abstractmethod
+    def update(self, gradients: Array) -> Array:
+        """Take this rank's gradients, (R, N), into F; return the mean gradient, (held,). Collective."""
+
+    @abstractmethod
+    def apply_inverse(self, z: Array) -> Array:
+        """Return (F + ε I)⁻¹ z for a held vector. Collective."""
+
+    @abstractmethod
+    def spectrum(self) -> Figures:
+        """Return the figures of F."""
