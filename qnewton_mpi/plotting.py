@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.training.runfile import Run, by_label
 
 MANY = 8  # labels, beyond which the legend stands beside the axes
+
+
+def label_decades(axes: Any) -> None:
+    """Label 1, 2 and 5 of each decade of a logarithmic axis of y, as plain numbers. Local."""
+
+    def label(value: float, _: int) -> str:
+        return f"{value:g}" if f"{value:e}"[0] in "125" else ""
+
+    axes.yaxis.set_major_formatter(label)
+    axes.yaxis.set_minor_formatter(label)
 
 
 def plot_runs(runs: list[Run], target: Path) -> None:
@@ -36,8 +47,7 @@ def plot_runs(runs: list[Run], target: Path) -> None:
             axes.plot(run.epochs["epoch"], run.epochs["test_nll"], "--", color=color, linewidth=1)
     names = sorted({str(run.attributes["data"]) for run in runs})
     axes.set(xlabel="epochs", ylabel="negative log-likelihood (nats)", yscale="log", title=", ".join(names))
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis("{x:g}")
+    label_decades(axes)
     axes.grid(True, which="both", alpha=0.3)
     if len(groups) <= MANY:
         axes.legend(title="training (dashed: test)")

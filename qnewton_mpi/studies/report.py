@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.plotting import label_decades
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
 from qnewton_mpi.training.runfile import Run
@@ -167,8 +168,7 @@ def draw(results: list[Result], target: Path) -> None:
             style, label_of = "--" if result.baseline else "-", f"{result.name}, {result.rate:g}"
             axes.plot(result.curve(cost), result.curve("train_nll"), style, label=label_of)
         axes.set(xlabel=label, yscale="log")
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter("{x:g}")
+        label_decades(axes)
         axes.grid(True, which="both", alpha=0.3)
     panels[0].set_ylabel("training NLL (nats), mean over seeds; baselines dashed")
     handles, labels = panels[0].get_legend_handles_labels()
