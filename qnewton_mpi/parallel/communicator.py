@@ -32,8 +32,8 @@ class Communicator:
     Attributes
     ----------
     rank, size : int
-    node_rank, node_size : int
-        Position among, and number of, the ranks that share this node's memory.
+    node_rank : int
+        Position among the ranks that share this node's memory.
     seconds : float
         Time spent in collectives on buffers, waiting included.
     """
@@ -43,7 +43,7 @@ class Communicator:
         self.rank = self.mpi.Get_rank()
         self.size = self.mpi.Get_size()
         node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
-        self.node_rank, self.node_size = node.Get_rank(), node.Get_size()
+        self.node_rank = node.Get_rank()
         node.Free()
         self.seconds = 0.0
 
