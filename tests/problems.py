@@ -17,6 +17,7 @@ VARIANTS = {
     "multisecant-tikhonov": ("multisecant", {"tikhonov": 1e-3}),
     "independent": ("multisecant", {"spread": "independent"}),
     "random": ("multisecant", {"spread": "random"}),
+    "deflated": ("deflated", {"probe_every": 2}),
     "kronecker": ("kronecker", {"update_every": 2, "basis_every": 2}),
     "fisher": ("fisher", {"rank": 6, "update_every": 2}),
 }

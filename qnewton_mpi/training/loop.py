@@ -136,7 +136,7 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
                     **quality,
                     "epoch": step / order.steps_per_epoch,
                     "step": step,
-                    "sample_gradients": step * training.batch,
+                    "sample_gradients": optimizer.evaluations * order.share,
                     "wall_seconds": spent[0],
                     "evaluation_seconds": evaluation_seconds,
                     "bytes_sent": exchange.bytes_sent,

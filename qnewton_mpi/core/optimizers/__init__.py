@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qnewton_mpi.core.optimizers.base import Optimizer, Settings
+from qnewton_mpi.core.optimizers.deflated import Deflated
 from qnewton_mpi.core.optimizers.first_order import SGD, Adam, Momentum
 from qnewton_mpi.core.optimizers.fisher import Fisher
 from qnewton_mpi.core.optimizers.kronecker import Kronecker
@@ -13,10 +14,22 @@ from qnewton_mpi.core.optimizers.multisecant import Multisecant
 OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
     "kronecker": Kronecker,
     "fisher": Fisher,
+    "deflated": Deflated,
     "multisecant": Multisecant,
     "sgd": SGD,
     "momentum": Momentum,
     "adam": Adam,
 }
 
-__all__ = ["OPTIMIZERS", "SGD", "Adam", "Fisher", "Kronecker", "Momentum", "Multisecant", "Optimizer", "Settings"]
+__all__ = [
+    "OPTIMIZERS",
+    "SGD",
+    "Adam",
+    "Deflated",
+    "Fisher",
+    "Kronecker",
+    "Momentum",
+    "Multisecant",
+    "Optimizer",
+    "Settings",
+]

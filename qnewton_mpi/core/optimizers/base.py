@@ -15,7 +15,7 @@ from array_api_compat import array_namespace
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.errors import NonFiniteGradientError
-from qnewton_mpi.parallel.device import Array
+from qnewton_mpi.parallel.device import Array, to_device
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 """`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica."""
@@ -59,6 +59,8 @@ class Optimizer(ABC, Generic[S]):
         The learning rate α of the next step; the settings' until it is changed, as by a schedule.
     gradient_seconds : float
         Time that this rank has spent in `loss_and_gradient`.
+    evaluations : int
+        Gradients that all replicas together have evaluated, those of probes included.
     """
 
     settings_type: ClassVar[type[Settings]]
@@ -82,6 +84,7 @@ class Optimizer(ABC, Generic[S]):
         self.shapes = shapes or [(exchange.size,)]
         self.rate = self.default_rate()
         self.gradient_seconds = 0.0
+        self.evaluations = 0
         self.xp = array_namespace(parameters)
         self.held = exchange.hold(parameters)
         self.parameters = exchange.collect(self.held)
@@ -128,8 +131,12 @@ class Optimizer(ABC, Generic[S]):
         """Return ḡ and d, both (held,), of the step w ← w − α d, and the figures that only this method has."""
 
     def evaluate(self, loss_and_gradient: LossAndGradient, displacements: Array | None = None) -> tuple[Array, float]:
-        """Evaluate this rank's replicas at w̄ + their displacements; return their gradients (R, N) and the mean loss."""
+        """Evaluate this rank's replicas at w̄ + their displacements; return their gradients (R, N) and the mean loss.
+
+        The array of the gradients is used again at the next evaluation.
+        """
         local = self.exchange.local
+        self.evaluations += self.exchange.replicas
         squares = np.empty((len(local), 2))
         started = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told below, once
@@ -145,3 +152,11 @@ class Optimizer(ABC, Generic[S]):
             first = int(np.argmin(finite))
             raise NonFiniteGradientError(self.steps, first, *everyone[first])
         return self.gradients, float(everyone[:, 0].mean())
+
+    def normal(self, step: int) -> Array:
+        """Return standard normal numbers (M, held) from the seed and the step alone."""
+        held = []
+        for replica in range(self.exchange.replicas):
+            numbers = np.random.default_rng([self.seed, step, replica]).standard_normal(self.exchange.size)
+            held.append(self.exchange.hold(to_device(numbers, self.parameters)))
+        return self.xp.stack(held)

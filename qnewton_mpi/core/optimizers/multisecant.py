@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
 from qnewton_mpi.core.spread import POLICIES
-from qnewton_mpi.parallel.device import Array, to_device
+from qnewton_mpi.parallel.device import Array
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,5 @@ class Multisecant(Optimizer[MultisecantSettings]):
 
     def draw(self, step: int) -> Array:
         """Return centred standard normal columns, (M, held), from the seed and the step alone."""
-        held = []
-        for replica in range(self.exchange.replicas):
-            normal = np.random.default_rng([self.seed, step, replica]).standard_normal(self.exchange.size)
-            held.append(self.exchange.hold(to_device(normal, self.parameters)))
-        columns = self.xp.stack(held)
+        columns = self.normal(step)
         return columns - self.xp.mean(columns, axis=0)

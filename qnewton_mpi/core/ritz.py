@@ -1,0 +1,88 @@
+"""The leading eigenpairs of the Hessian, tracked by the replicas: a distributed block power iteration."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qnewton_mpi.core.exchange import Exchange
+from qnewton_mpi.core.secants import Matrix
+from qnewton_mpi.parallel.device import Array, to_device
+
+# Power iteration with H + δ‖H‖ I: directions in the null space of H stay directions.
+SHIFT = 1e-3
+
+
+class RitzPairs:
+    """Approximate eigenpairs (λ_k, r_k) of a Hessian H that is known by products with M directions at a time.
+
+    The directions are the rows of Q (M × held), orthonormal, one for each replica; from Y = Q H, the products,
+
+        T' = s T + (1 − s) sym(Q Yᵀ)           Rayleigh quotient, a running mean
+        T' = V Λ Vᵀ,  R = Vᵀ Q                 Ritz values Λ and vectors R (rows)
+        Q' = orth(s T Q + (1 − s) Y + δ‖T‖ Q)  the next directions: a power iteration with the running mean
+        T ← (Q' Qᵀ) T' (Q Q'ᵀ)                 carried to them
+
+    Rayleigh-Ritz as in Parlett, The Symmetric Eigenvalue Problem, chapter 11. The Ritz vectors of equal Ritz values are
+    arbitrary; only R f(Λ) Rᵀ is the same for every rank's library, and only that is to be used. Collective.
+
+    Parameters
+    ----------
+    exchange : Exchange
+    directions : (M, held)
+        The first ones; linearly independent, not necessarily orthonormal.
+    smoothing : float
+        s, 0 for a Hessian that does not change from update to update.
+
+    Attributes
+    ----------
+    directions : (M, held)
+        Q, of the next products.
+    values : (M,) float64
+        Λ, ascending; none before the first update.
+    vectors : (M, held)
+        R.
+    residuals : (M,) float64
+        ‖H r_k − λ_k r_k‖ of the last products.
+    """
+
+    def __init__(self, exchange: Exchange, directions: Array, smoothing: float = 0.0) -> None:
+        self.exchange, self.smoothing = exchange, smoothing
+        self.directions = self._orthonormal(directions)
+        self.values = self.residuals = np.zeros(0)
+        self.vectors = directions[:0, :]
+        self._rayleigh: Matrix | None = None
+
+    def update(self, products: Array) -> None:
+        """Take the products H q_k, (M, held), of the current directions."""
+        Q, Y = self.directions, products
+        fresh = self.exchange.gram(Q, Y)
+        fresh = (fresh + fresh.T) / 2
+        s, before = (0.0, fresh) if self._rayleigh is None else (self.smoothing, self._rayleigh)
+        T = s * before + (1 - s) * fresh
+        self.values, V = np.linalg.eigh(T)
+        self.vectors = to_device(V.T, Q) @ Q
+        errors = to_device(V.T, Q) @ Y - to_device(self.values[:, None], Q) * self.vectors
+        self.residuals = np.sqrt(np.diag(self.exchange.gram(errors, errors)))
+
+        shift = SHIFT * float(np.abs(self.values).max())
+        mixed = (1 - s) * Y + to_device(s * before + shift * np.eye(len(T)), Q) @ Q
+        if shift > 0:  # otherwise there is no curvature to follow
+            self.directions = self._orthonormal(mixed)
+        overlap = self.exchange.gram(self.directions, Q)
+        self._rayleigh = overlap @ T @ overlap.T
+
+    def apply(self, function_of_values: Matrix, z: Array) -> Array:
+        """Return z^⊥ + Σ_k f(λ_k) r_k r_kᵀ z, (held,), given f(λ_k)."""
+        if not len(self.values):
+            return z
+        projections = self.exchange.gram(self.vectors, z[None, :])[:, 0]
+        return z + to_device((function_of_values - 1) * projections, z) @ self.vectors
+
+    def _orthonormal(self, rows: Array) -> Array:
+        """Return S^(−1/2) rows, S their Gram matrix, twice: orthonormal rows of the same span, without free signs."""
+        for _ in range(2):
+            squares, vectors = np.linalg.eigh(self.exchange.gram(rows, rows))
+            floor = len(squares) * np.finfo(np.float64).eps * squares[-1]
+            root = (vectors / np.sqrt(np.maximum(squares, floor))) @ vectors.T
+            rows = to_device(root, rows) @ rows
+        return rows
