@@ -18,6 +18,10 @@ VARIANTS = {
     "independent": ("multisecant", {"spread": "independent"}),
     "random": ("multisecant", {"spread": "random"}),
     "deflated": ("deflated", {"probe_every": 2}),
+    "sgd-auto": ("sgd", {"lr": "auto"}),
+    "nesterov-auto": ("momentum", {"lr": "auto", "nesterov": True, "probe_every": 2}),
+    "deflated-auto": ("deflated", {"lr": "auto", "probe_every": 2}),
+    "fisher-auto": ("fisher", {"lr": "auto", "rank": 6}),
     "kronecker": ("kronecker", {"update_every": 2, "basis_every": 2}),
     "fisher": ("fisher", {"rank": 6, "update_every": 2}),
 }

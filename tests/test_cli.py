@@ -43,7 +43,7 @@ def test_train_writes_its_file_and_a_table(qnewton, tmp_path, ranks):
     assert finished.stdout.count("written to") == 1
     run = Run(path)
     assert run.attributes["status"] == "finished"
-    assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("kronecker", ranks, 0.003)
+    assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("kronecker", ranks, 0.007)
     assert "MPI" in run.attributes["version_mpi"].upper()
     np.testing.assert_array_equal(run.epochs["epoch"], [0, 1, 2])
     np.testing.assert_array_equal(run.epochs["sample_gradients"], [0, 39 * 256, 78 * 256])
@@ -188,7 +188,7 @@ def test_a_rank_that_raises_ends_the_job(mpiexec, tmp_path):
             """
             import numpy as np
             from qnewton_mpi.core.exchange import AllgatherExchange
-            from qnewton_mpi.core.optimizers import SGD, Settings
+            from qnewton_mpi.core.optimizers import SGD
             from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 
             communicator = Communicator()
@@ -200,7 +200,7 @@ def test_a_rank_that_raises_ends_the_job(mpiexec, tmp_path):
                 return 0.0, w
 
             print("ready", flush=True)
-            SGD(Settings(), np.ones(5), AllgatherExchange(communicator, 3, 5)).step(loss_and_gradient)
+            SGD(SGD.settings_type(), np.ones(5), AllgatherExchange(communicator, 3, 5)).step(loss_and_gradient)
             """
         )
     )

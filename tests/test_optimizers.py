@@ -8,6 +8,7 @@ from problems import VARIANTS, Quadratic, make_optimizer
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.optimizers.kronecker import Side, layers_of
+from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import NonFiniteGradientError
 from qnewton_mpi.parallel.communicator import Communicator
@@ -35,8 +36,9 @@ def test_minimises_a_quadratic(communicator, variant):
         # Different minima are noise in G, which the formula takes for curvature: it may well diverge then.
         problem._centres[:] = problem._centres[0]
     optimum = problem._centres.mean(axis=0)
-    # The rate of `kronecker` is relative to the root of the batch, and its steps to the noise.
-    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, lr=1.0 if variant == "kronecker" else 0.05)
+    # The rate of `kronecker` is relative to the root of the batch, its damping to the loss and its steps to the noise.
+    own = {"lr": 1.0, "damping": 0.01, "max_divergence": 1.0} if variant == "kronecker" else {"lr": 0.05}
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, **own)
     trajectory(optimizer, problem, 400)
     start, end = (np.linalg.norm(w - optimum) for w in (problem.start, optimizer.parameters))
     assert end < 0.5 * start
@@ -137,7 +139,9 @@ def test_fisher_bounds_the_divergence_of_a_step(communicator):
         metric = 4 / (REPLICAS - 1) * G.T @ G + 0.3 * np.eye(SIZE)
         step = np.array(optimizer.parameters) - problem.start
         steps.append(step)
-        assert (step @ metric @ step / 2 == pytest.approx(1e-3)) == (figures["shrink"] < 1) == (lr > 1e-3)
+        bound = 1e-3 * np.sqrt(4 * REPLICAS / 256)
+        assert (step @ metric @ step / 2 == pytest.approx(bound)) == (figures["shrink"] < 1) == (lr > 1e-3)
+        assert figures["rate"] == pytest.approx(lr * figures["shrink"])
     np.testing.assert_allclose(steps[1], steps[2], rtol=1e-6)
 
 
@@ -148,7 +152,7 @@ def test_kronecker_is_its_equation(communicator):
     settings = build(OPTIMIZERS["kronecker"].settings_type, options)
     exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
     optimizer = OPTIMIZERS["kronecker"](settings, problem.start, exchange, samples=4, shapes=[(3, 3), (3,)])
-    assert optimizer.rate == pytest.approx(0.2 * np.sqrt(4 * REPLICAS / 256))
+    trend = LossTrend()
 
     def as_matrices(flat):
         return np.concatenate([flat[:, :9].reshape(-1, 3, 3), flat[:, 9:, None]], axis=2)
@@ -161,7 +165,8 @@ def test_kronecker_is_its_equation(communicator):
 
     for t in range(1, 8):
         problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
-        gradients = np.array([problem(w, i)[1] for i in range(REPLICAS)])
+        losses, gradients = map(np.array, zip(*(problem(w, i) for i in range(REPLICAS)), strict=True))
+        trend.add(losses.mean())
         X = as_matrices((gradients - gradients.mean(axis=0)) * np.sqrt(4 / (REPLICAS - 1)))
         gamma = (1 - 0.7) / (1 - 0.7**t)
         A = (1 - gamma) * A + gamma * np.einsum("rij,rik->jk", X, X)
@@ -172,10 +177,11 @@ def test_kronecker_is_its_equation(communicator):
         V = ((before[1].T @ basis_b) ** 2).T @ V @ (before[0].T @ basis_a) ** 2
         m = 0.6 * m + 0.4 * gradients.mean(axis=0)
         z = as_matrices(((0.6 * m + 0.4 * gradients.mean(axis=0)) / (1 - 0.6 ** (t + 1)))[None])[0]
-        d = basis_b @ ((basis_b.T @ z @ basis_a) / (V + 0.3)) @ basis_a.T
-        w = w - optimizer.rate * np.concatenate([d[:, :3].ravel(), d[:, 3]])
-        optimizer.step(problem)
+        d = basis_b @ ((basis_b.T @ z @ basis_a) / (V + 0.3 * trend.level)) @ basis_a.T
+        w = w - 0.2 * np.sqrt(4 * REPLICAS / 256) * np.concatenate([d[:, :3].ravel(), d[:, 3]])
+        figures = optimizer.step(problem)
         np.testing.assert_allclose(optimizer.parameters, w, rtol=1e-9)
+        assert figures["damping"] == pytest.approx(0.3 * trend.level)
 
 
 def test_kronecker_bases_become_eigenvectors(communicator):
@@ -255,7 +261,8 @@ def test_deflated_is_newtons_method_on_tracked_directions(communicator):
     trajectory(optimizer, problem, 60)
     values, vectors = np.linalg.eigh(problem.hessian)
     leading = values > np.sort(values)[-REPLICAS - 1] * 1.01
-    optimizer.rate = rate = 1.1 / values[leading].min()  # min(1, …) cuts none of them
+    rate = 1.1 / values[leading].min()  # min(1, …) cuts none of them
+    optimizer.rate_factor = rate / 1e-6
     before = vectors.T @ (optimizer.parameters - problem.centres.mean(axis=0))
     optimizer.step(problem)
     after = vectors.T @ (optimizer.parameters - problem.centres.mean(axis=0))
@@ -283,12 +290,69 @@ def test_deflated_leaves_a_saddle(communicator):
     assert distances["sgd"] < 1.2
 
 
+@pytest.mark.parametrize("damping", [1e-2, 1.0])
+@pytest.mark.parametrize("variant", ["kronecker", "fisher"])
+def test_noise_of_a_step_is_the_trace_of_the_equation(communicator, variant, damping):
+    """tr((F + ε I)⁻¹F), by applying the inverse to every unit vector; for `fisher` what its rank cuts off is bulk."""
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = (
+        make_optimizer(variant, problem, communicator, REPLICAS, damping=damping, rank=3)
+        if (variant == "fisher")
+        else make_optimizer(variant, problem, communicator, REPLICAS, damping=damping)
+    )
+    optimizer.step(problem)
+    inverse = np.array([optimizer.apply_inverse(e) for e in np.eye(SIZE)])
+    expected = SIZE - optimizer.damping * np.trace(inverse)
+    if variant == "fisher":
+        gradients = np.array([problem(problem.start, i)[1] for i in range(REPLICAS)])
+        whole = 4 / (REPLICAS - 1) * ((gradients - gradients.mean(axis=0)) ** 2).sum()
+        expected += (whole - optimizer.eigenvalues.sum()) / damping
+    assert optimizer.noise_of_step() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("variant", ["sgd", "nesterov", "deflated"])
+def test_auto_rate_is_bounded_by_the_curvature(communicator, variant):
+    """All replicas alike: no noise, and the rate is LeCun's, 1/λ_max; for `deflated` the smallest of the tracked λ."""
+    problem = Quadratic(SIZE, REPLICAS)
+    problem._centres[:] = problem._centres[0]
+    options = {"probe_every": 1, "smoothing": 0.0, "lr": "auto"}
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, **options)
+    trajectory(optimizer, problem, 60)
+    values = np.linalg.eigvalsh(problem.hessian)
+    curvature = values[-REPLICAS] if variant == "deflated" else values[-1]
+    assert optimizer.step(problem)["rate"] == pytest.approx(1 / curvature, rel=1e-3)
+
+
+def test_auto_rate_follows_the_noise(communicator):
+    """4 κ · 2% of the loss / tr C while the loss does not fall, C the covariance of the mean gradient."""
+    problem = Quadratic(SIZE, REPLICAS)
+    gradients = np.array([problem(problem.start, i)[1] for i in range(REPLICAS)])
+    noise = np.trace(np.cov(gradients.T)) / REPLICAS
+    for factor in (1.0, 0.25):
+        optimizer = make_optimizer("sgd", problem, communicator, REPLICAS, lr="auto")
+        optimizer.rate_factor = factor
+        figures = optimizer.step(lambda w, i: (0.1, problem(w, i)[1]))
+        assert figures["rate"] == pytest.approx(factor * 4 * 0.7 * 0.02 * 0.1 / noise)
+
+
+@pytest.mark.parametrize("variant", ["kronecker", "fisher"])
+def test_auto_rate_without_noise_is_that_of_the_bound(communicator, variant):
+    problem = Quadratic(SIZE, REPLICAS)
+    problem._centres[:] = problem._centres[0]
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, lr="auto")
+    before = problem(problem.start, 0)[0]
+    points = trajectory(optimizer, problem, 50)
+    assert np.isfinite(points).all()
+    assert problem(points[-1], 0)[0] < before
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_counted(communicator, variant):
     problem, calls = Quadratic(SIZE, REPLICAS), []
     optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
     trajectory(optimizer, lambda w, i: (calls.append(i), problem(w, i))[1], 5)
-    assert optimizer.evaluations == len(calls) == REPLICAS * (5 + 3 * (variant == "deflated"))
+    probes = {"deflated": 3, "deflated-auto": 3, "nesterov-auto": 3, "sgd-auto": 1}.get(variant, 0)
+    assert optimizer.evaluations == len(calls) == REPLICAS * (5 + probes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

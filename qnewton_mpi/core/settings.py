@@ -23,9 +23,12 @@ def one_of(*choices: str) -> Check:
     return (lambda v: v in choices, f"must be one of {', '.join(choices)}")
 
 
-def setting(default: Any, text: str, check: Check | None = None) -> Any:
-    """Declare a dataclass field with its help text and the check of its value; None passes where it is the default."""
-    return field(default=default, metadata={"help": text, "check": check})
+def setting(default: Any, text: str, check: Check | None = None, words: tuple[str, ...] = ()) -> Any:
+    """Declare a dataclass field with its help text and the check of its value.
+
+    None passes where it is the default, and so do the `words`.
+    """
+    return field(default=default, metadata={"help": text, "check": check, "words": words})
 
 
 def describe(item: Field[Any]) -> str:
@@ -55,15 +58,19 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
             raise UserError(f"unknown option {name!r}; known are {', '.join(sorted(known))}")
     converted = {}
     for name, value in values.items():
-        converted[name] = _convert(name, value, hints[name])
-        check = known[name].metadata["check"]
+        metadata = known[name].metadata
+        if value in metadata["words"]:
+            converted[name] = value
+            continue
+        converted[name] = _convert(name, value, hints[name], metadata["words"])
+        check = metadata["check"]
         if check and converted[name] is not None and not check[0](converted[name]):
             raise UserError(f"{name} = {value}: {check[1]}")
     return kind(**converted)
 
 
 def base_type(hint: Any) -> type:
-    """Return T of a field declared as T or `T | None`."""
+    """Return T of a field declared as T, `T | None` or `T | Literal[…]`."""
     options = [t for t in getattr(hint, "__args__", (hint,)) if t is not type(None)]
     return options[0]  # type: ignore[no-any-return]
 
@@ -77,7 +84,7 @@ ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
+def _convert(name: str, value: Any, hint: Any, words: tuple[str, ...]) -> Any:
     if value is None:
         return None
     target = base_type(hint)
@@ -87,4 +94,4 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             converted = target(value)
             if target is not float or math.isfinite(converted):
                 return converted
-    raise UserError(f"{name} = {value}: must be {wanted}")
+    raise UserError(f"{name} = {value}: must be {' or '.join([wanted, *words])}")

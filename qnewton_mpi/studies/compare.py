@@ -15,6 +15,7 @@ from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
 from qnewton_mpi.training.loop import load_data, train
+from qnewton_mpi.training.runfile import rate_text
 
 
 def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator) -> None:
@@ -85,5 +86,9 @@ def run_once(row: Row, rate: float | None, seed: int, stage: str, store: Store, 
         store.keep(name)
         reached = store.run(name).reached("train_nll")
         what = "diverged" if math.isnan(reached) else f"train NLL {reached:.4f}"
-        print(f"{row.name}, lr {config.optimizer.lr:g}, seed {seed}, {stage}: {what}", file=sys.stderr, flush=True)
+        print(
+            f"{row.name}, lr {rate_text(config.optimizer.lr)}, seed {seed}, {stage}: {what}",
+            file=sys.stderr,
+            flush=True,
+        )
     return name

@@ -104,6 +104,8 @@ def expand(entry: Mapping[str, Any], path: str) -> list[Row]:
     name, baseline, rates = options.pop("name", None), options.pop("baseline", False), options.pop("lr", ())
     if not isinstance(name, str):
         raise UserError(f"{path}: every [[row]] needs a name")
+    if isinstance(rates, str):  # "auto": nothing to tune
+        options["lr"], rates = rates, ()
     grid = tuple(float(rate) for rate in (rates if isinstance(rates, list) else [rates] if rates else []))
     lists = {key: value for key, value in options.items() if isinstance(value, list)}
     rows = []
@@ -150,6 +152,6 @@ def best_rate(scores: Mapping[float, float]) -> float:
     return min(sorted(scores), key=lambda rate: scores[rate] if math.isfinite(scores[rate]) else math.inf)
 
 
-def at_edge(best: float, rates: Sequence[float]) -> bool:
+def at_edge(best: float | str, rates: Sequence[float]) -> bool:
     """Tell whether a tuned rate is the smallest or largest of those tried, so that a better one may lie beyond."""
     return len(rates) > 1 and best in (min(rates), max(rates))

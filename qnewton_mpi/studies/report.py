@@ -15,7 +15,7 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.plotting import label_decades
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
-from qnewton_mpi.training.runfile import Run
+from qnewton_mpi.training.runfile import Run, rate_text
 
 COSTS = {
     "sample_gradients": "sample gradients",
@@ -38,7 +38,7 @@ class Result:
 
     name: str
     baseline: bool
-    rate: float
+    rate: float | str
     tried: list[float]
     runs: list[Run]
     diverged: int
@@ -99,9 +99,9 @@ def read_results(path: Path) -> list[Result]:
     for name, members in runs.items():
         final = [run for run in members if run.attributes["stage"] == "final"]
         whole = [run for run in final if run.finished]
-        tried = sorted(float(run.attributes["lr"]) for run in members if run.attributes["stage"] == "tuning")
+        tried = sorted({float(run.attributes["lr"]) for run in members if run.attributes["stage"] == "tuning"})
         first = final[0].attributes
-        results.append(Result(name, bool(first["baseline"]), float(first["lr"]), tried, whole, len(final) - len(whole)))
+        results.append(Result(name, bool(first["baseline"]), first["lr"], tried, whole, len(final) - len(whole)))
     return results
 
 
@@ -129,7 +129,7 @@ def markdown(results: list[Result]) -> str:
 
     columns: dict[str, Callable[[Result], str]] = {
         "row": lambda r: r.name + (" (baseline)" if r.baseline else ""),
-        "rate": lambda r: f"{r.rate:g}" + (" (edge)" if at_edge(r.rate, r.tried) else ""),
+        "rate": lambda r: rate_text(r.rate) + (" (edge)" if at_edge(r.rate, r.tried) else ""),
         "tuned over": lambda r: str(len(r.tried)),
         "seeds": lambda r: str(len(r.runs)) + (f" + {r.diverged} diverged" if r.diverged else ""),
         "train NLL": lambda r: r.cell("train_nll"),
@@ -165,7 +165,7 @@ def draw(results: list[Result], target: Path) -> None:
         for result in results:
             if not result.runs:
                 continue
-            style, label_of = "--" if result.baseline else "-", f"{result.name}, {result.rate:g}"
+            style, label_of = "--" if result.baseline else "-", f"{result.name}, {rate_text(result.rate)}"
             axes.plot(result.curve(cost), result.curve("train_nll"), style, label=label_of)
         axes.set(xlabel=label, yscale="log")
         label_decades(axes)

@@ -86,7 +86,6 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
         training.seed,
         network.parameter_shapes,
     )
-    rate = optimizer.rate
 
     machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
     attributes = {**config.flat(), **machine, **(labels or {})}
@@ -110,7 +109,7 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
         for step in range(steps + 1):
             if step > 0:
                 loss.step = step - 1
-                optimizer.rate = rate * factor(training.schedule, training.warmup, step - 1, steps)
+                optimizer.rate_factor = factor(training.schedule, training.warmup, step - 1, steps)
                 before = readings()
                 figures = optimizer.step(loss)
                 whole, gradient, communication = took = readings() - before

@@ -180,12 +180,17 @@ class Run:
         """The method, the number of replicas and the rate, as a legend wants them."""
         a = self.attributes
         name = {"momentum": "Nesterov", "adam": "NAdam"}[a["method"]] if a.get("nesterov") else a["method"]
-        return f"{name} M={a['replicas']} lr={a['lr']:g}"
+        return f"{name} M={a['replicas']} lr={rate_text(a['lr'])}"
 
     def last(self, figure: str) -> float:
         """Return a figure of the last evaluation; NaN before any."""
         values = self.epochs[figure]
         return float(values[-1]) if len(values) else math.nan
+
+
+def rate_text(rate: float | str) -> str:
+    """Return a rate of the settings as tables and legends show it: a number's digits, or "auto"."""
+    return rate if isinstance(rate, str) else f"{rate:g}"
 
 
 def by_label(runs: list[Run]) -> dict[str, list[Run]]:

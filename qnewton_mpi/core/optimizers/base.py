@@ -13,6 +13,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from qnewton_mpi.core.exchange import Exchange
+from qnewton_mpi.core.rate import LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.errors import NonFiniteGradientError
 from qnewton_mpi.parallel.device import Array, to_device
@@ -23,11 +24,14 @@ LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 Figures = dict[str, float]
 
 
+AUTO: tuple[str, ...] = ("auto",)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every optimizer has: the learning rate α of w ← w − α d."""
 
-    lr: float = setting(0.3, "learning rate", POSITIVE)
+    lr: float | str = setting(0.3, "learning rate", POSITIVE)
 
 
 S = TypeVar("S", bound=Settings)
@@ -55,8 +59,10 @@ class Optimizer(ABC, Generic[S]):
         The current parameters, the same on every rank. Valid until the next step, which may change them in place.
     steps : int
         Steps done.
+    rate_factor : float
+        By which the learning rate is multiplied, as a schedule wants it; 1 at first.
     rate : float
-        The learning rate α of the next step; the settings' until it is changed, as by a schedule.
+        The learning rate α of the step, its factor included.
     gradient_seconds : float
         Time that this rank has spent in `loss_and_gradient`.
     evaluations : int
@@ -65,7 +71,7 @@ class Optimizer(ABC, Generic[S]):
 
     settings_type: ClassVar[type[Settings]]
     minimum_replicas: ClassVar[int] = 1
-    figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine")
+    figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate")
 
     def __init__(
         self,
@@ -82,7 +88,9 @@ class Optimizer(ABC, Generic[S]):
         self.seed = seed
         self.steps = 0
         self.shapes = shapes or [(exchange.size,)]
-        self.rate = self.default_rate()
+        self.rate_factor = 1.0
+        self.rate = math.nan
+        self.trend = LossTrend()
         self.gradient_seconds = 0.0
         self.evaluations = 0
         self.xp = array_namespace(parameters)
@@ -91,9 +99,18 @@ class Optimizer(ABC, Generic[S]):
         self.gradients = self.xp.empty((len(exchange.local), exchange.size), dtype=parameters.dtype)
         self.start()
 
-    def default_rate(self) -> float:
-        """Return the learning rate that the settings mean for this batch."""
-        return self.settings.lr
+    def fixed_rate(self, rate: float) -> float:
+        """Return the learning rate that a number in the settings means for this batch."""
+        return rate
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the rate is "auto"."""
+        return self.settings.lr == "auto"
+
+    def adapt(self, noise: float, bound: float = math.inf) -> None:
+        """Set the rate of this step to that of `noise_limited_rate`, at most `bound`; noise is tr(P⁻¹C). Local."""
+        self.rate = self.rate_factor * min(noise_limited_rate(self.trend, noise), bound)
 
     def start(self) -> None:
         """Create the state that the method carries from step to step. Collective."""
@@ -105,7 +122,7 @@ class Optimizer(ABC, Generic[S]):
         -------
         dict
             A float for each name in `figures`: the mean loss of the replicas before the step, ‖ḡ‖, ‖Δw‖,
-            cos(Δw, −ḡ), and those of the method. The same on every rank.
+            cos(Δw, −ḡ), α, and those of the method. The same on every rank.
 
         Raises
         ------
@@ -113,6 +130,8 @@ class Optimizer(ABC, Generic[S]):
             On every rank, before any state has changed.
         """
         self.steps += 1
+        if not isinstance(self.settings.lr, str):
+            self.rate = self.rate_factor * self.fixed_rate(self.settings.lr)
         mean, direction, figures = self.direction(loss_and_gradient)
         self.held -= self.rate * direction
         self.parameters = self.exchange.collect(self.held)
@@ -123,6 +142,7 @@ class Optimizer(ABC, Generic[S]):
             "gradient_norm": math.sqrt(gg),
             "step_norm": self.rate * math.sqrt(dd),
             "cosine": cosine,
+            "rate": self.rate,
             **figures,
         }
 
@@ -151,7 +171,12 @@ class Optimizer(ABC, Generic[S]):
         if not finite.all():
             first = int(np.argmin(finite))
             raise NonFiniteGradientError(self.steps, first, *everyone[first])
+        self.square = float(everyone[:, 1].mean())  # of a gradient's norm, mean over the replicas
         return self.gradients, float(everyone[:, 0].mean())
+
+    def noise(self, mean: Array) -> float:
+        """Return tr C, C the covariance of the mean gradient ḡ, from the M replicas that were evaluated last."""
+        return (self.square - self.exchange.dots((mean, mean))[0]) / (self.exchange.replicas - 1)
 
     def normal(self, step: int) -> Array:
         """Return standard normal numbers (M, held) from the seed and the step alone."""

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.parallel.device import Array
 
 
-class SGD(Optimizer[Settings]):
-    """Synchronous stochastic gradient descent: w ← w − α ḡ."""
+class SGDSettings(ProbingSettings):
+    """Settings of `sgd`."""
 
-    settings_type = Settings
+
+class SGD(Probing[SGDSettings]):
+    """Synchronous stochastic gradient descent: w ← w − α ḡ.
+
+    The rate "auto" is that of `noise_limited_rate`, at most that of LeCun, Simard and Pearlmutter (1993), 1/λ_max, from
+    probes. Only then are there any.
+    """
+
+    settings_type = SGDSettings
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         gradients, loss = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(gradients)
+        if self.adaptive:
+            self.adapt_to_probes(loss_and_gradient, loss, mean)
         return mean, mean, {"loss": loss}
 
 
 @dataclass(frozen=True)
-class MomentumSettings(Settings):
+class MomentumSettings(ProbingSettings):
     """Settings of `momentum`."""
 
-    lr: float = setting(0.05, "learning rate", POSITIVE)
+    lr: float | str = setting(0.05, "learning rate", POSITIVE, AUTO)
     momentum: float = setting(0.9, "momentum β", FRACTION)
     nesterov: bool = setting(False, "Nesterov's momentum")
 
 
-class Momentum(Optimizer[MomentumSettings]):
-    """Heavy-ball momentum, v ← β v + ḡ, w ← w − α v; with `nesterov`, w ← w − α (ḡ + β v). As in PyTorch's SGD."""
+class Momentum(Probing[MomentumSettings]):
+    """Heavy-ball momentum, v ← β v + ḡ, w ← w − α v; with `nesterov`, w ← w − α (ḡ + β v). As in PyTorch's SGD.
+
+    The rate "auto" is as for SGD, but that the noise is that of α/(1 − β), at which the sum of the steps moves.
+    """
 
     settings_type = MomentumSettings
 
@@ -41,6 +55,8 @@ class Momentum(Optimizer[MomentumSettings]):
         gradients, loss = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(gradients)
         beta = self.settings.momentum
+        if self.adaptive:
+            self.adapt_to_probes(loss_and_gradient, loss, mean, beta)
         self.velocity = beta * self.velocity + mean
         return mean, mean + beta * self.velocity if self.settings.nesterov else self.velocity, {"loss": loss}
 

@@ -18,7 +18,6 @@ from qnewton_mpi.parallel.device import Array, to_device
 class FisherSettings(NaturalGradientSettings):
     """Settings of `fisher`."""
 
-    lr: float = setting(0.1, "learning rate", POSITIVE)
     rank: int = setting(64, "directions of the Fisher matrix that are kept", POSITIVE)
 
 
@@ -35,12 +34,21 @@ class Fisher(NaturalGradient[FisherSettings]):
     """
 
     settings_type = FisherSettings
-    figures = (*Optimizer.figures, "shrink", "kept_rank", "largest_eigenvalue", "smallest_eigenvalue")
+    figures = (
+        *Optimizer.figures,
+        "damping",
+        "shrink",
+        "kept_rank",
+        "captured",
+        "largest_eigenvalue",
+        "smallest_eigenvalue",
+    )
 
     def start(self) -> None:
         super().start()
         self.factor = self.xp.zeros((0, *self.held.shape), dtype=self.held.dtype)
         self.eigenvalues = np.zeros(0)  # λ, on the host, descending
+        self.trace = 0.0  # of F, the directions that are not kept included
 
     def update_is_due(self) -> bool:
         full = len(self.eigenvalues) == self.settings.rank
@@ -57,6 +65,7 @@ class Fisher(NaturalGradient[FisherSettings]):
         S[:kept, :kept] = np.diag((1 - weight) * self.eigenvalues)
         S[kept:] = self.exchange.gram(G, columns)
         S[:kept, kept:] = S[kept:, :kept].T
+        self.trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
         values, vectors = leading_eigenpairs(S, self.settings.rank)
         values = values[values > n * float(self.xp.finfo(G.dtype).eps) * values[0]]
         self.eigenvalues = values
@@ -64,12 +73,22 @@ class Fisher(NaturalGradient[FisherSettings]):
         return mean
 
     def apply_inverse(self, z: Array) -> Array:
-        damping = self.settings.damping
+        damping = self.damping
         projections = self.exchange.gram(self.factor, z[None, :])[:, 0]
         coefficients = to_device(projections / (self.eigenvalues + damping), z)
         return (z - coefficients @ self.factor) / damping
 
+    def noise_of_step(self) -> float:
+        rest = max(0.0, self.trace - float(self.eigenvalues.sum()))
+        return float((self.eigenvalues / (self.eigenvalues + self.damping)).sum()) + rest / self.damping
+
     def spectrum(self) -> Figures:
         values = self.eigenvalues
         largest, smallest = (float(values[0]), float(values[-1])) if len(values) else (math.nan, math.nan)
-        return {"kept_rank": len(values), "largest_eigenvalue": largest, "smallest_eigenvalue": smallest}
+        captured = float(values.sum()) / self.trace if self.trace > 0 else math.nan
+        return {
+            "kept_rank": len(values),
+            "captured": captured,
+            "largest_eigenvalue": largest,
+            "smallest_eigenvalue": smallest,
+        }

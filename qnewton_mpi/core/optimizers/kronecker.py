@@ -9,13 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 from array_api_compat import array_namespace
 
-from qnewton_mpi.core.optimizers.base import Figures, Optimizer
-from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
+from qnewton_mpi.core.optimizers.base import AUTO, Figures, Optimizer
+from qnewton_mpi.core.optimizers.natural_gradient import (
+    BATCH,
+    DIVERGENCE_HELP,
+    NaturalGradient,
+    NaturalGradientSettings,
+)
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
-RATE_BATCH = 256
 FIRST_UPDATES = 10
+LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, the damping stays as if the loss were this
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 
 
@@ -23,9 +28,10 @@ RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 class KroneckerSettings(NaturalGradientSettings):
     """Settings of `kronecker`."""
 
-    lr: float = setting(0.02, f"learning rate at a batch of {RATE_BATCH}; it grows as √batch", POSITIVE)
-    damping: float = setting(0.003, "ε of (F + ε I)⁻¹", POSITIVE)
+    lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
+    damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
+    max_divergence: float = setting(0.0003, DIVERGENCE_HELP, POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)
 
 
@@ -45,18 +51,24 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     The eigenbasis is K-FAC's and Shampoo's (Martens and Grosse 2015; Gupta et al. 2018), the diagonal in it EKFAC's
     (George et al. 2018) and SOAP's (Vyas et al. 2024). What differs is the estimate, from the differences of the
     replicas: no products of activations, any layer whose parameters are a matrix, and F itself, where Shampoo and SOAP
-    take a root of the second moment of the mean gradient.
+    take a root of the second moment of the mean gradient. A numerical rate is meant for a batch of 256 and grows as
+    √batch; "auto", the default, is `noise_limited_rate`.
     """
 
     settings_type = KroneckerSettings
-    figures = (*Optimizer.figures, "shrink", "largest_eigenvalue")
-
-    def default_rate(self) -> float:
-        return self.settings.lr * math.sqrt(self.samples * self.exchange.replicas / RATE_BATCH)
+    figures = (*Optimizer.figures, "damping", "shrink", "largest_eigenvalue")
 
     def start(self) -> None:
         super().start()
         self.layers = layers_of(self.shapes, self.parameters, self.settings.max_side)
+
+    @property
+    def damping(self) -> float:
+        """ε, relative to the recent loss: F, a covariance of gradients, shrinks as the loss does."""
+        return self.settings.damping * max(self.trend.level, LEAST_LOSS)
+
+    def fixed_rate(self, rate: float) -> float:
+        return rate * math.sqrt(self.batch / BATCH)
 
     def update_is_due(self) -> bool:
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
@@ -76,9 +88,13 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return mean
 
     def apply_inverse(self, z: Array) -> Array:
-        whole, damping = self.exchange.collect(z), self.settings.damping
+        whole, damping = self.exchange.collect(z), self.damping
         parts = [layer.apply_inverse(whole[layer.span], damping) for layer in self.layers]
         return self.exchange.hold(self.xp.concat(parts))
+
+    def noise_of_step(self) -> float:
+        damping, xp = self.damping, self.xp
+        return sum(float(xp.sum(layer.variances / (layer.variances + damping))) for layer in self.layers)
 
     def spectrum(self) -> Figures:
         return {"largest_eigenvalue": max(float(self.xp.max(layer.variances)) for layer in self.layers)}

@@ -7,19 +7,23 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TypeVar
 
-from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.parallel.device import Array
+
+BATCH = 256
+DIVERGENCE_HELP = f"bound of a step's predicted KL divergence (nats) at a batch of {BATCH}; it grows as √batch"
 
 
 @dataclass(frozen=True)
 class NaturalGradientSettings(Settings):
-    """Settings that the methods share; each sets its own rate and damping."""
+    """Settings that the methods share, of which each sets some anew."""
 
+    lr: float | str = setting(0.1, "learning rate", POSITIVE, AUTO)
     damping: float = setting(0.1, "ε of (F + ε I)⁻¹", POSITIVE)
     momentum: float = setting(0.9, "momentum β", FRACTION)
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
-    max_divergence: float = setting(0.01, "bound of a step's predicted KL divergence (nats)", POSITIVE)
+    max_divergence: float = setting(0.01, DIVERGENCE_HELP, POSITIVE)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
 
 
@@ -33,7 +37,7 @@ class NaturalGradient(Optimizer[S]):
     log-likelihood: b/(M−1) G Gᵀ with b samples a replica. How its running mean is held is up to the method.
 
     A step d of rate α changes the model's distribution by a KL divergence of about α²/2 dᵀ(F + ε I)d = α²/2 dᵀz, which
-    is bounded: d is shrunk to it. This matters in the first steps, before F has seen the large directions, and keeps a
+    is bounded: α is shrunk to it. This matters in the first steps, before F has seen the large directions, and keeps a
     rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017).
     """
 
@@ -45,6 +49,7 @@ class NaturalGradient(Optimizer[S]):
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         gradients, loss = self.evaluate(loss_and_gradient)
+        self.trend.add(loss)
         if self.update_is_due():
             self.updates += 1
             mean = self.update(gradients)
@@ -55,9 +60,24 @@ class NaturalGradient(Optimizer[S]):
         self.moment = beta * self.moment + (1 - beta) * mean
         z = (beta * self.moment + (1 - beta) * mean) / (1 - beta ** (t + 1))
         d = self.apply_inverse(z)
-        divergence = self.rate**2 / 2 * self.exchange.dots((d, z))[0]
-        shrink = min(1.0, math.sqrt(self.settings.max_divergence / divergence)) if divergence > 0 else 1.0
-        return mean, shrink * d, {"loss": loss, "shrink": shrink, **self.spectrum()}
+        if self.adaptive:
+            self.adapt(self.noise_of_step() / self.batch)
+        dz = self.exchange.dots((d, z))[0]
+        divergence = self.settings.max_divergence * math.sqrt(self.batch / BATCH)
+        bound = math.sqrt(2 * divergence / dz) if dz > 0 else 0.0
+        wanted, self.rate = self.rate, min(self.rate, bound)
+        figures = {"loss": loss, "damping": self.damping, "shrink": self.rate / wanted, **self.spectrum()}
+        return mean, d, figures
+
+    @property
+    def damping(self) -> float:
+        """ε of this step."""
+        return self.settings.damping
+
+    @property
+    def batch(self) -> int:
+        """Samples a step."""
+        return self.samples * self.exchange.replicas
 
     @property
     def weight(self) -> float:
@@ -80,6 +100,10 @@ class NaturalGradient(Optimizer[S]):
     @abstractmethod
     def apply_inverse(self, z: Array) -> Array:
         """Return (F + ε I)⁻¹ z for a held vector. Collective."""
+
+    @abstractmethod
+    def noise_of_step(self) -> float:
+        """Return tr((F + ε I)⁻¹F), the number of directions that F knows: the noise of one sample. Local."""
 
     @abstractmethod
     def spectrum(self) -> Figures:

@@ -1,0 +1,72 @@
+"""What the methods share that look at the Hessian: probes by the replicas, tracked Ritz pairs, a bound of the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.ritz import RitzPairs
+from qnewton_mpi.core.secants import Matrix
+from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.parallel.device import Array
+
+
+@dataclass(frozen=True)
+class ProbingSettings(Settings):
+    """Settings that the methods share; each sets its own rate."""
+
+    lr: float | str = setting(0.3, "learning rate", POSITIVE, AUTO)
+    probe_every: int = setting(20, "steps between probes, each one gradient more a replica", POSITIVE)
+    probe_scale: float = setting(0.05, "ρ, length of a probe's displacement", POSITIVE)
+    smoothing: float = setting(0.7, "of the probes' Rayleigh quotients, per probe", FRACTION)
+
+
+S = TypeVar("S", bound=ProbingSettings)
+
+
+class Probing(Optimizer[S]):
+    """Knows the leading eigenpairs of the Hessian by gradients at displaced parameters.
+
+        replica i:  y_i = (∇f_i(w + ρ q_i) − ∇f_i(w))/ρ        every few steps, on the batch of the step's own gradient
+
+    A gradient and its probe are of one batch, so that their difference is curvature and not sampling noise; the
+    batches of the replicas differ, which the running mean of the Rayleigh quotients averages (`RitzPairs`).
+    """
+
+    ritz: RitzPairs  # from the first probe on: without any, there is nothing to hold
+
+    def probe_if_due(self, loss_and_gradient: LossAndGradient) -> None:
+        """Have each replica multiply its direction by the Hessian of its batch, every few steps from the first on.
+
+        The replicas have evaluated their gradients at w before.
+        """
+        if (self.steps - 1) % self.settings.probe_every:
+            return
+        if self.steps == 1:
+            self.ritz = RitzPairs(self.exchange, self.normal(0), self.settings.smoothing)
+        scale = self.settings.probe_scale
+        base = self.xp.asarray(self.gradients, copy=True)
+        displaced, _ = self.evaluate(loss_and_gradient, self.exchange.rows(scale * self.ritz.directions))
+        self.ritz.update(self.exchange.columns((displaced - base) / scale))
+
+    def adapt_to_probes(
+        self,
+        loss_and_gradient: LossAndGradient,
+        loss: float,
+        mean: Array,
+        momentum: float = 0.0,
+        choose: Callable[[Matrix], float] = np.max,
+    ) -> None:
+        """Probe if it is due, then set the rate to min((1 − β) α_noise, 1/|λ|), for a momentum β and the chosen |λ|."""
+        self.trend.add(loss)
+        noise = self.noise(mean)
+        self.probe_if_due(loss_and_gradient)
+        self.adapt(noise / (1 - momentum), 1 / self.curvature(choose))
+
+    def curvature(self, choose: Callable[[Matrix], float]) -> float:
+        """Return one of the |λ| of the Ritz values, as `min` or `max`; not zero, so that it can be divided by."""
+        return max(float(choose(np.abs(self.ritz.values))), float(np.finfo(np.float64).tiny))
