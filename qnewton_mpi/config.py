@@ -124,14 +124,15 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     """
     training = config.training
     m = training.replicas or max(DEFAULT_REPLICAS, ranks)
-    least = OPTIMIZERS[training.method].minimum_replicas
+    auto = config.optimizer.lr == "auto"  # needs to see the noise
+    least = max(OPTIMIZERS[training.method].minimum_replicas, 2 if auto else 1)
     if m < ranks:
         raise UserError(
             f"{m} replicas on {ranks} ranks leave ranks idle: use --replicas {ranks} or more, or fewer ranks"
         )
     if m < least:
         raise UserError(
-            f"{training.method} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}"
+            f"{training.method}{' at the rate auto' if auto else ''} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}"
         )
     if training.batch % m:
         nearest = max(m, round(training.batch / m) * m)

@@ -21,16 +21,17 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
 from qnewton_mpi.core.optimizers.base import Array, Figures, LossAndGradient
 from qnewton_mpi.core.settings import POSITIVE, one_of, setting
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.models.reference import torch_convnet
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 
-Parameters = list[torch.nn.Parameter]
+Module = torch.nn.Module
 
 
-def soap(parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+def soap(module: Module, rate: float) -> torch.optim.Optimizer:
     """SOAP (Vyas et al. 2024, arXiv 2409.11321), no weight decay, biases preconditioned too."""
     from pytorch_optimizer import SOAP
 
-    return SOAP(parameters, lr=rate, weight_decay=0.0, precondition_1d=True)
+    return SOAP(module.parameters(), lr=rate, weight_decay=0.0, precondition_1d=True)
 
 
 def _heavyball() -> Any:
@@ -40,96 +41,116 @@ def _heavyball() -> Any:
     return heavyball
 
 
-def soap_heavyball(parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+def soap_heavyball(module: Module, rate: float) -> torch.optim.Optimizer:
     """SOAP of the package heavyball, at its defaults but for the weight decay."""
-    return _heavyball().SOAP(parameters, lr=rate, weight_decay=0.0)
+    return _heavyball().SOAP(module.parameters(), lr=rate, weight_decay=0.0)
 
 
-def shampoo(parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+def shampoo(module: Module, rate: float) -> torch.optim.Optimizer:
     """Shampoo (Anil et al. 2020, arXiv 2002.09018), grafted to AdaGrad, its roots renewed every 10 steps."""
     from pytorch_optimizer import ScalableShampoo
 
-    return ScalableShampoo(parameters, lr=rate, preconditioning_compute_steps=10, start_preconditioning_step=10)
+    return ScalableShampoo(
+        module.parameters(), lr=rate, preconditioning_compute_steps=10, start_preconditioning_step=10
+    )
 
 
-def psgd(parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+def psgd(module: Module, rate: float) -> torch.optim.Optimizer:
     """PSGD with Kronecker factors (Li 2018, arXiv 1512.04202; Li et al. 2024)."""
-    return _heavyball().PSGDKron(parameters, lr=rate)
+    return _heavyball().PSGDKron(module.parameters(), lr=rate)
 
 
-def muon(parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+def muon(module: Module, rate: float) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) with AdamW for the biases."""
-    return _heavyball().Muon(parameters, lr=rate, weight_decay=0.0)
+    return _heavyball().Muon(module.parameters(), lr=rate, weight_decay=0.0)
 
 
-def lbfgs(parameters: Parameters, rate: float) -> torch.optim.Optimizer:
+def lbfgs(module: Module, rate: float) -> torch.optim.Optimizer:
     """L-BFGS, one iteration with up to 4 more gradients for a strong-Wolfe line search on each batch."""
-    return torch.optim.LBFGS(parameters, lr=rate, max_iter=1, max_eval=5, line_search_fn="strong_wolfe")
+    return torch.optim.LBFGS(module.parameters(), lr=rate, max_iter=1, max_eval=5, line_search_fn="strong_wolfe")
 
 
-PEERS: dict[str, Callable[[Parameters, float], torch.optim.Optimizer]] = {
+def kfac(module: Module, rate: float) -> torch.optim.Optimizer:
+    """K-FAC as singd has it: dense Kronecker factors, inverse-free, renewed every 4 steps (Lin et al. 2024)."""
+    from singd.optim.optimizer import SINGD
+
+    return SINGD(module, lr=rate, T=4, kfac_like=True)
+
+
+PEERS: dict[str, Callable[[Module, float], torch.optim.Optimizer]] = {
     "soap": soap,
     "soap-heavyball": soap_heavyball,
     "shampoo": shampoo,
     "psgd": psgd,
     "muon": muon,
     "lbfgs": lbfgs,
+    "kfac": kfac,
 }
+WATCHING = {"kfac"}  # see the activations: PyTorch has to compute their gradients itself
 
 
 @dataclass(frozen=True)
 class PeerSettings(Settings):
     """Settings of `torch`."""
 
-    lr: float = setting(0.003, "learning rate", POSITIVE)
+    lr: float | str = setting(0.003, "learning rate", POSITIVE)
     optimizer: str = setting("soap", ", ".join(PEERS), one_of(*PEERS))
 
 
 class Peer(Optimizer[PeerSettings]):
-    """A PyTorch optimizer on the mean gradient, its parameters shaped as the layers' tensors."""
+    """A PyTorch optimizer on the mean gradient of one rank's replicas."""
 
     settings_type = PeerSettings
 
-    def start(self) -> None:
-        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
-        parts = np.split(np.array(self.parameters), ends[:-1])
-        self.tensors = [
-            torch.nn.Parameter(torch.tensor(part.reshape(shape)))
-            for part, shape in zip(parts, self.shapes, strict=True)
-        ]
-        self.peer = PEERS[self.settings.optimizer](self.tensors, self.rate)
-
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         """Return d = (w − w')/α of the peer's step from w to w'."""
-        first: list[tuple[float, Any]] = []
+        name = self.settings.optimizer
+        if self.steps == 1:
+            self.module = torch_convnet(loss_and_gradient.network, self.parameters)  # type: ignore[attr-defined]
+            self.peer = PEERS[name](self.module, self.rate)
+        evaluated: list[tuple[float, Any]] = []
 
         def closure() -> torch.Tensor:
             self.parameters = self.held = self.flat()
-            gradients, loss = self.evaluate(loss_and_gradient)
-            mean = self.exchange.mean(gradients)
-            first.append((loss, mean))
-            start = 0
-            for tensor in self.tensors:
-                part = torch.from_numpy(mean[start : start + tensor.numel()].copy())
-                tensor.grad, start = part.reshape(tensor.shape), start + tensor.numel()
-            return torch.tensor(loss)
+            evaluated.append((self.watched if name in WATCHING else self.handed)(loss_and_gradient))
+            return torch.tensor(evaluated[-1][0])
 
         before = self.parameters
         for group in self.peer.param_groups:
             group["lr"] = self.rate
-        if self.settings.optimizer == "lbfgs":
+        if name == "lbfgs":
             self.peer.step(closure)
         else:
             closure()
             self.peer.step()
-        loss, mean = first[0]
+        loss, mean = evaluated[0]
         direction = (before - self.flat()) / self.rate
         self.parameters = self.held = np.array(before)
         return mean, direction, {"loss": loss}
 
+    def handed(self, loss_and_gradient: LossAndGradient) -> tuple[float, Array]:
+        """Hand this package's gradient to the module's parameters; return the loss and the gradient."""
+        gradients, loss = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(gradients)
+        start = 0
+        for tensor in self.module.parameters():
+            tensor.grad = torch.tensor(mean[start : start + tensor.numel()]).reshape(tensor.shape)
+            start += tensor.numel()
+        return loss, mean
+
+    def watched(self, loss_and_gradient: Any) -> tuple[float, Array]:
+        """Have PyTorch compute the gradient; return the loss and the gradient."""
+        rows = [loss_and_gradient.order.indices(loss_and_gradient.step, replica) for replica in self.exchange.local]
+        images, labels = loss_and_gradient.split.batch(np.concatenate(rows))
+        self.evaluations += self.exchange.replicas
+        self.peer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(self.module(torch.tensor(images)), torch.tensor(labels).long())
+        loss.backward()
+        return loss.item(), torch.cat([tensor.grad.ravel() for tensor in self.module.parameters()]).numpy()
+
     def flat(self) -> Array:
-        """Return the peer's parameters as one vector."""
-        return np.concatenate([tensor.detach().numpy().ravel() for tensor in self.tensors])
+        """Return the module's parameters as one vector."""
+        return torch.nn.utils.parameters_to_vector(self.module.parameters()).detach().numpy().copy()
 
 
 def main(arguments: list[str]) -> int:
