@@ -131,9 +131,8 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
             f"{m} replicas on {ranks} ranks leave ranks idle: use --replicas {ranks} or more, or fewer ranks"
         )
     if m < least:
-        raise UserError(
-            f"{training.method}{' at the rate auto' if auto else ''} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}"
-        )
+        what = training.method + (" at the rate auto" if auto else "")
+        raise UserError(f"{what} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}")
     if training.batch % m:
         nearest = max(m, round(training.batch / m) * m)
         raise UserError(f"a batch of {training.batch} cannot be shared by {m} replicas: use --batch {nearest}")

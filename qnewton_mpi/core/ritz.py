@@ -47,7 +47,7 @@ class RitzPairs:
 
     def __init__(self, exchange: Exchange, directions: Array, smoothing: float = 0.0) -> None:
         self.exchange, self.smoothing = exchange, smoothing
-        self.directions = self._orthonormal(directions)
+        self.directions = orthonormal(exchange, directions)
         self.values = self.residuals = np.zeros(0)
         self.vectors = directions[:0, :]
         self._rayleigh: Matrix | None = None
@@ -67,7 +67,7 @@ class RitzPairs:
         shift = SHIFT * float(np.abs(self.values).max())
         mixed = (1 - s) * Y + to_device(s * before + shift * np.eye(len(T)), Q) @ Q
         if shift > 0:  # otherwise there is no curvature to follow
-            self.directions = self._orthonormal(mixed)
+            self.directions = orthonormal(self.exchange, mixed)
         overlap = self.exchange.gram(self.directions, Q)
         self._rayleigh = overlap @ T @ overlap.T
 
@@ -78,11 +78,19 @@ class RitzPairs:
         projections = self.exchange.gram(self.vectors, z[None, :])[:, 0]
         return z + to_device((function_of_values - 1) * projections, z) @ self.vectors
 
-    def _orthonormal(self, rows: Array) -> Array:
-        """Return S^(−1/2) rows, S their Gram matrix, twice: orthonormal rows of the same span, without free signs."""
-        for _ in range(2):
-            squares, vectors = np.linalg.eigh(self.exchange.gram(rows, rows))
-            floor = len(squares) * np.finfo(np.float64).eps * squares[-1]
-            root = (vectors / np.sqrt(np.maximum(squares, floor))) @ vectors.T
-            rows = to_device(root, rows) @ rows
-        return rows
+
+def orthonormal(exchange: Exchange, rows: Array) -> Array:
+    """Return S^(−1/2) rows, S their Gram matrix, twice: orthonormal rows of the same span. Collective.
+
+    Parameters
+    ----------
+    exchange : Exchange
+    rows : (k, held)
+        Linearly independent, to rounding. The result has no free signs, unlike that of an eigensolver.
+    """
+    for _ in range(2):
+        squares, vectors = np.linalg.eigh(exchange.gram(rows, rows))
+        floor = len(squares) * np.finfo(np.float64).eps * squares[-1]
+        root = (vectors / np.sqrt(np.maximum(squares, floor))) @ vectors.T
+        rows = to_device(root, rows) @ rows
+    return rows

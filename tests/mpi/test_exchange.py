@@ -4,11 +4,15 @@ import hashlib
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from problems import VARIANTS, Quadratic, make_optimizer
 
 from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers import BlockBFGS
+from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel import partition
+from qnewton_mpi.parallel.communicator import Communicator
 
 SIZE = 23  # divisible by no number of ranks
 REPLICAS = [4, 5, 8]
@@ -144,3 +148,17 @@ def test_local_replicas_cover_all(communicator):
         exchange = EXCHANGES["allgather"](communicator, replicas, SIZE)
         assert [i for local in communicator.mpi.allgather(exchange.local) for i in local] == list(range(replicas))
         assert exchange.counts == list(np.diff(partition.bounds(replicas, communicator.size)))
+
+
+def test_block_bfgs_is_the_same_on_any_number_of_ranks(communicator, name):
+    problem = Quadratic(SIZE, 1)
+    points = []
+    for chosen in (
+        EXCHANGES[name](communicator, 5, SIZE),
+        EXCHANGES["allgather"](Communicator(MPI.COMM_SELF), 5, SIZE),
+    ):
+        optimizer = BlockBFGS(BlockBFGSSettings(), problem.start, chosen)
+        for _ in range(4):
+            optimizer.step(lambda w, replica: problem(w, 0))
+        points.append(np.array(optimizer.parameters))
+    np.testing.assert_allclose(*points, rtol=1e-8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qnewton_mpi.core.optimizers.base import Optimizer, Settings
+from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGS
 from qnewton_mpi.core.optimizers.deflated import Deflated
 from qnewton_mpi.core.optimizers.first_order import SGD, Adam, Momentum
 from qnewton_mpi.core.optimizers.fisher import Fisher
@@ -25,6 +26,7 @@ __all__ = [
     "OPTIMIZERS",
     "SGD",
     "Adam",
+    "BlockBFGS",
     "Deflated",
     "Fisher",
     "Kronecker",

@@ -171,6 +171,7 @@ class Optimizer(ABC, Generic[S]):
         if not finite.all():
             first = int(np.argmin(finite))
             raise NonFiniteGradientError(self.steps, first, *everyone[first])
+        self.losses = everyone[:, 0]
         self.square = float(everyone[:, 1].mean())  # of a gradient's norm, mean over the replicas
         return self.gradients, float(everyone[:, 0].mean())
 

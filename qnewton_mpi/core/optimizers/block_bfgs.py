@@ -1,0 +1,187 @@
+"""Full batches: multisecant quasi-Newton steps with columns from the replicas and from the history together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.ritz import orthonormal
+from qnewton_mpi.core.secants import Matrix
+from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.device import Array, to_device
+
+SUFFICIENT_DECREASE = 1e-4
+LEAST_CURVATURE = 1e-9  # of a probed direction, relative to the largest of its block
+
+
+@dataclass(frozen=True)
+class BlockBFGSSettings(Settings):
+    """Settings of `BlockBFGS`."""
+
+    lr: float | str = setting(1.0, "length of the first trial step, relative to the quasi-Newton step", POSITIVE)
+    steps_kept: int = setting(50, "past steps whose secants are kept", POSITIVE)
+    probes_kept: int = setting(10, "rounds of probes whose secants are kept", POSITIVE)
+    probe_scale: float = setting(1e-3, "ρ, length of a probe's displacement", POSITIVE)
+
+
+class Secants(NamedTuple):
+    """Directions D (k, held), their products Y = H D, and the eigenvalues of D Yᵀ, which is diagonal."""
+
+    directions: Array
+    products: Array
+    curvatures: Matrix
+
+
+class Point(NamedTuple):
+    """Where a step began: parameters and gradient (held,), the loss, and d."""
+
+    parameters: Array
+    gradient: Array
+    loss: float
+    direction: Array
+
+
+class BlockBFGS(Optimizer[BlockBFGSSettings]):
+    """Limited-memory block BFGS for a loss that is the same for all replicas, and not noisy.
+
+    In one round replica 0 evaluates the gradient at w and each other replica at w + ρ q_i. Its difference gives H q_i,
+    a secant; so does each step. With blocks of secants Y = D H, D Yᵀ = Δ⁻¹, H⁻¹ is updated from the oldest to the
+    newest by
+
+        H⁻¹ ← Dᵀ Δ D + (I − Dᵀ Δ Y) H⁻¹ (I − Yᵀ Δ D)
+
+    which fulfils all secants of the block at once (Schnabel 1983; Gower, Goldfarb and Richtárik 2016, arXiv
+    1603.09649); for one secant it is BFGS. The blocks of probes come after those of the steps. The next directions are
+    block Krylov: of the products and of the gradient, what is orthogonal to the directions kept.
+
+    A step that does not lessen the loss enough costs one more round, in which the replicas try M shorter ones at once;
+    the next step is then at most twice as long as the best of these, relative to the quasi-Newton step.
+
+    Raises
+    ------
+    UserError
+        Where the replicas' losses differ at the same parameters.
+    """
+
+    settings_type = BlockBFGSSettings
+    minimum_replicas = 2
+    figures = (*Optimizer.figures, "length", "largest_eigenvalue", "smallest_eigenvalue")
+
+    def start(self) -> None:
+        self.trial = 1.0  # length of the next step, relative to the quasi-Newton step
+        self.from_steps: list[Secants] = []
+        self.from_probes: list[Secants] = []
+        self.before: Point | None = None
+
+    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+        if self.before is None:
+            self.first_directions(loss_and_gradient)
+        columns = self.columns_at(loss_and_gradient, self.settings.probe_scale * self.with_zero(self.directions))
+        gradient, loss, length = columns[0, :], float(self.losses[0]), self.trial
+        if self.before is not None and self.fails(loss):
+            gradient, loss, length = self.shorten(loss_and_gradient)
+        else:
+            self.learn_probes((columns[1:, :] - gradient) / self.settings.probe_scale, gradient)
+        if self.before is not None:
+            self.learn_step(gradient)
+
+        if length > 0:
+            self.trial = min(1.0, 2 * length)
+        d = self.trial * self.apply_inverse(gradient)
+        self.before = Point(self.xp.asarray(self.held, copy=True), gradient, loss, d)
+        newest = self.from_probes[-1].curvatures if self.from_probes else np.full(1, np.nan)
+        figures = {"largest_eigenvalue": float(newest.max()), "smallest_eigenvalue": float(newest.min())}
+        return gradient, d, {"loss": loss, "length": length, **figures}
+
+    def first_directions(self, loss_and_gradient: LossAndGradient) -> None:
+        """Have all replicas evaluate at w, compare their losses, and start with the gradient and random directions."""
+        gradients, _ = self.evaluate(loss_and_gradient)
+        if not np.allclose(self.losses, self.losses[0], rtol=1e-5):
+            raise UserError("BlockBFGS: replicas at the same parameters have different losses: all need the same data")
+        mean = self.exchange.mean(gradients)[None, :]
+        norm = math.sqrt(self.exchange.dots((mean, mean))[0])
+        columns = self.xp.concat([*([mean / norm] if norm > 0 else []), self.normal(0)])
+        self.directions = orthonormal(self.exchange, columns[: self.exchange.replicas - 1, :])
+
+    def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Array) -> Array:
+        """Return all replicas' gradients at their displacements, (M, held); one round."""
+        gradients, _ = self.evaluate(loss_and_gradient, self.exchange.rows(displacements))
+        return self.exchange.columns(gradients)
+
+    def with_zero(self, directions: Array) -> Array:
+        """Return the displacements (M, held) of replica 0, which has none, and of the others."""
+        return self.xp.concat([self.xp.zeros_like(directions[:1, :]), directions])
+
+    def fails(self, loss: float) -> bool:
+        """Tell whether the step did not lessen the loss enough (Armijo's condition)."""
+        assert self.before is not None
+        slope = self.exchange.dots((self.before.gradient, self.held - self.before.parameters))[0]
+        return loss > self.before.loss + SUFFICIENT_DECREASE * slope
+
+    def shorten(self, loss_and_gradient: LossAndGradient) -> tuple[Array, float, float]:
+        """Try the step's halves, quarters, … on the replicas and go to the best; back, forgetting all, if none is.
+
+        Return the gradient and the loss there, and the length relative to the quasi-Newton step.
+        """
+        assert self.before is not None
+        step = self.held - self.before.parameters
+        lengths = 0.5 ** np.arange(1, self.exchange.replicas + 1)
+        columns = self.columns_at(loss_and_gradient, to_device(lengths - 1, step)[:, None] * step[None, :])
+        best = int(np.argmin(self.losses))
+        if self.losses[best] >= self.before.loss:
+            self.from_steps, self.from_probes = [], []
+            self.trial *= float(lengths[-1])
+            self.held = self.before.parameters
+            return self.before.gradient, self.before.loss, 0.0
+        self.held = self.before.parameters + float(lengths[best]) * step
+        return columns[best, :], float(self.losses[best]), self.trial * float(lengths[best])
+
+    def learn_step(self, gradient: Array) -> None:
+        """Keep the secant of the last step."""
+        assert self.before is not None
+        s, y = self.held - self.before.parameters, gradient - self.before.gradient
+        sy, ss = self.exchange.dots((s, y), (s, s))
+        if sy > LEAST_CURVATURE * ss:
+            kept = [*self.from_steps, Secants(s[None, :], y[None, :], np.array([sy]))]
+            self.from_steps = kept[-self.settings.steps_kept :]
+
+    def learn_probes(self, products: Array, gradient: Array) -> None:
+        """Keep the secants of a round of probes along their Ritz vectors, and choose the next directions."""
+        T = self.exchange.gram(self.directions, products)
+        curvatures, V = np.linalg.eigh((T + T.T) / 2)
+        positive = curvatures > LEAST_CURVATURE * curvatures[-1]
+        if positive.any():
+            rotation = to_device(V[:, positive].T, products)
+            block = Secants(rotation @ self.directions, rotation @ products, curvatures[positive])
+            self.from_probes = [*self.from_probes, block][-self.settings.probes_kept :]
+        kept = self.xp.concat([self.directions, *(block.directions for block in self.from_probes[:-1])])
+        fresh = self.xp.concat([gradient[None, :], products])[: len(T), :]
+        for _ in range(2):
+            fresh = fresh - to_device(self.exchange.gram(fresh, kept), fresh) @ kept
+            fresh = orthonormal(self.exchange, fresh)
+        self.directions = fresh
+
+    def apply_inverse(self, z: Array) -> Array:
+        """Return H⁻¹ z by the two loops of limited-memory BFGS, over blocks (Nocedal 1980)."""
+        blocks, q, coefficients = [*self.from_steps, *self.from_probes], z, []
+        for block in reversed(blocks):
+            a = self.exchange.gram(block.directions, q[None, :])[:, 0] / block.curvatures
+            coefficients.append(a)
+            q = q - to_device(a, q) @ block.products
+        q = self.scale() * q
+        for block, a in zip(blocks, reversed(coefficients), strict=True):
+            b = self.exchange.gram(block.products, q[None, :])[:, 0] / block.curvatures
+            q = q + to_device(a - b, q) @ block.directions
+        return q
+
+    def scale(self) -> float:
+        """Return γ of H⁻¹ = γ I before any secant: yᵀs/yᵀy of the last step, at first 1/(largest Ritz value)."""
+        if self.from_steps:
+            last = self.from_steps[-1]
+            return float(last.curvatures[0]) / self.exchange.dots((last.products, last.products))[0]
+        return 1 / float(self.from_probes[-1].curvatures.max()) if self.from_probes else 1.0
