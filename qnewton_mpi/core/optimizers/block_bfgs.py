@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +9,13 @@ import numpy as np
 
 from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.ritz import orthonormal
-from qnewton_mpi.core.secants import Matrix
+from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.device import Array, to_device
 
 SUFFICIENT_DECREASE = 1e-4
+NOTHING_LEFT = 1e-8  # of a squared norm of one
 LEAST_CURVATURE = 1e-9  # of a probed direction, relative to the largest of its block
 
 
@@ -103,15 +103,13 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         gradients, _ = self.evaluate(loss_and_gradient)
         if not np.allclose(self.losses, self.losses[0], rtol=1e-5):
             raise UserError("BlockBFGS: replicas at the same parameters have different losses: all need the same data")
-        mean = self.exchange.mean(gradients)[None, :]
-        norm = math.sqrt(self.exchange.dots((mean, mean))[0])
-        columns = self.xp.concat([*([mean / norm] if norm > 0 else []), self.normal(0)])
-        self.directions = orthonormal(self.exchange, columns[: self.exchange.replicas - 1, :])
+        self.directions = self.normal(0)[1:, :]
+        self.directions = self.next_directions(self.exchange.mean(gradients)[None, :])
 
     def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Array) -> Array:
-        """Return all replicas' gradients at their displacements, (M, held); one round."""
+        """Return all replicas' gradients at their displacements, (M, held), in an array of their own; one round."""
         gradients, _ = self.evaluate(loss_and_gradient, self.exchange.rows(displacements))
-        return self.exchange.columns(gradients)
+        return self.xp.asarray(self.exchange.columns(gradients), copy=True)
 
     def with_zero(self, directions: Array) -> Array:
         """Return the displacements (M, held) of replica 0, which has none, and of the others."""
@@ -159,12 +157,38 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
             rotation = to_device(V[:, positive].T, products)
             block = Secants(rotation @ self.directions, rotation @ products, curvatures[positive])
             self.from_probes = [*self.from_probes, block][-self.settings.probes_kept :]
-        kept = self.xp.concat([self.directions, *(block.directions for block in self.from_probes[:-1])])
-        fresh = self.xp.concat([gradient[None, :], products])[: len(T), :]
-        for _ in range(2):
-            fresh = fresh - to_device(self.exchange.gram(fresh, kept), fresh) @ kept
-            fresh = orthonormal(self.exchange, fresh)
-        self.directions = fresh
+        self.directions = self.next_directions(self.xp.concat([gradient[None, :], products]))
+
+    def next_directions(self, candidates: Array) -> Array:
+        """Return M − 1 orthonormal directions that are orthogonal to those kept: of the candidates, then random ones.
+
+        A candidate that the others and the directions kept span would leave rounding alone, and is dropped.
+        """
+        count, kept = self.directions.shape[0], [block.directions for block in self.from_probes]
+        room = max(0, self.exchange.size - 2 * count)
+        kept = kept[-(room // count) :] if room >= count else []
+        found = self.complement(candidates, kept, count)
+        missing = count - found.shape[0]
+        if missing:
+            random = self.complement(self.normal(self.steps), [*kept, found], missing)
+            found = self.xp.concat([found, random])
+        return found
+
+    def complement(self, rows: Array, kept: list[Array], count: int) -> Array:
+        """Return `count` orthonormal rows or fewer: the most of what rows (n, held) span beyond the kept ones."""
+        rows = rows / to_device(self.norms(rows), rows)[:, None]
+        if kept:
+            basis = self.xp.concat(kept)
+            for _ in range(2):
+                rows = rows - to_device(self.exchange.gram(rows, basis), rows) @ basis
+        squares, vectors = leading_eigenpairs(self.exchange.gram(rows, rows), count)
+        left = squares > NOTHING_LEFT
+        return orthonormal(self.exchange, to_device((vectors[:, left] / np.sqrt(squares[left])).T, rows) @ rows)
+
+    def norms(self, rows: Array) -> Matrix:
+        """Return the rows' norms; 1 for zero."""
+        norms = np.sqrt(np.diag(self.exchange.gram(rows, rows)))
+        return np.where(norms > 0, norms, 1.0)
 
     def apply_inverse(self, z: Array) -> Array:
         """Return H⁻¹ z by the two loops of limited-memory BFGS, over blocks (Nocedal 1980)."""
