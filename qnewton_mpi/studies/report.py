@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -111,13 +112,24 @@ def best_baseline(results: Iterable[Result], figure: str) -> Result | None:
     return min(candidates, key=lambda r: r.mean(figure), default=None)
 
 
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return the key by which names sort as people do: numbers by their value.
+
+    Examples
+    --------
+    >>> sorted(["M=16", "M=2", "Adam"], key=natural)
+    ['Adam', 'M=2', 'M=16']
+    """
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
 def markdown(results: list[Result]) -> str:
     """Return the table: mean ± standard deviation over the seeds, and ratios to the best baseline in each figure.
 
     "to its NLL" is the cost until the best baseline's final training NLL is reached, over the baseline's whole cost.
     """
     last, tail = (best_baseline(results, figure) for figure in ("train_nll", "tail_train_nll"))
-    ordered = sorted(results, key=lambda r: (not r.baseline, r.name))
+    ordered = sorted(results, key=lambda r: (not r.baseline, natural(r.name)))
 
     def ratio(value: float, base: float | None) -> str:
         return "–" if base is None or math.isnan(value) else f"{value / base:.2f}"

@@ -103,7 +103,6 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         gradients, _ = self.evaluate(loss_and_gradient)
         if not np.allclose(self.losses, self.losses[0], rtol=1e-5):
             raise UserError("BlockBFGS: replicas at the same parameters have different losses: all need the same data")
-        self.directions = self.normal(0)[1:, :]
         self.directions = self.next_directions(self.exchange.mean(gradients)[None, :])
 
     def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Array) -> Array:
@@ -157,32 +156,35 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
             rotation = to_device(V[:, positive].T, products)
             block = Secants(rotation @ self.directions, rotation @ products, curvatures[positive])
             self.from_probes = [*self.from_probes, block][-self.settings.probes_kept :]
-        self.directions = self.next_directions(self.xp.concat([gradient[None, :], products]))
+        self.directions = self.next_directions(gradient[None, :], products)
 
-    def next_directions(self, candidates: Array) -> Array:
-        """Return M − 1 orthonormal directions that are orthogonal to those kept: of the candidates, then random ones.
+    def next_directions(self, *candidates: Array) -> Array:
+        """Return M − 1 orthonormal directions that are orthogonal to those kept, the first candidates' first.
 
-        A candidate that the others and the directions kept span would leave rounding alone, and is dropped.
+        Random ones make up for candidates that the others and the directions kept span, and that would be rounding.
         """
-        count, kept = self.directions.shape[0], [block.directions for block in self.from_probes]
+        count, kept = self.exchange.replicas - 1, [block.directions for block in self.from_probes]
         room = max(0, self.exchange.size - 2 * count)
         kept = kept[-(room // count) :] if room >= count else []
-        found = self.complement(candidates, kept, count)
-        missing = count - found.shape[0]
-        if missing:
-            random = self.complement(self.normal(self.steps), [*kept, found], missing)
-            found = self.xp.concat([found, random])
+        found = self.xp.zeros((0, *self.held.shape), dtype=self.held.dtype)
+        for rows in (*candidates, None):
+            missing = count - found.shape[0]
+            if missing:
+                rows = self.normal(self.steps) if rows is None else rows
+                found = self.xp.concat([found, self.complement(rows, [*kept, found], missing)])
         return found
 
     def complement(self, rows: Array, kept: list[Array], count: int) -> Array:
         """Return `count` orthonormal rows or fewer: the most of what rows (n, held) span beyond the kept ones."""
         rows = rows / to_device(self.norms(rows), rows)[:, None]
-        if kept:
-            basis = self.xp.concat(kept)
+        basis = self.xp.concat(kept)
+        if basis.shape[0]:
             for _ in range(2):
                 rows = rows - to_device(self.exchange.gram(rows, basis), rows) @ basis
         squares, vectors = leading_eigenpairs(self.exchange.gram(rows, rows), count)
         left = squares > NOTHING_LEFT
+        if not left.any():
+            return rows[:0, :]
         return orthonormal(self.exchange, to_device((vectors[:, left] / np.sqrt(squares[left])).T, rows) @ rows)
 
     def norms(self, rows: Array) -> Matrix:
