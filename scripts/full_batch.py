@@ -65,7 +65,7 @@ def main() -> None:
 
     print(f"| method | {' | '.join(f'rounds to a gap of {gap:g}' for gap in GAPS)} |\n|{'---|' * (len(GAPS) + 1)}")
     least = np.inf
-    for memory in (50, 10):
+    for memory in (10, 50, 300):
         losses: list[float] = []
 
         def watched(w: NDArray[np.float64], losses: list[float] = losses) -> tuple[float, NDArray[np.float64]]:

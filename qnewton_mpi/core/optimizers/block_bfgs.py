@@ -25,7 +25,7 @@ class BlockBFGSSettings(Settings):
 
     lr: float | str = setting(1.0, "length of the first trial step, relative to the quasi-Newton step", POSITIVE)
     steps_kept: int = setting(50, "past steps whose secants are kept", POSITIVE)
-    probes_kept: int = setting(10, "rounds of probes whose secants are kept", POSITIVE)
+    probes_kept: int = setting(40, "rounds of probes whose secants are kept", POSITIVE)
     probe_scale: float = setting(1e-3, "ρ, length of a probe's displacement", POSITIVE)
 
 
