@@ -11,18 +11,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from extended_study import run
 
-from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
+from qnewton_mpi.core.optimizers import Optimizer, Settings
 from qnewton_mpi.core.optimizers.base import Array, Figures, LossAndGradient
 from qnewton_mpi.core.settings import POSITIVE, one_of, setting
-from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.reference import torch_convnet
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 
 Module = torch.nn.Module
 
@@ -153,23 +151,6 @@ class Peer(Optimizer[PeerSettings]):
         return torch.nn.utils.parameters_to_vector(self.module.parameters()).detach().numpy().copy()
 
 
-def main(arguments: list[str]) -> int:
-    """Run the study; return the exit code."""
-    torch.set_num_threads(1)
-    OPTIMIZERS["torch"] = Peer  # before the modules that list the methods are imported
-    from qnewton_mpi.studies.compare import compare
-    from qnewton_mpi.studies.plan import read_study
-
-    world = Communicator()
-    abort_on_exception(world)
-    try:
-        study, output = arguments
-        compare(read_study(study), Path(output), 1, world)
-    except (UserError, ValueError) as error:
-        print(f"torch_peers: {error}; usage: torch_peers.py STUDY.toml STUDY.h5", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    torch.set_num_threads(1)
+    sys.exit(run(sys.argv[1:], {"torch": Peer}))

@@ -1,0 +1,61 @@
+"""Run a study whose rows may spoil what `fisher` and `kronecker` read from the replicas, one thing at a time.
+
+Usage: mpiexec -n 2 python scripts/ablations.py STUDY.toml STUDY.h5
+
+It is `qnewton-mpi compare` with the methods fisher-X and kronecker-X more. X says what becomes of the differences of
+the replicas' gradients before F sees them; the mean gradient stays as it is.
+
+random      normal numbers with each coordinate's standard deviation: no correlation of coordinates is left
+shuffled    each coordinate's differences in an order of their own over the replicas: the same
+uncentred   (fisher) the gradients themselves instead of their differences from the mean
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from extended_study import run
+
+from qnewton_mpi.core.optimizers import Fisher, Kronecker, Optimizer
+from qnewton_mpi.core.optimizers.base import Array
+
+
+def random(differences: Array, generator: np.random.Generator) -> Array:
+    """Return centred normal numbers of each coordinate's standard deviation; (M, N) as the argument."""
+    numbers = generator.standard_normal(differences.shape).astype(differences.dtype)
+    numbers -= numbers.mean(axis=0)
+    return numbers * (differences.std(axis=0) / numbers.std(axis=0))
+
+
+def shuffled(differences: Array, generator: np.random.Generator) -> Array:
+    """Return each coordinate's differences in an order of its own."""
+    return generator.permuted(differences, axis=0)
+
+
+def spoiled(kind: type[Optimizer[Any]], spoil: Any) -> type[Optimizer[Any]]:
+    """Return the method `kind` on spoiled differences. One rank."""
+
+    class Spoiled(kind):  # type: ignore[valid-type, misc]
+        def update(self, gradients: Array) -> Array:
+            mean = gradients.mean(axis=0)
+            return super().update(mean + spoil(gradients - mean, np.random.default_rng([self.seed, self.steps])))
+
+    return Spoiled
+
+
+class Uncentred(Fisher):
+    """`fisher` on the gradients themselves."""
+
+    def start(self) -> None:
+        super().start()
+        exchange = self.exchange
+        exchange.centred = lambda rows: (exchange.mean(rows), exchange.columns(rows))  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    spoils = {"random": random, "shuffled": shuffled}
+    kinds = {"fisher": Fisher, "kronecker": Kronecker}
+    methods = {f"{name}-{how}": spoiled(kind, spoil) for name, kind in kinds.items() for how, spoil in spoils.items()}
+    sys.exit(run(sys.argv[1:], {**methods, "fisher-uncentred": Uncentred}))
