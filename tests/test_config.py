@@ -20,7 +20,8 @@ from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, p
         ({"method": "sgd", "rank": 8}, "rank is an option of fisher, not of sgd"),
         ({"epochs": 2, "steps": 3}, "contradict"),
         ({"lr": 0}, "lr = 0: must be greater than 0"),
-        ({"lr": "fast"}, "lr = fast: must be a finite number"),
+        ({"lr": "fast"}, "lr = fast: must be a finite number or auto"),
+        ({"lr": "auto", "method": "adam"}, "lr = auto: must be a finite number$"),
         ({"lr": float("nan")}, "must be a finite number"),
         ({"lr": True}, "must be a finite number"),
         ({"epochs": "1.5"}, "must be an integer"),
@@ -45,7 +46,9 @@ def test_bad_options(options, message):
     [
         ({"replicas": 2}, 3, "2 replicas on 3 ranks leave ranks idle"),
         ({"replicas": 6, "batch": 256}, 2, "use --batch 258"),
-        ({"replicas": 1}, 1, "kronecker needs at least 2 replicas"),
+        ({"replicas": 1}, 1, "kronecker at the rate auto needs at least 2 replicas"),
+        ({"replicas": 1, "method": "multisecant"}, 1, "multisecant needs at least 2 replicas"),
+        ({"replicas": 1, "method": "sgd", "lr": "auto"}, 1, "sgd at the rate auto needs at least 2 replicas"),
         ({"batch": 4}, 1, "use --batch 8"),
     ],
 )

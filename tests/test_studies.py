@@ -61,6 +61,11 @@ def test_bad_plans(tmp_path, text, message):
         read_study(write(tmp_path / "study.toml", text))
 
 
+def test_the_rate_auto_is_not_tuned(tmp_path):
+    study = read_study(write(tmp_path / "study.toml", "[[row]]\nname = 'a'\nmethod = 'sgd'\nlr = 'auto'"))
+    assert (study.rows[0].rates, study.rows[0].options) == ((), {"method": "sgd", "lr": "auto"})
+
+
 def test_lists_make_rows_but_for_the_rate(tmp_path):
     study = read_study(write(tmp_path / "study.toml", SMALL))
     assert [row.name for row in study.rows] == ["SGD", "diverges", "fisher replicas=2", "fisher replicas=4"]
