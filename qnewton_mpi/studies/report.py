@@ -174,6 +174,7 @@ def draw(results: list[Result], target: Path) -> None:
 
     figure, panels = plt.subplots(1, len(COSTS), figsize=(15, 5), sharey=True, layout="constrained")
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
+        axes.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))  # the usual ten are soon used up
         for result in results:
             if not result.runs:
                 continue
