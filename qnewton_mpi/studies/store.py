@@ -97,7 +97,8 @@ class Store:
                 with h5py.File(self.output if inside else self._path(name)) as file:
                     source = file[name] if inside else file
                     group = study.create_group(name)
-                    group.attrs.update(source.attrs)
+                    # Not where the run was written: that file goes with the folder.
+                    group.attrs.update({key: value for key, value in source.attrs.items() if key != "output"})
                     for figure, dataset in source["epochs"].items():
                         group[f"epochs/{figure}"] = dataset[()]  # no longer to be extended: small
         part.rename(self.output)
