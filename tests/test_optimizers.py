@@ -335,6 +335,24 @@ def test_auto_rate_follows_the_noise(communicator):
         assert figures["rate"] == pytest.approx(factor * 4 * 0.7 * 0.02 * 0.1 / noise)
 
 
+@pytest.mark.parametrize("offset", [-1e3, 0.0])
+@pytest.mark.parametrize("variant", ["sgd-auto", "nesterov-auto", "deflated-auto", "fisher-auto", "kronecker"])
+def test_auto_rate_of_a_loss_that_is_negative_or_zero_is_not_negative(communicator, variant, offset):
+    """A loss that climbs from below zero, or is zero all along, must not turn the steps round, nor divide by zero."""
+    problem, calls = Quadratic(SIZE, REPLICAS), []
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
+
+    def climbing(w, replica):
+        calls.append(replica)
+        return offset * (1 - 1e-6 * len(calls)), problem(w, replica)[1]
+
+    for _ in range(5):
+        figures = optimizer.step(climbing)
+        assert figures["rate"] >= 0
+        assert offset == 0 or figures["rate"] > 0
+    assert np.isfinite(optimizer.parameters).all()
+
+
 @pytest.mark.parametrize("variant", ["kronecker", "fisher"])
 def test_auto_rate_without_noise_is_that_of_the_bound(communicator, variant):
     problem = Quadratic(SIZE, REPLICAS)

@@ -60,5 +60,5 @@ def noise_limited_rate(trend: LossTrend, noise: float) -> float:
     noise : float
         tr(P⁻¹C), C the covariance of the mean gradient.
     """
-    gain = max(trend.slope, LEAST_SLOPE * trend.level)
+    gain = max(trend.slope, LEAST_SLOPE * abs(trend.level))  # a loss may be negative, a rate may not
     return 4 * NOISE_SHARE * gain / noise if noise > 0 else float("inf")

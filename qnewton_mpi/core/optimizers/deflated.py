@@ -51,8 +51,8 @@ class Deflated(Probing[DeflatedSettings]):
         self.velocity = beta * self.velocity + mean
         z = mean + beta * self.velocity
         values = self.ritz.values
-        along = np.maximum(np.abs(values), np.finfo(np.float64).tiny)
-        d = self.ritz.apply(np.minimum(1.0, self.settings.newton_rate / (self.rate * along)), z)
+        along = self.rate * np.abs(values)
+        d = self.ritz.apply(self.settings.newton_rate / np.maximum(along, self.settings.newton_rate), z)
         figures = {
             "largest_eigenvalue": float(values[-1]),
             "smallest_eigenvalue": float(values[0]),

@@ -66,7 +66,12 @@ class NaturalGradient(Optimizer[S]):
         divergence = self.settings.max_divergence * math.sqrt(self.batch / BATCH)
         bound = math.sqrt(2 * divergence / dz) if dz > 0 else 0.0
         wanted, self.rate = self.rate, min(self.rate, bound)
-        figures = {"loss": loss, "damping": self.damping, "shrink": self.rate / wanted, **self.spectrum()}
+        figures = {
+            "loss": loss,
+            "damping": self.damping,
+            "shrink": self.rate / wanted if wanted else 1.0,
+            **self.spectrum(),
+        }
         return mean, d, figures
 
     @property
