@@ -2,12 +2,13 @@
 
 Usage: mpiexec -n 2 python scripts/ablations.py STUDY.toml STUDY.h5
 
-It is `qnewton-mpi compare` with the methods fisher-X and kronecker-X more. X says what becomes of the differences of
-the replicas' gradients before F sees them; the mean gradient stays as it is.
+It is `qnewton-mpi compare` with the methods fisher-X, kronecker-X and deflated-X more. X says what becomes of the
+differences of gradients before the method sees them; the mean gradient stays as it is.
 
 random      normal numbers with each coordinate's standard deviation: no correlation of coordinates is left
 shuffled    each coordinate's differences in an order of their own over the replicas: the same
 uncentred   (fisher) the gradients themselves instead of their differences from the mean
+batches     (deflated) gradient and probe of a secant are of different batches
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 from extended_study import run
 
-from qnewton_mpi.core.optimizers import Fisher, Kronecker, Optimizer
-from qnewton_mpi.core.optimizers.base import Array
+from qnewton_mpi.core.optimizers import Deflated, Fisher, Kronecker, Optimizer
+from qnewton_mpi.core.optimizers.base import Array, LossAndGradient
 
 
 def random(differences: Array, generator: np.random.Generator) -> Array:
@@ -54,8 +55,18 @@ class Uncentred(Fisher):
         exchange.centred = lambda rows: (exchange.mean(rows), exchange.columns(rows))  # type: ignore[method-assign]
 
 
+class DifferentBatches(Deflated):
+    """`deflated` with replica i's probes on the batch of replica i + 1."""
+
+    def evaluate(self, loss_and_gradient: LossAndGradient, displacements: Array | None = None) -> tuple[Array, float]:
+        def shifted(parameters: Array, replica: int) -> tuple[float, Array]:
+            return loss_and_gradient(parameters, (replica + 1) % self.exchange.replicas)
+
+        return super().evaluate(loss_and_gradient if displacements is None else shifted, displacements)
+
+
 if __name__ == "__main__":
     spoils = {"random": random, "shuffled": shuffled}
     kinds = {"fisher": Fisher, "kronecker": Kronecker}
     methods = {f"{name}-{how}": spoiled(kind, spoil) for name, kind in kinds.items() for how, spoil in spoils.items()}
-    sys.exit(run(sys.argv[1:], {**methods, "fisher-uncentred": Uncentred}))
+    sys.exit(run(sys.argv[1:], {**methods, "fisher-uncentred": Uncentred, "deflated-batches": DifferentBatches}))
