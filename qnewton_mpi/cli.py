@@ -83,6 +83,16 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
     reporting.add_argument("study", metavar="STUDY.h5")
     reporting.add_argument("--overwrite", action="store_true", help="replace the report of an earlier state")
 
+    benching = commands.add_parser(
+        "bench", help="what a step costs beside the gradients, against one Allreduce", allow_abbrev=False
+    )
+    benching.add_argument("--sizes", default="16384,1048576", metavar="N,N,…", help="parameters (default %(default)s)")
+    benching.add_argument("--replicas", type=int, metavar="M", help="default: one a rank, at least 2")
+    benching.add_argument("--rounds", type=int, default=5, metavar="K", help="of timing, in turn (default 5)")
+    benching.add_argument("--quick", action="store_true", help="one size, one round: to see that it works")
+    benching.add_argument("--output", metavar="BENCH.h5", help="write the tables there too")
+    benching.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
     commands.add_parser("info", help="MPI library, ranks and nodes, threads, devices", allow_abbrev=False)
     try:
         command = parser.parse_args(arguments)
@@ -96,7 +106,31 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
         command.plan = read_study(command.study)
         if command.ranks_per_run < 1 or ranks % command.ranks_per_run:
             raise UserError(f"--ranks-per-run {command.ranks_per_run} does not divide the {ranks} rank(s)")
+    if command.command == "bench":
+        command.sizes = parse_sizes(command.sizes)
+        if command.quick:
+            command.sizes, command.rounds = command.sizes[:1], 1
+        if command.replicas is not None and command.replicas < max(2, ranks):
+            raise UserError(f"--replicas {command.replicas}: at least 2, and one a rank")
+        if command.rounds < 1:
+            raise UserError(f"--rounds {command.rounds}: at least 1")
+        if command.output and Path(command.output).exists() and not command.overwrite:
+            raise UserError(f"{command.output} exists: name another --output, or replace it with --overwrite")
     return command
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Return the numbers of a list with commas.
+
+    Raises
+    ------
+    UserError
+        Where one is not a positive whole number.
+    """
+    sizes = [int(word) if word.isdecimal() else 0 for word in text.split(",")]
+    if min(sizes) < 1:
+        raise UserError(f"--sizes {text}: positive whole numbers, with commas between them")
+    return sizes
 
 
 def train_command(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -154,6 +188,18 @@ def report_command(command: argparse.Namespace, communicator: Communicator) -> N
     communicator.from_root(report)
 
 
+def bench_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Time steps, print the tables, write them if asked for."""
+    from qnewton_mpi.benchmark import bench, write
+
+    tables = bench(command.sizes, command.replicas, command.rounds, communicator)
+    if communicator.rank == 0:
+        print("\n".join(table.text() for table in tables), flush=True)
+        if command.output:
+            write(tables, Path(command.output))
+            print(f"written to {command.output}", flush=True)
+
+
 def info_command(command: argparse.Namespace, communicator: Communicator) -> None:
     """Tell what the ranks run on."""
     from threadpoolctl import threadpool_info
@@ -183,6 +229,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
     "plot": plot_command,
     "compare": compare_command,
     "report": report_command,
+    "bench": bench_command,
     "info": info_command,
 }
 

@@ -4,27 +4,30 @@ Every rank evaluates R gradients, the rows of an array (R, N). The optimizers' a
 range of the N coordinates, of every replica's column and of every vector. An exchange decides which range that is, and
 moves data between the two layouts; the algebra is the same for all of them.
 
-============  ===========================  ==============================================================
-exchange      held by a rank               traffic of one step, words received per rank
-============  ===========================  ==============================================================
-`allgather`   everything                   means 2N(n−1)/n, columns (M−R)N
-`server`      everything on rank 0,        rank 0: columns and means; the others: N, the new parameters
+============  =======================  ========================================================================
+exchange      held by a rank           words received per rank: the mean and the new parameters / all columns
+============  =======================  ========================================================================
+`allgather`   everything               2N(n−1)/n, an Allreduce / (M−R)N
+`sliced`      N/n of the coordinates   2N(n−1)/n, a Reduce_scatter and an Allgather / (M−R)N/n, an Alltoall
+`server`      everything on rank 0,    rank 0: (n−1)N, others N; Reduce and Broadcast / rank 0: (M−R)N
               nothing elsewhere
-============  ===========================  ==============================================================
+============  =======================  ========================================================================
+
+Where the columns have crossed, `sliced` and `server` take the mean from them instead.
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.parallel import partition
-from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.communicator import Communicator, HostArray
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 # Coordinates are converted to float64 in pieces of this many entries, so that a piece stays in a core's cache.
@@ -34,7 +37,8 @@ PIECE = 1 << 16
 class Exchange(ABC):
     """Moves rows (this rank's replicas, all coordinates) to columns (all replicas, held coordinates) and back.
 
-    All methods are collective.
+    All methods are collective but for `divide`, `hold` and `summed`. The arrays that `mean`, `columns`, `rows` and
+    `collect` return may be used again by the next call of the same method.
 
     Parameters
     ----------
@@ -48,12 +52,16 @@ class Exchange(ABC):
     ----------
     local : range
         The global indices of this rank's replicas.
+    held : slice
+        The coordinates that this rank holds.
     bytes_sent : int
         By all ranks together, so far: what each collective must move at least, 2B(n−1) for an Allreduce of B bytes over
         n ranks (bandwidth-optimal algorithm), otherwise what is not yet where it has to be.
     bytes_sent_by_replicas : int
         The same if every replica were on a rank of its own, n = M.
     """
+
+    held: slice
 
     def __init__(self, communicator: Communicator, replicas: int, size: int) -> None:
         self.communicator = communicator
@@ -64,6 +72,15 @@ class Exchange(ABC):
         self.local = range(limits[communicator.rank], limits[communicator.rank + 1])
         self.bytes_sent = 0
         self.bytes_sent_by_replicas = 0
+        self._buffers: dict[str, HostArray] = {}
+        self.divide(())
+
+    @abstractmethod
+    def divide(self, pieces: Sequence[int]) -> None:
+        """Settle which coordinates each rank holds, of pieces of the given lengths none in part; () if any may be cut.
+
+        To be called before anything is held.
+        """
 
     @abstractmethod
     def mean(self, rows: Array) -> Array:
@@ -77,9 +94,9 @@ class Exchange(ABC):
     def rows(self, columns: Array) -> Array:
         """Return this rank's replicas of columns (M, held) with all coordinates, (R, N)."""
 
-    @abstractmethod
     def hold(self, vector: Array) -> Array:
         """Return a copy of the held part of a vector (N,) that every rank has."""
+        return array_namespace(vector).asarray(vector[self.held], copy=True)
 
     @abstractmethod
     def collect(self, vector: Array) -> Array:
@@ -90,13 +107,22 @@ class Exchange(ABC):
         """Return the held coordinates whose products this rank adds: over the ranks, each of the N once."""
 
     @abstractmethod
+    def samples(self, rows: Array) -> tuple[Array, Array]:
+        """Return the mean z̄ (held,) and centred columns (k, held) that this rank is to take into its sums.
+
+        Over the ranks, each replica's each coordinate once: of all replicas where ranks hold different coordinates, of
+        this rank's own where all hold all. `total` then completes the sums.
+        """
+
+    @abstractmethod
     def total(self, array: Array) -> Array:
-        """Return the sum of the ranks' arrays of one shape, on every rank."""
+        """Return the sum of the arrays, of one shape, of all ranks that hold the same coordinates."""
 
     def centred(self, rows: Array) -> tuple[Array, Array]:
         """Return the mean z̄ (held,) and the centred columns [z_i − z̄], (M, held)."""
-        mean = self.mean(rows)
-        return mean, self.columns(rows) - mean
+        mean, columns = self.mean(rows), self.columns(rows)
+        columns -= mean
+        return mean, columns
 
     def gram(self, a: Array, b: Array) -> Matrix:
         """Return A Bᵀ for held columns a (p, held) and b (q, held): (p, q), host float64, bitwise equal on all ranks.
@@ -124,10 +150,33 @@ class Exchange(ABC):
             partial[0, k] = float(xp.sum(x[..., part] * y[..., part], dtype=xp.float64))
         return [float(value) for value in self._added(partial)]
 
+    def largest(self, value: float) -> float:
+        """Return the largest of the ranks' values."""
+        self._count(lambda n: 8 * n * (n - 1))
+        return float(self.communicator.allgather(np.array([value]), [1] * self.communicator.size).max())
+
     def share(self, figures: Matrix) -> Matrix:
         """Return every replica's row of figures, (M, p), from this rank's (R, p)."""
         self._count(lambda n: (n - 1) * self.replicas * figures[0].nbytes)
         return self.communicator.allgather(figures, self.counts)
+
+    def _sum(self, rows: Array) -> HostArray:
+        """Return the sum of this rank's rows, (N,), on the host."""
+        return to_host(rows[0, :] if rows.shape[0] == 1 else array_namespace(rows).sum(rows, axis=0))
+
+    def _divided(self, total: HostArray, like: Array) -> Array:
+        """Return the mean of the M replicas from their sum, in its place."""
+        mean = to_device(total, like)
+        mean /= self.replicas
+        return mean
+
+    def _buffer(self, name: str, shape: tuple[int, ...], like: Array) -> HostArray:
+        """Return the host array of a name, the same at each call. A new one would cost a page fault every 4 KiB."""
+        dtype = np.dtype(f"f{array_namespace(like).finfo(like.dtype).bits // 8}")
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
+            buffer = self._buffers[name] = np.empty(shape, dtype)
+        return buffer
 
     def _row_bytes(self, like: Array) -> int:
         return int(self.size * array_namespace(like).finfo(like.dtype).bits // 8)
@@ -147,11 +196,13 @@ class Exchange(ABC):
 class AllgatherExchange(Exchange):
     """Every rank holds everything: means by Allreduce, columns by Allgather. No server, no state that differs."""
 
+    def divide(self, pieces: Sequence[int]) -> None:
+        self.held = slice(0, self.size)
+
     def mean(self, rows: Array) -> Array:
-        xp = array_namespace(rows)
         self._count(lambda n: 2 * (n - 1) * self._row_bytes(rows))
-        total = self.communicator.allreduce(to_host(xp.sum(rows, axis=0)))
-        return to_device(total, rows) / self.replicas
+        mean = self._buffer("mean", (self.size,), rows)
+        return self._divided(self.communicator.allreduce(self._sum(rows), mean), rows)
 
     def total(self, array: Array) -> Array:
         host = to_host(array)
@@ -160,13 +211,11 @@ class AllgatherExchange(Exchange):
 
     def columns(self, rows: Array) -> Array:
         self._count(lambda n: (n - 1) * self.replicas * self._row_bytes(rows))
-        return to_device(self.communicator.allgather(to_host(rows), self.counts), rows)
+        everyone = self._buffer("columns", (self.replicas, self.size), rows)
+        return to_device(self.communicator.allgather(to_host(rows), self.counts, everyone), rows)
 
     def rows(self, columns: Array) -> Array:
         return columns[self.local.start : self.local.stop, :]
-
-    def hold(self, vector: Array) -> Array:
-        return array_namespace(vector).asarray(vector, copy=True)
 
     def collect(self, vector: Array) -> Array:
         return vector
@@ -174,44 +223,104 @@ class AllgatherExchange(Exchange):
     def summed(self) -> slice:
         return partition.share(self.size, self.communicator.size, self.communicator.rank)
 
+    def samples(self, rows: Array) -> tuple[Array, Array]:
+        mean = self.mean(rows)
+        return mean, rows - mean
 
-class ServerExchange(Exchange):
-    """Rank 0 holds everything and sends back the result: the parameter-server layout, as a baseline only."""
+
+class SlicedExchange(Exchange):
+    """Each rank holds a slice of the coordinates: of all columns, and of all state.
+
+    Columns come by Alltoall, means by Reduce_scatter, the new parameters go out by Allgather. So a step receives what
+    one Allreduce does, and the state of the optimizers is N/n numbers where it is N elsewhere.
+    """
+
+    def divide(self, pieces: Sequence[int]) -> None:
+        self.bounds = self._bounds(pieces)
+        self.words = [last - first for first, last in itertools.pairwise(self.bounds)]
+        rank = self.communicator.rank
+        self.held = slice(self.bounds[rank], self.bounds[rank + 1])
+
+    def _bounds(self, pieces: Sequence[int]) -> list[int]:
+        """Return where the ranks' slices begin and end: at the bounds of pieces, if there are any."""
+        ranks = self.communicator.size
+        return partition.bounds_of_pieces(pieces, ranks) if pieces else partition.bounds(self.size, ranks)
 
     def mean(self, rows: Array) -> Array:
-        xp = array_namespace(rows)
         self._count(lambda n: (n - 1) * self._row_bytes(rows))
-        total = self.communicator.reduce(to_host(xp.sum(rows, axis=0)))
-        return to_device(total[self.summed()], rows) / self.replicas
+        mean = self._buffer("mean", (self.words[self.communicator.rank],), rows)
+        return self._divided(self.communicator.reduce_scatter(self._sum(rows), self.words, mean), rows)
 
     def total(self, array: Array) -> Array:
-        host = to_host(array)
-        self._count(lambda n: 2 * (n - 1) * host.nbytes)
-        total = self.communicator.reduce(host)
-        return to_device(self.communicator.broadcast(total.copy()), array)
+        return array
 
     def columns(self, rows: Array) -> Array:
+        own, mine = len(self.local), self.words[self.communicator.rank]
+        host = self._pack(to_host(rows))
+        columns = self._buffer("columns", (self.replicas, mine), rows)
         self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(rows))
-        everyone = self.communicator.gather(to_host(rows), self.counts)
-        return to_device(everyone.reshape(self.replicas, -1), rows)
+        self.communicator.alltoall(
+            host, [own * words for words in self.words], columns, [mine * count for count in self.counts]
+        )
+        return to_device(columns, rows)
 
     def rows(self, columns: Array) -> Array:
-        everyone = to_host(columns)
-        mine = np.empty((len(self.local), self.size), everyone.dtype)
-        self._count(lambda n: (n - 1) / n * self.replicas * mine[0].nbytes)
-        return to_device(self.communicator.scatter(everyone, mine, self.counts), columns)
-
-    def hold(self, vector: Array) -> Array:
-        return array_namespace(vector).asarray(vector[self.summed()], copy=True)
+        own, mine = len(self.local), self.words[self.communicator.rank]
+        host = to_host(columns)
+        slices = self._buffer("slices", (own * self.size,), columns)
+        self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(columns))
+        self.communicator.alltoall(
+            host, [mine * count for count in self.counts], slices, [own * words for words in self.words]
+        )
+        return to_device(self._unpack(slices), columns)
 
     def collect(self, vector: Array) -> Array:
-        host = to_host(vector)
-        whole = host.copy() if self.communicator.rank == 0 else np.empty(self.size, host.dtype)
-        self._count(lambda n: (n - 1) * whole.nbytes)
-        return to_device(self.communicator.broadcast(whole), vector)
+        self._count(lambda n: (n - 1) * self._row_bytes(vector))
+        whole = self._buffer("whole", (self.size,), vector)
+        return to_device(self.communicator.allgather(to_host(vector), self.words, whole), vector)
 
     def summed(self) -> slice:
-        return slice(0, self.size if self.communicator.rank == 0 else 0)
+        return slice(0, self.words[self.communicator.rank])
+
+    def samples(self, rows: Array) -> tuple[Array, Array]:
+        return self.centred(rows)
+
+    def centred(self, rows: Array) -> tuple[Array, Array]:
+        columns = self.columns(rows)
+        mean = array_namespace(columns).mean(columns, axis=0)
+        columns -= mean
+        return mean, columns
+
+    def _pack(self, rows: HostArray) -> HostArray:
+        """Return rows (R, N) as the slices of each rank one after the other, (R · N,); a single row is that already."""
+        own = len(self.local)
+        if own == 1:
+            return rows.reshape(-1)
+        slices = self._buffer("slices", (own * self.size,), rows)
+        for first, last in itertools.pairwise(self.bounds):
+            slices[own * first : own * last].reshape(own, last - first)[...] = rows[:, first:last]
+        return slices
+
+    def _unpack(self, slices: HostArray) -> HostArray:
+        """Return the rows (R, N) of what `_pack` returns."""
+        own = len(self.local)
+        if own == 1:
+            return slices.reshape(1, -1)
+        rows = self._buffer("rows", (own, self.size), slices)
+        for first, last in itertools.pairwise(self.bounds):
+            rows[:, first:last] = slices[own * first : own * last].reshape(own, last - first)
+        return rows
 
 
-EXCHANGES: dict[str, type[Exchange]] = {"allgather": AllgatherExchange, "server": ServerExchange}
+class ServerExchange(SlicedExchange):
+    """Rank 0 holds everything and sends back the result: the parameter-server layout, as a baseline only."""
+
+    def _bounds(self, pieces: Sequence[int]) -> list[int]:
+        return [0] + [self.size] * self.communicator.size
+
+
+EXCHANGES: dict[str, type[Exchange]] = {
+    "allgather": AllgatherExchange,
+    "sliced": SlicedExchange,
+    "server": ServerExchange,
+}

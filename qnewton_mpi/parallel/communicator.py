@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -47,41 +48,37 @@ class Communicator:
         node.Free()
         self.seconds = 0.0
 
-    def allreduce(self, array: HostArray) -> HostArray:
-        """Return the sum of the ranks' arrays, same shape and dtype."""
-        total = np.empty_like(array)
+    def allreduce(self, array: HostArray, total: HostArray | None = None) -> HostArray:
+        """Return the sum of the ranks' arrays, same shape and dtype; in `total`, if given."""
+        total = np.empty_like(array) if total is None else total
         self._time(self.mpi.Allreduce, array, total)
         return total
 
-    def reduce(self, array: HostArray) -> HostArray:
-        """Return the sum of the ranks' arrays on rank 0; elsewhere the argument."""
-        total = np.empty_like(array) if self.rank == 0 else array
-        self._time(self.mpi.Reduce, array, total if self.rank == 0 else None)
-        return total
+    def reduce_scatter(self, array: HostArray, counts: Sequence[int], share: HostArray) -> HostArray:
+        """Fill `share` with this rank's part, `counts` words a rank, of the sum of the ranks' arrays; return it."""
+        if counts[0] == len(array):  # all of it to rank 0
+            self._time(self.mpi.Reduce, array, share if self.rank == 0 else None)
+        else:
+            self._time(self.mpi.Reduce_scatter, array, share, counts)
+        return share
 
-    def allgather(self, rows: HostArray, counts: Sequence[int]) -> HostArray:
-        """Return the ranks' rows, stacked in rank order; `counts` tells how many each rank has."""
-        everyone = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
-        self._time(self.mpi.Allgatherv, rows, self._blocks(everyone, counts))
+    def allgather(self, rows: HostArray, counts: Sequence[int], everyone: HostArray | None = None) -> HostArray:
+        """Return the ranks' rows, stacked in rank order, `counts` of each rank; in `everyone`, if given."""
+        if everyone is None:
+            everyone = np.empty((sum(counts), *rows.shape[1:]), rows.dtype)
+        if counts[0] == len(everyone):  # all of it from rank 0
+            if self.rank == 0:
+                everyone[...] = rows
+            self._time(self.mpi.Bcast, everyone)
+        else:
+            words = math.prod(everyone.shape[1:])
+            self._time(self.mpi.Allgatherv, rows, [everyone, [count * words for count in counts]])
         return everyone
 
-    def gather(self, rows: HostArray, counts: Sequence[int]) -> HostArray:
-        """Return the ranks' rows, stacked in rank order, on rank 0; elsewhere an array without rows."""
-        everyone = np.empty((sum(counts) if self.rank == 0 else 0, *rows.shape[1:]), rows.dtype)
-        target = self._blocks(everyone, counts) if self.rank == 0 else None
-        self._time(self.mpi.Gatherv, rows, target)
-        return everyone
-
-    def scatter(self, everyone: HostArray, rows: HostArray, counts: Sequence[int]) -> HostArray:
-        """Fill `rows` with this rank's share of rank 0's stacked rows and return it."""
-        source = self._blocks(everyone, counts) if self.rank == 0 else None
-        self._time(self.mpi.Scatterv, source, rows)
-        return rows
-
-    def broadcast(self, array: HostArray) -> HostArray:
-        """Fill `array` with rank 0's and return it."""
-        self._time(self.mpi.Bcast, array)
-        return array
+    def alltoall(self, send: HostArray, sent: Sequence[int], receive: HostArray, received: Sequence[int]) -> HostArray:
+        """Send each rank its part of `send`, `sent` words a rank; return `receive`, filled with `received` a rank."""
+        self._time(self.mpi.Alltoallv, [send, sent], [receive, received])
+        return receive
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if it raises `UserError` on any, raise the lowest rank's on all.
@@ -116,12 +113,6 @@ class Communicator:
         started = time.perf_counter()
         collective(*buffers)
         self.seconds += time.perf_counter() - started
-
-    @staticmethod
-    def _blocks(everyone: HostArray, counts: Sequence[int]) -> list[Any]:
-        """Describe rows to mpi4py's vector collectives: buffer and words per rank."""
-        words = int(np.prod(everyone.shape[1:], dtype=np.int64))
-        return [everyone, [count * words for count in counts]]
 
 
 def abort_on_exception(communicator: Communicator) -> None:

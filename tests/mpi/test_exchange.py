@@ -43,6 +43,25 @@ def test_rows_become_columns_and_come_back(communicator, name, replicas):
     np.testing.assert_array_equal(exchange.collect(exchange.hold(everyone[0])), everyone[0])
 
 
+def test_pieces_are_held_whole(communicator, name):
+    """Also on more ranks than pieces, where some hold nothing."""
+    exchange, everyone = EXCHANGES[name](communicator, 5, SIZE), global_rows(5)
+    exchange.divide([4, 17, 2])
+    held = np.arange(SIZE)[exchange.held]
+    assert {len(np.intersect1d(held, piece)) for piece in (np.arange(4), np.arange(4, 21))} <= {0, 4, 17}
+    mine = everyone[exchange.local.start : exchange.local.stop]
+    columns = exchange.columns(mine)
+    np.testing.assert_array_equal(columns, everyone[:, held])
+    np.testing.assert_array_equal(exchange.rows(columns), mine)
+    np.testing.assert_allclose(exchange.mean(mine), everyone.mean(axis=0)[held], atol=1e-14)
+    np.testing.assert_array_equal(exchange.collect(exchange.hold(everyone[0])), everyone[0])
+    mean, samples = exchange.samples(mine)
+    np.testing.assert_allclose(mean, everyone.mean(axis=0)[held], atol=1e-14)
+    total = np.zeros(SIZE)
+    total[held] = exchange.total((samples**2).sum(axis=0))
+    np.testing.assert_allclose(total[held], ((everyone - everyone.mean(axis=0)) ** 2).sum(axis=0)[held], atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_gram_is_float64_and_bitwise_equal_on_all_ranks(communicator, name, dtype):
     exchange = EXCHANGES[name](communicator, 4, SIZE)
@@ -85,15 +104,19 @@ def test_counted_traffic_is_the_formula(communicator):
 
     vector = item * SIZE
     for replicas in (n, 2 * n):
-        literal, server = (EXCHANGES[name](communicator, replicas, SIZE) for name in ("allgather", "server"))
+        literal, sliced, server = (EXCHANGES[name](communicator, replicas, SIZE) for name in EXCHANGES)
         rows = np.ones((len(literal.local), SIZE))
         counts = (n, replicas)
         assert sent(literal, lambda: literal.mean(rows)) == tuple(2 * vector * (k - 1) for k in counts)  # noqa: B023
         assert sent(literal, lambda: literal.columns(rows)) == tuple(replicas * vector * (k - 1) for k in counts)  # noqa: B023
         assert sent(literal, lambda: literal.dots((rows[0], rows[0]))) == tuple(item * k * (k - 1) for k in counts)  # noqa: B023
         assert sent(server, lambda: server.columns(rows)) == tuple(replicas * vector * (k - 1) // k for k in counts)  # noqa: B023
-        held = server.hold(rows[0])
-        assert sent(server, lambda: server.collect(held)) == tuple(vector * (k - 1) for k in counts)  # noqa: B023
+        for exchange in (sliced, server):
+            held = exchange.hold(rows[0])
+            assert sent(exchange, lambda: exchange.collect(held)) == tuple(vector * (k - 1) for k in counts)  # noqa: B023
+            assert sent(exchange, lambda: exchange.mean(rows)) == tuple(vector * (k - 1) for k in counts)  # noqa: B023
+        assert sent(sliced, lambda: sliced.columns(rows)) == tuple(replicas * vector * (k - 1) // k for k in counts)  # noqa: B023
+        assert sent(sliced, lambda: sliced.total(held)) == (0, 0)  # noqa: B023
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,9 +132,10 @@ def test_exchanges_agree_and_ranks_hold_bitwise_the_same(communicator, variant, 
         assert len(set(communicator.mpi.allgather(digest))) == 1
         assert len(set(communicator.mpi.allgather(repr(figures[name])))) == 1
         parameters[name] = np.array(optimizer.parameters)
-    np.testing.assert_allclose(parameters["server"], parameters["allgather"], rtol=1e-9)
-    for key, value in figures["allgather"].items():
-        assert figures["server"][key] == pytest.approx(value, rel=1e-6, nan_ok=True)
+    for name in EXCHANGES:
+        np.testing.assert_allclose(parameters[name], parameters["allgather"], rtol=1e-9)
+        for key, value in figures["allgather"].items():
+            assert figures[name][key] == pytest.approx(value, rel=1e-6, nan_ok=True)
 
 
 def test_one_bad_replica_is_told_on_every_rank(communicator):

@@ -94,10 +94,15 @@ class Optimizer(ABC, Generic[S]):
         self.gradient_seconds = 0.0
         self.evaluations = 0
         self.xp = array_namespace(parameters)
+        exchange.divide(self.pieces())
         self.held = exchange.hold(parameters)
         self.parameters = exchange.collect(self.held)
         self.gradients = self.xp.empty((len(exchange.local), exchange.size), dtype=parameters.dtype)
         self.start()
+
+    def pieces(self) -> Sequence[int]:
+        """Return the lengths of the parts of the parameters that one rank has to hold whole; () if there are none."""
+        return ()
 
     def fixed_rate(self, rate: float) -> float:
         """Return the learning rate that a number in the settings means for this batch."""

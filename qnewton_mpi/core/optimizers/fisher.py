@@ -78,9 +78,10 @@ class Fisher(NaturalGradient[FisherSettings]):
         coefficients = to_device(projections / (self.eigenvalues + damping), z)
         return (z - coefficients @ self.factor) / damping
 
-    def noise_of_step(self) -> float:
+    def product_and_known(self, d: Array, z: Array) -> tuple[float, float]:
         rest = max(0.0, self.trace - float(self.eigenvalues.sum()))
-        return float((self.eigenvalues / (self.eigenvalues + self.damping)).sum()) + rest / self.damping
+        known = float((self.eigenvalues / (self.eigenvalues + self.damping)).sum()) + rest / self.damping
+        return self.exchange.dots((d, z))[0], known
 
     def spectrum(self) -> Figures:
         values = self.eigenvalues

@@ -45,8 +45,10 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         V = Σ_i (Q_Bᵀ X_i Q_A)²                        elementwise: F's diagonal in this basis
         (F + ε I)⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + ε)] Q_Aᵀ
 
-    The columns of the replicas never cross the network: each rank keeps running sums over its own replicas, V is added
-    up by an Allreduce at an update, A and B only when the bases move. The first ten steps do all of it.
+    Where all ranks hold everything, no columns cross the network: each rank keeps running sums over its own replicas, V
+    is added up by an Allreduce at an update, A and B only when the bases move. Where each rank holds some of the
+    layers, it keeps the sums over all replicas for those, from columns that come by Alltoall at an update, and nothing
+    else is added up. The first ten steps do all of it.
 
     The eigenbasis is K-FAC's and Shampoo's (Martens and Grosse 2015; Gupta et al. 2018), the diagonal in it EKFAC's
     (George et al. 2018) and SOAP's (Vyas et al. 2024). What differs is the estimate, from the differences of the
@@ -58,9 +60,16 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     settings_type = KroneckerSettings
     figures = (*Optimizer.figures, "damping", "shrink", "largest_eigenvalue")
 
+    def pieces(self) -> list[int]:
+        return [layer.stop - layer.start for layer in layer_shapes(self.shapes)]
+
     def start(self) -> None:
         super().start()
-        self.layers = layers_of(self.shapes, self.parameters, self.settings.max_side)
+        held = self.exchange.held
+        inside = [shape for shape in layer_shapes(self.shapes) if held.start <= shape.start and shape.stop <= held.stop]
+        self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
+        self.variances = self.xp.zeros_like(self.held)
+        self.largest = 0.0  # of V
 
     @property
     def damping(self) -> float:
@@ -74,30 +83,29 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
 
     def update(self, gradients: Array) -> Array:
-        mean = self.exchange.mean(gradients)
-        scaled = self.scale * (gradients - self.exchange.collect(mean))
+        mean, differences = self.exchange.samples(gradients)
+        differences *= self.scale
         for layer in self.layers:
-            layer.add(scaled[:, layer.span], self.weight)
+            layer.add(differences[:, layer.span], self.weight)
         if self.updates <= FIRST_UPDATES or self.updates % self.settings.basis_every == 0:
             for layer in self.layers:
                 layer.renew_bases(self.exchange.total)
-        own = self.xp.concat([self.xp.reshape(layer.own_variances, (-1,)) for layer in self.layers])
-        total = self.exchange.total(own)
-        for layer in self.layers:
-            layer.variances = self.xp.reshape(total[layer.span], layer.own_variances.shape)
+        own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
+        self.variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
+        self.largest = self.exchange.largest(float(self.xp.max(self.variances)) if own else 0.0)
         return mean
 
     def apply_inverse(self, z: Array) -> Array:
-        whole, damping = self.exchange.collect(z), self.damping
-        parts = [layer.apply_inverse(whole[layer.span], damping) for layer in self.layers]
-        return self.exchange.hold(self.xp.concat(parts))
+        self.inverse = 1 / (self.variances + self.damping)
+        parts = [layer.scale(z[layer.span], self.inverse[layer.span]) for layer in self.layers]
+        return self.xp.concat([z[:0], *parts])
 
-    def noise_of_step(self) -> float:
-        damping, xp = self.damping, self.xp
-        return sum(float(xp.sum(layer.variances / (layer.variances + damping))) for layer in self.layers)
+    def product_and_known(self, d: Array, z: Array) -> tuple[float, float]:
+        dz, known = self.exchange.dots((d, z), (self.variances, self.inverse))
+        return dz, known
 
     def spectrum(self) -> Figures:
-        return {"largest_eigenvalue": max(float(self.xp.max(layer.variances)) for layer in self.layers)}
+        return {"largest_eigenvalue": self.largest}
 
 
 class Side:
@@ -126,59 +134,76 @@ class Side:
         """
         if self.factor is None:
             return None
-        factor = to_host(total(self.factor)).astype(np.float64)
-        factor += RIDGE * np.trace(factor) / len(factor) * np.eye(len(factor))
-        old = self.basis
-        self.basis = to_device(np.linalg.qr(factor @ to_host(old).astype(np.float64))[0], self.like)
+        factor, old = total(self.factor), self.basis
+        ridge = RIDGE * float(self.xp.sum(self.xp.linalg.diagonal(factor))) / factor.shape[0]
+        # On the host: GPUs are slow at QR.
+        self.basis = to_device(np.linalg.qr(to_host(factor @ old + ridge * old))[0], self.like)
         return (self.xp.matrix_transpose(old) @ self.basis) ** 2
 
 
+@dataclass(frozen=True)
+class LayerShape:
+    """Where a layer is among all parameters: (outputs, inputs) weights, then as many biases as outputs, if any."""
+
+    start: int
+    outputs: int
+    inputs: int
+    bias: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.outputs * (self.inputs + self.bias)
+
+
 class Layer:
-    """The running statistics of one layer, and its part of (F + ε I)⁻¹. Local.
+    """The running statistics of one layer, and its bases. Local.
 
     Parameters
     ----------
     like : array
         Of the library and dtype of the parameters.
-    span : slice
-        Where the layer's parameters are among all: (outputs, inputs) weights, then as many biases as outputs, if any.
-    outputs, inputs : int
-    bias : bool
+    shape : LayerShape
+    origin : int
+        Index of the first coordinate that this rank holds.
     max_side : int
 
     Attributes
     ----------
+    span : slice
+        Where the layer is among the coordinates held.
     left, right : Side
         B, Q_B and A, Q_A.
-    own_variances, variances : (outputs, inputs + bias)
-        V over this rank's replicas, and over all.
+    variances : (outputs, inputs + bias)
+        V over the columns that this rank takes into its sums.
     """
 
-    def __init__(self, like: Array, span: slice, outputs: int, inputs: int, bias: bool, max_side: int) -> None:
-        self.xp, self.span, self.outputs, self.inputs, self.bias = array_namespace(like), span, outputs, inputs, bias
-        self.left, self.right = (Side(n, like, max_side) for n in (outputs, inputs + bias))
-        self.variances = self.own_variances = to_device(np.zeros((outputs, inputs + bias)), like)
+    def __init__(self, like: Array, shape: LayerShape, origin: int, max_side: int) -> None:
+        self.xp, self.outputs, self.inputs, self.bias = array_namespace(like), shape.outputs, shape.inputs, shape.bias
+        self.span = slice(shape.start - origin, shape.stop - origin)
+        sides = self.outputs, self.inputs + self.bias
+        self.left, self.right = (Side(n, like, max_side) for n in sides)
+        self.variances = to_device(np.zeros(sides), like)
 
     def add(self, flat: Array, weight: float) -> None:
-        """Take this rank's scaled gradients, (R, length of the span), into A, B and V: s ← s + weight (new − s)."""
+        """Take scaled gradients, (k, length of the span), into A, B and V: s ← s + weight (new − s)."""
         matrices = self.matrices(flat)
         self.right.add(self.xp.reshape(matrices, (-1, matrices.shape[2])), weight)
         by_output = self.xp.permute_dims(matrices, (0, 2, 1))
         self.left.add(self.xp.reshape(by_output, (-1, self.outputs)), weight)
         squares = self.xp.sum(self.rotate(matrices) ** 2, axis=0)
-        self.own_variances = self.own_variances + weight * (squares - self.own_variances)
+        self.variances = self.variances + weight * (squares - self.variances)
 
     def renew_bases(self, total: Callable[[Array], Array]) -> None:
         """Renew both bases; carry V over by the squared overlaps of old and new directions. Collective, as `total`."""
         left, right = self.left.renew(total), self.right.renew(total)
         if left is not None:
-            self.own_variances = self.xp.matrix_transpose(left) @ self.own_variances
+            self.variances = self.xp.matrix_transpose(left) @ self.variances
         if right is not None:
-            self.own_variances = self.own_variances @ right
+            self.variances = self.variances @ right
 
-    def apply_inverse(self, flat: Array, damping: float) -> Array:
-        """Return the layer's part of (F + ε I)⁻¹ z for its part of z."""
-        scaled = self.rotate(self.matrices(flat[None, :])) / (self.variances + damping)
+    def scale(self, flat: Array, factors: Array) -> Array:
+        """Return Q_B [(Q_Bᵀ Z Q_A) ∘ factors] Q_Aᵀ for the layer's part Z of a vector, and as many factors."""
+        scaled = self.rotate(self.matrices(flat[None, :])) * self.xp.reshape(factors, self.variances.shape)
         matrix = self.rotate(scaled, back=True)[0, ...]
         weights = self.xp.reshape(matrix[:, : self.inputs], (-1,))
         return self.xp.concat([weights, matrix[:, self.inputs]]) if self.bias else weights
@@ -199,7 +224,7 @@ class Layer:
         return self.xp.concat([matrices, flat[:, weights:, None]], axis=2) if self.bias else matrices
 
 
-def layers_of(shapes: Sequence[tuple[int, ...]], like: Array, max_side: int) -> list[Layer]:
+def layer_shapes(shapes: Sequence[tuple[int, ...]]) -> list[LayerShape]:
     """Return the layers of parameters that follow each other in the given shapes. Local.
 
     A tensor with more than one axis is a layer, (first axis) × (all others); a vector as long as that first axis, right
@@ -209,7 +234,6 @@ def layers_of(shapes: Sequence[tuple[int, ...]], like: Array, max_side: int) -> 
     while k < len(shapes):
         outputs, inputs = shapes[k][0], math.prod(shapes[k][1:])
         bias = len(shapes[k]) > 1 and k + 1 < len(shapes) and shapes[k + 1] == (outputs,)
-        stop = start + outputs * (inputs + bias)
-        layers.append(Layer(like, slice(start, stop), outputs, inputs, bias, max_side))
-        start, k = stop, k + 1 + bias
+        layers.append(LayerShape(start, outputs, inputs, bias))
+        start, k = layers[-1].stop, k + 1 + bias
     return layers

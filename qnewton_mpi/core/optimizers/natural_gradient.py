@@ -60,9 +60,9 @@ class NaturalGradient(Optimizer[S]):
         self.moment = beta * self.moment + (1 - beta) * mean
         z = (beta * self.moment + (1 - beta) * mean) / (1 - beta ** (t + 1))
         d = self.apply_inverse(z)
+        dz, known = self.product_and_known(d, z)
         if self.adaptive:
-            self.adapt(self.noise_of_step() / self.batch)
-        dz = self.exchange.dots((d, z))[0]
+            self.adapt(known / self.batch)
         divergence = self.settings.max_divergence * math.sqrt(self.batch / BATCH)
         bound = math.sqrt(2 * divergence / dz) if dz > 0 else 0.0
         wanted, self.rate = self.rate, min(self.rate, bound)
@@ -107,8 +107,8 @@ class NaturalGradient(Optimizer[S]):
         """Return (F + ε I)⁻¹ z for a held vector. Collective."""
 
     @abstractmethod
-    def noise_of_step(self) -> float:
-        """Return tr((F + ε I)⁻¹F), the number of directions that F knows: the noise of one sample. Local."""
+    def product_and_known(self, d: Array, z: Array) -> tuple[float, float]:
+        """Return dᵀz and tr((F + ε I)⁻¹F), the directions that F knows: the noise of one sample. Collective."""
 
     @abstractmethod
     def spectrum(self) -> Figures:

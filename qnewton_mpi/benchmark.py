@@ -1,0 +1,330 @@
+"""What a step costs beside the gradients: methods and exchanges against one Allreduce, timed in turn in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer
+from qnewton_mpi.core.secants import multisecant
+from qnewton_mpi.data import datasets
+from qnewton_mpi.data.order import BatchOrder
+from qnewton_mpi.models.convnet import ACTIVATIONS, DENSE_WIDTHS, Convnet
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.device import Array
+from qnewton_mpi.training.loop import ReplicaLoss
+
+METHODS = ("sgd", "multisecant", "fisher", "kronecker")
+# Sizes beyond which `fisher`, which keeps 64 vectors, is left out.
+LARGEST = {"fisher": 1 << 21}
+SIDE = 128  # of the square layers that the N parameters are taken for
+WARM_UP = 16  # steps: `kronecker` does all its work in the first ten; `fisher` until its 64 vectors are there
+SECONDS = 0.5  # about, a case and round
+BATCH = 256
+
+LossAndGradient = Callable[[Array, int], tuple[float, Array]]
+
+
+@dataclass
+class Table:
+    """A section of the benchmark: a title, and rows of numbers and words under a header."""
+
+    title: str
+    header: Sequence[str]
+    rows: list[Sequence[Any]] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return it in Markdown."""
+        cells = [[f"{x:.3g}" if isinstance(x, float) else f"{x}" for x in row] for row in self.rows]
+        lines = ["| " + " | ".join(row) + " |" for row in (self.header, ["---"] * len(self.header), *cells)]
+        return f"### {self.title}\n\n" + "\n".join(lines) + "\n"
+
+    def write(self, file: h5py.File) -> None:
+        """Write a group with a data set for each column."""
+        group = file.create_group(self.title)
+        for name, column in zip(self.header, zip(*self.rows, strict=True), strict=True):
+            group[name.replace("/", " over ")] = list(column)
+
+
+@dataclass
+class Case:
+    """An action to be timed, in turn with others. `action(k)` does it k times. Collective."""
+
+    action: Callable[[int], None]
+    times: list[float] = field(default_factory=list)
+
+
+def bench(sizes: Sequence[int], replicas: int | None, rounds: int, communicator: Communicator) -> list[Table]:
+    """Return the tables of all sections. Collective.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        The numbers N of parameters.
+    replicas : int or None
+        M; None: one a rank, but two on one rank.
+    rounds : int
+        How often each case is timed; medians are reported.
+    communicator : Communicator
+    """
+    m = replicas or max(2, communicator.size)
+    tables = [steps(sizes, m, rounds, communicator), training(max(8, m), rounds, communicator)]
+    if communicator.rank == 0:
+        tables += [solves(rounds), *gradients(rounds)]
+    return tables
+
+
+def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Communicator) -> Table:
+    """Time steps whose gradients cost nothing against an Allreduce of the mean gradient and w ← w − α ḡ."""
+    n = communicator.size
+    table = Table(
+        f"steps without gradients, {n} ranks, M = {replicas}",
+        (
+            "N",
+            "method",
+            "exchange",
+            "ms",
+            "ms/(Allreduce + update)",
+            "communication/Allreduce",
+            "received/Allreduce",
+            "received MB",
+            "peak MB",
+        ),
+    )
+    for size in sizes:
+        shapes = [(SIDE, SIDE)] * (size // SIDE**2) + ([(size % SIDE**2,)] if size % SIDE**2 else [])
+        loss_and_gradient = FreeGradients(size, communicator.rank)
+        reduced, updated = allreduce(loss_and_gradient.numbers[:size], communicator)
+        baseline = [Case(reduced), Case(updated)]
+        cases = {}
+        for method in METHODS:
+            for name in EXCHANGES:
+                if size <= LARGEST.get(method, size) and not (name == "server" and method != "sgd"):
+                    cases[method, name] = StepCase(
+                        method, name, size, shapes, replicas, loss_and_gradient, communicator
+                    )
+        time_in_turn([*baseline, *cases.values()], rounds, communicator)
+        plain, updating = (statistics.median(case.times) for case in baseline)
+        vector = 2 * (n - 1) / n * 4 * size
+        for (method, name), case in cases.items():
+            seconds = statistics.median(case.times) - case.gradient_seconds
+            received = case.bytes_per_step / n
+            table.rows.append(
+                (
+                    size,
+                    method,
+                    name,
+                    seconds * 1e3,
+                    seconds / updating,
+                    case.communication_seconds / plain if n > 1 else 0.0,
+                    received / vector if n > 1 else 0.0,
+                    received / 1e6,
+                    case.peak_bytes / 1e6,
+                )
+            )
+    return table
+
+
+class FreeGradients:
+    """`loss, gradient = f(w, replica)` with random gradients that cost nothing, another one at each call. Local."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.calls = size, 0
+        self.numbers = np.random.default_rng(seed).standard_normal(size + 4096, np.float32)
+
+    def __call__(self, w: Array, replica: int) -> tuple[float, Array]:
+        self.calls += 1
+        first = 1021 * self.calls % 4096
+        return 1.0, self.numbers[first : first + self.size]
+
+
+def allreduce(gradient: NDArray[np.float32], communicator: Communicator) -> tuple[Callable[[int], None], ...]:
+    """Return MPI_Allreduce of a vector of this size, and the same with the update of plain SGD, as actions."""
+    mean, parameters = np.empty_like(gradient), np.zeros_like(gradient)
+
+    def reduce(count: int) -> None:
+        for _ in range(count):
+            communicator.allreduce(gradient, mean)
+
+    def update(count: int) -> None:
+        for _ in range(count):
+            communicator.allreduce(gradient, mean)
+            np.multiply(mean, 1e-9 / communicator.size, out=mean)
+            np.subtract(parameters, mean, out=parameters)
+
+    return reduce, update
+
+
+class StepCase(Case):
+    """Steps of a method by an exchange, on gradients that another function gives."""
+
+    def __init__(
+        self,
+        method: str,
+        exchange: str,
+        size: int,
+        shapes: Sequence[tuple[int, ...]],
+        replicas: int,
+        loss_and_gradient: LossAndGradient,
+        communicator: Communicator,
+        start: Array | None = None,
+    ) -> None:
+        super().__init__(self.steps)
+        kind = OPTIMIZERS[method]
+        self.loss_and_gradient, self.communicator = loss_and_gradient, communicator
+        tracemalloc.start()  # NumPy tells it of its arrays
+        parameters = np.zeros(size, np.float32) if start is None else start
+        self.optimizer: Optimizer[Any] = kind(
+            kind.settings_type(),
+            parameters,
+            EXCHANGES[exchange](communicator, replicas, size),
+            max(1, BATCH // replicas),
+            shapes=shapes,
+        )
+        for _ in range(WARM_UP + 64 // (replicas - 1)):
+            self.optimizer.step(loss_and_gradient)
+        self.peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        self.count = self.communicated = self.computed = 0.0
+        self.bytes_before = self.optimizer.exchange.bytes_sent
+
+    def steps(self, count: int) -> None:
+        """Do steps, in multiples of the 20 after which `kronecker` has done each kind of work as often as it does."""
+        communicated, computed = self.communicator.seconds, self.optimizer.gradient_seconds
+        for _ in range(count):
+            self.optimizer.step(self.loss_and_gradient)
+        self.count += count
+        self.communicated += self.communicator.seconds - communicated
+        self.computed += self.optimizer.gradient_seconds - computed
+
+    @property
+    def bytes_per_step(self) -> float:
+        """By all ranks together."""
+        return (self.optimizer.exchange.bytes_sent - self.bytes_before) / self.count
+
+    @property
+    def communication_seconds(self) -> float:
+        """Of a step, waiting for other ranks included."""
+        return self.communicated / self.count
+
+    @property
+    def gradient_seconds(self) -> float:
+        """Of a step."""
+        return self.computed / self.count
+
+
+def time_in_turn(cases: Sequence[Case], rounds: int, communicator: Communicator) -> None:
+    """Give each case `rounds` times: seconds of one repetition, of the slowest rank. Collective."""
+    counts = []
+    for case in cases:
+        started = time.perf_counter()
+        case.action(1)
+        guess = communicator.allgather(np.array([time.perf_counter() - started]), [1] * communicator.size).max()
+        count = max(1, min(200, round(SECONDS / guess)))
+        counts.append(count if type(case) is Case else max(20, count // 20 * 20))
+    for _ in range(rounds):
+        for case, count in zip(cases, counts, strict=True):
+            communicator.mpi.Barrier()
+            started = time.perf_counter()
+            case.action(count)
+            mine = np.array([time.perf_counter() - started]) / count
+            case.times.append(float(communicator.allgather(mine, [1] * communicator.size).max()))
+
+
+def training(replicas: int, rounds: int, communicator: Communicator) -> Table:
+    """Time whole training steps on the convnet, gradients included, against those of SGD."""
+    table = Table(
+        f"training steps of the convnet, {communicator.size} ranks, M = {replicas}, batch {BATCH}",
+        ("method", "exchange", "ms", "ms/SGD"),
+    )
+    dataset = datasets.load(datasets.EMBEDDED, None)
+    network = Convnet(dataset.input_shape, "tanh")
+    order = BatchOrder(len(dataset.train), BATCH, replicas, seed=0)
+    loss = ReplicaLoss(network, dataset.train, order)
+    names = [("sgd", "allgather"), *((m, e) for m in METHODS[1:] for e in ("allgather", "sliced"))]
+    start, shapes = network.initial_parameters(0), network.parameter_shapes
+    cases = [StepCase(m, e, network.size, shapes, replicas, loss, communicator, start) for m, e in names]
+    time_in_turn(cases, rounds, communicator)
+    for (method, name), case in zip(names, cases, strict=True):
+        ratio = statistics.median(a / b for a, b in zip(case.times, cases[0].times, strict=True))
+        table.rows.append((method, name, statistics.median(case.times) * 1e3, ratio))
+    return table
+
+
+def solves(rounds: int) -> Table:
+    """Time the eigenproblem of an M×M Gram matrix. Local."""
+    table = Table("M×M solve, float64", ("M", "ms"))
+    for m in (8, 32, 64, 128, 256, 512):
+        columns = np.random.default_rng(0).standard_normal((m, 2 * m))
+        gram = columns @ columns.T
+        table.rows.append((m, statistics.median(_seconds(lambda: multisecant(gram, 1e-6), 1, rounds)) * 1e3))  # noqa: B023
+    return table
+
+
+def gradients(rounds: int) -> Iterator[Table]:
+    """Time the convnet's gradients beside PyTorch's on the same network, one thread each; nothing without it. Local."""
+    try:
+        import torch
+    except ImportError:
+        return
+    from qnewton_mpi.models.reference import torch_convnet
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    table = Table(
+        f"samples/s of the local gradients, PyTorch {torch.__version__}",
+        ("images", "activation", "batch", "samples/s", "PyTorch", "ratio"),
+    )
+    for shape in DENSE_WIDTHS:
+        for activation in ACTIVATIONS:
+            for batch in (32, 256):
+                random = np.random.default_rng(0)
+                images, labels = random.standard_normal((batch, *shape), np.float32), random.integers(0, 10, batch)
+                network = Convnet(shape, activation)
+                parameters = network.initial_parameters(seed=0)
+                peer, tensors = torch_convnet(network, parameters), (torch.tensor(images), torch.tensor(labels))
+
+                def theirs(peer: Any = peer, tensors: Any = tensors) -> None:
+                    peer.zero_grad()
+                    torch.nn.functional.cross_entropy(peer(tensors[0]), tensors[1]).backward()  # type: ignore[no-untyped-call]
+
+                def ours(network: Convnet = network, arguments: Any = (parameters, images, labels)) -> None:
+                    network.loss_and_gradient(*arguments)
+
+                both = [
+                    (_seconds(ours, 1024 // batch, 1)[0], _seconds(theirs, 1024 // batch, 1)[0]) for _ in range(rounds)
+                ]
+                mine, other = (batch / statistics.median(times) for times in zip(*both, strict=True))
+                ratio = statistics.median(b / a for a, b in both)
+                table.rows.append(("×".join(map(str, shape)), activation, batch, round(mine), round(other), ratio))
+    torch.set_num_threads(threads)
+    yield table
+
+
+def _seconds(action: Callable[[], object], count: int, rounds: int) -> list[float]:
+    """Return the mean times of `count` actions, `rounds` of them, after one to warm up."""
+    action()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(count):
+            action()
+        times.append((time.perf_counter() - started) / count)
+    return times
+
+
+def write(tables: Sequence[Table], path: Path) -> None:
+    """Write the tables to an HDF5 file."""
+    with h5py.File(path, "w") as file:
+        for table in tables:
+            table.write(file)
