@@ -28,7 +28,8 @@ METHODS = ("sgd", "multisecant", "fisher", "kronecker")
 # Sizes beyond which `fisher`, which keeps 64 vectors, is left out.
 LARGEST = {"fisher": 1 << 21}
 SIDE = 128  # of the square layers that the N parameters are taken for
-WARM_UP = 16  # steps: `kronecker` does all its work in the first ten; `fisher` until its 64 vectors are there
+WARM_UP = 16  # steps: `kronecker` does all its work in the first ten
+RANK = 64  # of `fisher`, which updates at every step until it is reached
 SECONDS = 0.5  # about, a case and round
 BATCH = 256
 
@@ -191,7 +192,7 @@ class StepCase(Case):
             max(1, BATCH // replicas),
             shapes=shapes,
         )
-        for _ in range(WARM_UP + 64 // (replicas - 1)):
+        for _ in range(WARM_UP + (RANK // (replicas - 1) if method == "fisher" else 0)):
             self.optimizer.step(loss_and_gradient)
         self.peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -13,10 +13,11 @@ from typing import Any, NoReturn, get_type_hints
 from mpi4py import MPI
 
 from qnewton_mpi import __version__
-from qnewton_mpi.config import RunConfig, TrainSettings, read_toml, resolve, run_config
+from qnewton_mpi.config import DEFAULT_REPLICAS, RunConfig, TrainSettings, read_toml, resolve, run_config
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type, describe
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
 from qnewton_mpi.studies.plan import read_study
@@ -219,9 +220,23 @@ def info_command(command: argparse.Namespace, communicator: Communicator) -> Non
     print(f"MPI          {MPI.Get_library_version().splitlines()[0]}".rstrip("\0 "))
     print(f"ranks        {communicator.size} on {len({row[0] for row in everyone})} node(s)")
     print("transport    host buffers (GPU arrays are staged through host memory)")
+    print(f"exchange     {exchange_of(communicator.size)}")
     for node, rank, threads, cores, device in everyone:
         print(f"rank {rank:<7} {node}, {threads} BLAS thread(s), {cores} core(s) allowed, {device}")
     sys.stdout.flush()
+
+
+def exchange_of(ranks: int) -> str:
+    """Say which exchange "auto" chooses for the default method on these ranks, and why."""
+    if ranks == 1:
+        return "auto is allgather: on one rank nothing crosses the network"
+    kind, replicas = OPTIMIZERS[TrainSettings().method], max(DEFAULT_REPLICAS, ranks)
+    traffic = kind.traffic(kind.settings_type())
+    sizes = [1000, 100_000, 10_000_000, 1_000_000_000]
+    names = [cost.choose(traffic, ranks, replicas, size) for size in sizes]
+    text = ", ".join(f"{name} at N = {size:,}" for size, name in zip(sizes, names, strict=True))
+    text = f"{names[0]} at any N" if len(set(names)) == 1 else text
+    return f"auto, by predicted seconds, for {TrainSettings().method} with M = {replicas}: {text} (docs/scaling.md)"
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {

@@ -45,7 +45,11 @@ class TrainSettings:
     activation: str = setting("tanh", ", ".join(ACTIVATIONS), one_of(*ACTIVATIONS))
     seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
     device: str = setting("cpu", "cpu, or cuda (CuPy)", one_of("cpu", "cuda"))
-    exchange: str = setting("allgather", f"how columns cross the network: {', '.join(EXCHANGES)}", one_of(*EXCHANGES))
+    exchange: str = setting(
+        "auto",
+        f"how columns cross the network: {', '.join(EXCHANGES)}; auto is what should take the least time",
+        one_of("auto", *EXCHANGES),
+    )
     output: str | None = setting(None, "HDF5 file of the run (default runs/DATA-METHOD-mM-seedSEED.h5)")
     overwrite: bool = setting(False, "replace an existing output file")
     progress: str = setting(

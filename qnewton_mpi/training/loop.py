@@ -22,7 +22,7 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import Convnet
-from qnewton_mpi.parallel import partition
+from qnewton_mpi.parallel import cost, partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
 from qnewton_mpi.training.averages import Averages
@@ -77,8 +77,12 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     order = BatchOrder(len(dataset.train), training.batch, config.replicas, training.seed)
     steps = training.steps or (training.epochs or 0) * order.steps_per_epoch
     loss = ReplicaLoss(network, dataset.train, order)
-    exchange = EXCHANGES[training.exchange](communicator, config.replicas, network.size)
-    optimizer = OPTIMIZERS[training.method](
+    kind = OPTIMIZERS[training.method]
+    name = training.exchange
+    if name == "auto":
+        name = cost.choose(kind.traffic(config.optimizer), communicator.size, config.replicas, network.size)
+    exchange = EXCHANGES[name](communicator, config.replicas, network.size)
+    optimizer = kind(
         config.optimizer,
         network.initial_parameters(training.seed),
         exchange,
@@ -88,7 +92,7 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     )
 
     machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
-    attributes = {**config.flat(), **machine, **(labels or {})}
+    attributes = {**config.flat(), **machine, "exchange": name, **(labels or {})}
     root = communicator.rank == 0
     label, epochs = f"{training.method} M={config.replicas}", steps / order.steps_per_epoch
     with contextlib.ExitStack() as stack:

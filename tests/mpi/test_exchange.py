@@ -8,11 +8,13 @@ from mpi4py import MPI
 from problems import VARIANTS, Quadratic, make_optimizer
 
 from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers import BlockBFGS
+from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
+from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.cost import Network, seconds
 
 SIZE = 23  # divisible by no number of ranks
 REPLICAS = [4, 5, 8]
@@ -117,6 +119,25 @@ def test_counted_traffic_is_the_formula(communicator):
             assert sent(exchange, lambda: exchange.mean(rows)) == tuple(vector * (k - 1) for k in counts)  # noqa: B023
         assert sent(sliced, lambda: sliced.columns(rows)) == tuple(replicas * vector * (k - 1) // k for k in counts)  # noqa: B023
         assert sent(sliced, lambda: sliced.total(held)) == (0, 0)  # noqa: B023
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sliced"])
+@pytest.mark.parametrize("method", ["sgd", "multisecant", "fisher", "deflated"])
+def test_counted_traffic_of_a_step_is_that_of_the_model(communicator, method, exchange):
+    """Which `--exchange auto` goes by; with as many bytes a second as words crossed, and messages for free."""
+    size, replicas = 4000, 2 * communicator.size
+    kind = OPTIMIZERS[method]
+    settings = build(kind.settings_type, {"rank": 3} if method == "fisher" else {})
+    chosen = EXCHANGES[exchange](communicator, replicas, size)
+    optimizer = kind(settings, np.zeros(size, np.float32), chosen, samples=1)
+    random = np.random.default_rng(communicator.rank)
+    for step in range(60):
+        if step == 20:
+            before = chosen.bytes_sent
+        optimizer.step(lambda w, replica: (1.0, random.standard_normal(size, np.float32)))
+    per_rank = (chosen.bytes_sent - before) / 40 / communicator.size
+    model = seconds(exchange, Network(0.0, 1.0), kind.traffic(settings), communicator.size, replicas, size)
+    assert per_rank == pytest.approx(model, rel=0.05, abs=1e-9)  # the model leaves out the small ones
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -16,6 +16,7 @@ from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.rate import LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.errors import NonFiniteGradientError
+from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
@@ -103,6 +104,11 @@ class Optimizer(ABC, Generic[S]):
     def pieces(self) -> Sequence[int]:
         """Return the lengths of the parts of the parameters that one rank has to hold whole; () if there are none."""
         return ()
+
+    @classmethod
+    def traffic(cls, settings: S) -> Traffic:
+        """Return what a step moves besides the new parameters. Local."""
+        return Traffic()
 
     def fixed_rate(self, rate: float) -> float:
         """Return the learning rate that a number in the settings means for this batch."""

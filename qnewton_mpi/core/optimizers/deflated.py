@@ -9,6 +9,7 @@ import numpy as np
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array
 
 
@@ -35,6 +36,10 @@ class Deflated(Probing[DeflatedSettings]):
 
     settings_type = DeflatedSettings
     figures = (*Optimizer.figures, "largest_eigenvalue", "smallest_eigenvalue", "residual")
+
+    @classmethod
+    def traffic(cls, settings: DeflatedSettings) -> Traffic:
+        return Traffic(columns=1 / settings.probe_every, rows=1 / settings.probe_every)
 
     def start(self) -> None:
         self.velocity = self.xp.zeros_like(self.held)

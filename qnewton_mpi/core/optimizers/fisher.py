@@ -11,6 +11,7 @@ from qnewton_mpi.core.optimizers.base import Figures, Optimizer
 from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device
 
 
@@ -43,6 +44,10 @@ class Fisher(NaturalGradient[FisherSettings]):
         "largest_eigenvalue",
         "smallest_eigenvalue",
     )
+
+    @classmethod
+    def traffic(cls, settings: FisherSettings) -> Traffic:
+        return Traffic(columns=1 / settings.update_every, means=1 - 1 / settings.update_every)
 
     def start(self) -> None:
         super().start()

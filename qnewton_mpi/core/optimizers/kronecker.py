@@ -17,6 +17,7 @@ from qnewton_mpi.core.optimizers.natural_gradient import (
     NaturalGradientSettings,
 )
 from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 FIRST_UPDATES = 10
@@ -59,6 +60,11 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     settings_type = KroneckerSettings
     figures = (*Optimizer.figures, "damping", "shrink", "largest_eigenvalue")
+
+    @classmethod
+    def traffic(cls, settings: KroneckerSettings) -> Traffic:
+        updates = 1 / settings.update_every
+        return Traffic(columns=updates, means=1 - updates, sums=updates)
 
     def pieces(self) -> list[int]:
         return [layer.stop - layer.start for layer in layer_shapes(self.shapes)]

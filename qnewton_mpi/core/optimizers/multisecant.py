@@ -9,6 +9,7 @@ from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
 from qnewton_mpi.core.spread import POLICIES
+from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array
 
 
@@ -35,6 +36,10 @@ class Multisecant(Optimizer[MultisecantSettings]):
     settings_type = MultisecantSettings
     minimum_replicas = 2
     figures = (*Optimizer.figures, "spread_norm", "kept_rank", "condition")
+
+    @classmethod
+    def traffic(cls, settings: MultisecantSettings) -> Traffic:
+        return Traffic(columns=1, means=0, rows=1)
 
     def start(self) -> None:
         self.spread = POLICIES[self.settings.spread](self.settings.spread_scale, self.draw)
