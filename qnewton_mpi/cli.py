@@ -16,13 +16,14 @@ from qnewton_mpi import __version__
 from qnewton_mpi.config import DEFAULT_REPLICAS, RunConfig, TrainSettings, read_toml, resolve, run_config
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type, describe
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import InterruptedRunError, UserError
 from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
 from qnewton_mpi.studies.plan import read_study
 
 USAGE_ERROR = 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,6 +40,10 @@ def run(arguments: Sequence[str]) -> int:
         if communicator.rank == 0 and (communicator.size > 1 or launched_tasks()[1] == 0):
             print(f"qnewton-mpi: error: {error}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    except InterruptedRunError as stopped:
+        if communicator.rank == 0:
+            print(f"qnewton-mpi: {stopped}", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except BrokenPipeError:  # `qnewton-mpi plot … | head`
         if communicator.size > 1:
             raise

@@ -18,6 +18,7 @@ from qnewton_mpi.models.convnet import ACTIVATIONS
 
 DEFAULT_REPLICAS = 8
 DEFAULT_EPOCHS = 10
+POLICIES = ("abort", "skip", "rollback")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ class TrainSettings:
     )
     output: str | None = setting(None, "HDF5 file of the run (default runs/DATA-METHOD-mM-seedSEED.h5)")
     overwrite: bool = setting(False, "replace an existing output file")
+    checkpoint: str | None = setting(None, "folder for checkpoints of all state, the last two kept (default: none)")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", POSITIVE)
+    resume: bool = setting(False, "go on from the newest sound checkpoint, if there is one")
+    time_limit: float | None = setting(
+        None, "seconds after which to save, stop and exit with 75 (default: a minute before SLURM's limit)", POSITIVE
+    )
+    on_nonfinite: str = setting(
+        "abort",
+        f"what to do about a gradient that is not finite: {', '.join(POLICIES)} (to the last checkpoint)",
+        one_of(*POLICIES),
+    )
+    check_replicas: int | None = setting(
+        None, "steps between comparisons of the parameters over the ranks (default: none)", POSITIVE
+    )
     progress: str = setting(
         "auto", "bar, lines or off; auto is a bar on a terminal, lines elsewhere", one_of("auto", "bar", "lines", "off")
     )
@@ -140,8 +155,14 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     if training.batch % m:
         nearest = max(m, round(training.batch / m) * m)
         raise UserError(f"a batch of {training.batch} cannot be shared by {m} replicas: use --batch {nearest}")
+    if training.checkpoint is None:
+        for option, given in (("resume", training.resume), ("checkpoint-every", training.checkpoint_every)):
+            if given:
+                raise UserError(f"--{option} needs a folder: --checkpoint DIR")
+        if training.on_nonfinite == "rollback":
+            raise UserError("--on-nonfinite rollback needs something to go back to: --checkpoint DIR")
     output = training.output or f"runs/{training.data}-{training.method}-m{m}-seed{training.seed}.h5"
-    if Path(output).exists() and not training.overwrite:
+    if Path(output).exists() and not (training.overwrite or training.resume):
         raise UserError(f"{output} exists: name another --output, or replace it with --overwrite")
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
     return replace(config, training=replace(training, replicas=m, output=output, epochs=epochs))

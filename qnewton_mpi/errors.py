@@ -31,3 +31,7 @@ class NonFiniteGradientError(UserError):
         )
         self.step = step
         self.replica = replica
+
+
+class InterruptedRunError(Exception):
+    """The run was told to stop and did, at the same step on all ranks. The program ends with code 75."""

@@ -21,11 +21,13 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from qnewton_mpi.core.secants import Matrix
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator, HostArray
 from qnewton_mpi.parallel.device import Array, to_device, to_host
@@ -62,6 +64,7 @@ class Exchange(ABC):
     """
 
     held: slice
+    state: ClassVar = {"bytes_sent": Kind.SHARED, "bytes_sent_by_replicas": Kind.SHARED}
 
     def __init__(self, communicator: Communicator, replicas: int, size: int) -> None:
         self.communicator = communicator
@@ -105,6 +108,11 @@ class Exchange(ABC):
     @abstractmethod
     def summed(self) -> slice:
         """Return the held coordinates whose products this rank adds: over the ranks, each of the N once."""
+
+    @property
+    def first(self) -> bool:
+        """Whether no rank before this one holds the same coordinates."""
+        return True
 
     @abstractmethod
     def samples(self, rows: Array) -> tuple[Array, Array]:
@@ -219,6 +227,10 @@ class AllgatherExchange(Exchange):
 
     def collect(self, vector: Array) -> Array:
         return vector
+
+    @property
+    def first(self) -> bool:
+        return self.communicator.rank == 0
 
     def summed(self) -> slice:
         return partition.share(self.size, self.communicator.size, self.communicator.rank)

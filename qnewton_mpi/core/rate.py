@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from qnewton_mpi.core.state import Kind
+
 # κ: how much of the loss that the last stretch of the run gained may be given back as noise.
 NOISE_SHARE = 0.7
 # Where the loss has stopped falling, as if it still fell by this part of itself.
@@ -30,6 +34,8 @@ class LossTrend:
     >>> round(trend.level, 3), round(trend.slope / (0.25 * 2000**-0.25), 2)
     (0.26, 1.22)
     """
+
+    state: ClassVar = {"steps": Kind.SHARED, "long": Kind.SHARED, "level": Kind.SHARED}
 
     def __init__(self) -> None:
         self.steps = 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.secants import Matrix
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array, to_device
 
 # Power iteration with H + δ‖H‖ I: directions in the null space of H stay directions.
@@ -44,6 +47,14 @@ class RitzPairs:
     residuals : (M,) float64
         ‖H r_k − λ_k r_k‖ of the last products.
     """
+
+    state: ClassVar = {
+        "directions": Kind.HELD,
+        "vectors": Kind.HELD,
+        "values": Kind.SHARED,
+        "residuals": Kind.SHARED,
+        "_rayleigh": Kind.SHARED,
+    }
 
     def __init__(self, exchange: Exchange, directions: Array, smoothing: float = 0.0) -> None:
         self.exchange, self.smoothing = exchange, smoothing

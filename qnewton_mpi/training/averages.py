@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
 
 TAIL = 0.25
@@ -24,6 +27,8 @@ class Averages:
     exponential, tail : (N,)
         `tail` is the first iterate until the last quarter of the run begins.
     """
+
+    state: ClassVar = {"exponential": Kind.SHARED, "tail": Kind.SHARED}
 
     def __init__(self, parameters: Array, steps: int, decay: float) -> None:
         self.exponential, self.tail = 1 * parameters, 1 * parameters

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,17 +22,20 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import cost, partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
 from qnewton_mpi.training.averages import Averages
+from qnewton_mpi.training.checkpoint import Checkpoints, Position
+from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, RunFile
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
 EVALUATION_BATCH = 1024
+MOST_SKIPPED = 10  # steps with gradients that are not finite, before it is the run that is at fault
 
 
 @dataclass
@@ -50,7 +55,7 @@ class ReplicaLoss:
 
 
 def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, Any] | None = None) -> Path:
-    """Do a run and return the path of its file. Collective.
+    """Do a run, or go on with one, and return the path of its file. Collective.
 
     Parameters
     ----------
@@ -63,92 +68,226 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     Raises
     ------
     UserError
-        On every rank: for data that cannot be had, a device that is not there, a gradient that is not finite.
+        On every rank: for data that cannot be had, a device that is not there, a gradient that is not finite, a
+        checkpoint that cannot be gone on from, parameters that differ between ranks.
+    InterruptedRunError
+        On every rank, where it was told to stop; a checkpoint has been written, if there is a folder for them.
     """
-    training = config.training
-    device = communicator.together(lambda: open_device(training.device, communicator.node_rank))
-    dataset = load_data(config, communicator, device.xp)
-    network = Convnet(dataset.input_shape, training.activation, device.xp)
-    if training.batch > len(dataset.train):
-        raise UserError(
-            f"a batch of {training.batch} is more than the {len(dataset.train)} training samples of {dataset.name}"
-        )
-
-    order = BatchOrder(len(dataset.train), training.batch, config.replicas, training.seed)
-    steps = training.steps or (training.epochs or 0) * order.steps_per_epoch
-    loss = ReplicaLoss(network, dataset.train, order)
-    kind = OPTIMIZERS[training.method]
-    name = training.exchange
-    if name == "auto":
-        name = cost.choose(kind.traffic(config.optimizer), communicator.size, config.replicas, network.size)
-    exchange = EXCHANGES[name](communicator, config.replicas, network.size)
-    optimizer = kind(
-        config.optimizer,
-        network.initial_parameters(training.seed),
-        exchange,
-        order.share,
-        training.seed,
-        network.parameter_shapes,
-    )
-
-    machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
-    attributes = {**config.flat(), **machine, "exchange": name, **(labels or {})}
-    root = communicator.rank == 0
-    label, epochs = f"{training.method} M={config.replicas}", steps / order.steps_per_epoch
-    with contextlib.ExitStack() as stack:
-        figures_of_steps = (*optimizer.figures, *PHASES)
-        file = communicator.together(
-            lambda: stack.enter_context(RunFile(config.output, attributes, figures_of_steps)) if root else None
-        )
-        progress = Progress(training.progress if root else "off", steps, epochs, training.batch, label)
-        stack.enter_context(contextlib.closing(progress))
-
-        averages = Averages(optimizer.parameters, steps, training.ema)
-
-        def readings() -> NDArray[np.float64]:
-            """Seconds in all, in gradients and in communication, up to now."""
-            return np.array([time.perf_counter(), optimizer.gradient_seconds, communicator.seconds])
-
-        spent, evaluation_seconds = np.zeros(3), 0.0
-        for step in range(steps + 1):
-            if step > 0:
-                loss.step = step - 1
-                optimizer.rate_factor = factor(training.schedule, training.warmup, step - 1, steps)
-                before = readings()
-                figures = optimizer.step(loss)
-                whole, gradient, communication = took = readings() - before
-                spent += took
-                averages.add(optimizer.parameters, step)
-                progress.step(figures["loss"])
-                if file is not None:
-                    phases = (gradient, communication, whole - gradient - communication)
-                    file.add_step({**figures, **dict(zip(PHASES, phases, strict=True))})
-            if step % (training.evaluate_every or order.steps_per_epoch) == 0 or step == steps:
-                started = time.perf_counter()
-                iterates = {"": optimizer.parameters}
-                if step == steps:
-                    iterates |= {"ema_": averages.exponential, "tail_": averages.tail}
-                quality = {
-                    iterate + name: value
-                    for iterate, parameters in iterates.items()
-                    for name, value in evaluate(network, parameters, dataset, communicator).items()
-                }
-                evaluation_seconds += time.perf_counter() - started
-                figures = {
-                    **dict.fromkeys(EPOCH_FIGURES, math.nan),
-                    **quality,
-                    "epoch": step / order.steps_per_epoch,
-                    "step": step,
-                    "sample_gradients": optimizer.evaluations * order.share,
-                    "wall_seconds": spent[0],
-                    "evaluation_seconds": evaluation_seconds,
-                    "bytes_sent": exchange.bytes_sent,
-                    "bytes_sent_by_replicas": exchange.bytes_sent_by_replicas,
-                }
-                if file is not None:
-                    file.add_epoch(figures, to_host(optimizer.parameters))
-                progress.evaluated(figures)
+    Run(config, communicator, labels or {}).go()
     return config.output
+
+
+class Run:
+    """A run: its parts, and how far it is. All methods are collective."""
+
+    def __init__(self, config: RunConfig, communicator: Communicator, labels: Mapping[str, Any]) -> None:
+        training = config.training
+        self.config, self.training, self.communicator = config, training, communicator
+        device = communicator.together(lambda: open_device(training.device, communicator.node_rank))
+        self.dataset = load_data(config, communicator, device.xp)
+        self.network = network = Convnet(self.dataset.input_shape, training.activation, device.xp)
+        samples = len(self.dataset.train)
+        if training.batch > samples:
+            raise UserError(
+                f"a batch of {training.batch} is more than the {samples} training samples of {self.dataset.name}"
+            )
+        self.order = BatchOrder(samples, training.batch, config.replicas, training.seed)
+        self.steps = training.steps or (training.epochs or 0) * self.order.steps_per_epoch
+        self.loss = ReplicaLoss(network, self.dataset.train, self.order)
+
+        kind, name = OPTIMIZERS[training.method], training.exchange
+        if name == "auto":
+            name = cost.choose(kind.traffic(config.optimizer), communicator.size, config.replicas, network.size)
+        self.exchange = EXCHANGES[name](communicator, config.replicas, network.size)
+        self.optimizer = kind(
+            config.optimizer,
+            network.initial_parameters(training.seed),
+            self.exchange,
+            self.order.share,
+            training.seed,
+            network.parameter_shapes,
+        )
+        self.averages = Averages(self.optimizer.parameters, self.steps, training.ema)
+        self.position = Position(skipped=np.zeros(0, np.int64))
+        machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
+        self.attributes = {**config.flat(), **machine, "exchange": name, **labels}
+
+    def go(self) -> None:
+        """Do all steps that are left, evaluate and save between them."""
+        resumed = self.open_checkpoints()
+        root = self.communicator.rank == 0
+        with contextlib.ExitStack() as stack:
+            self.file = self.communicator.together(
+                lambda: stack.enter_context(self.open_file(resumed)) if root else None
+            )
+            self.progress = self.open_progress()
+            stack.enter_context(contextlib.closing(self.progress))
+            interruption = stack.enter_context(Interruption(self.communicator, self.training.time_limit))
+            if resumed is None:
+                self.evaluate()
+                if self.training.on_nonfinite == "rollback":
+                    self.save()
+            every = self.training.evaluate_every or self.order.steps_per_epoch
+            saves = self.training.checkpoint_every or self.order.steps_per_epoch
+            while self.position.step < self.steps:
+                step = self.step()
+                if step % every == 0 or step == self.steps:
+                    self.evaluate()
+                stop = interruption.agreed()
+                if stop or step % saves == 0 or step == self.steps:
+                    saved = self.save()
+                    if stop and step < self.steps:
+                        how = "; go on with --resume" if saved else ", without a checkpoint (--checkpoint DIR)"
+                        raise InterruptedRunError(f"stopped after step {step} of {self.steps}{how}")
+
+    def open_checkpoints(self) -> int | None:
+        """Return the step of the checkpoint that this run goes on from, if any."""
+        training = self.training
+        self.checkpoints: Checkpoints | None = None
+        if training.checkpoint is None:
+            return None
+        folder = Path(training.checkpoint)
+        self.checkpoints = Checkpoints(folder, self.communicator, self.exchange, self.config.flat())
+        self.checkpoints.prepare(training.resume, training.overwrite)
+        return self.restore() if training.resume else None
+
+    def restore(self) -> int | None:
+        """Go back to the newest sound checkpoint; return its step, or None if there is none."""
+        assert self.checkpoints is not None
+        step, passed_over = self.checkpoints.load(self.things)
+        if self.communicator.rank == 0:
+            for line in passed_over:
+                print(f"qnewton-mpi: passed over {line}", file=sys.stderr, flush=True)
+        if step is not None:
+            self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
+        return step
+
+    @property
+    def things(self) -> dict[str, Any]:
+        """All that has state."""
+        return {
+            "optimizer": self.optimizer,
+            "exchange": self.exchange,
+            "averages": self.averages,
+            "position": self.position,
+        }
+
+    def open_file(self, resumed: int | None) -> RunFile:
+        """Return the run's file. Local."""
+        figures = ("step", *self.optimizer.figures, *PHASES)
+        return RunFile(self.config.output, self.attributes, figures, to_host(self.optimizer.parameters), resumed)
+
+    def open_progress(self) -> Progress:
+        """Return what tells of the run, on one rank. Local."""
+        training, kind = self.training, self.training.progress if self.communicator.rank == 0 else "off"
+        epochs, label = self.steps / self.order.steps_per_epoch, f"{training.method} M={self.config.replicas}"
+        return Progress(kind, self.steps, epochs, training.batch, label, self.position.step)
+
+    def step(self) -> int:
+        """Do the next step, or pass it over as `on_nonfinite` says; return its number."""
+        position, optimizer = self.position, self.optimizer
+        position.step += 1
+        step = position.step
+        assert position.skipped is not None
+        if step in position.skipped:  # of a run that was set back
+            return step
+        self.loss.step = step - 1
+        optimizer.rate_factor = factor(self.training.schedule, self.training.warmup, step - 1, self.steps)
+        before = self.readings()
+        try:
+            figures = optimizer.step(self.loss)
+        except NonFiniteGradientError as error:
+            if self.training.on_nonfinite == "abort":
+                raise
+            return self.pass_over(error)
+        whole, gradient, communication = self.readings() - before
+        position.seconds += whole
+        position.gradient_seconds += gradient
+        position.communication_seconds += communication
+        self.averages.add(optimizer.parameters, step)
+        self.check_replicas()
+        self.progress.step(figures["loss"])
+        if self.file is not None:
+            phases = (gradient, communication, whole - gradient - communication)
+            self.file.add_step({"step": step, **figures, **dict(zip(PHASES, phases, strict=True))})
+        return step
+
+    def readings(self) -> NDArray[np.float64]:
+        """Return the seconds in all, in gradients and in communication, up to now. Local."""
+        return np.array([time.perf_counter(), self.optimizer.gradient_seconds, self.communicator.seconds])
+
+    def pass_over(self, error: NonFiniteGradientError) -> int:
+        """Leave out the batch of the step that failed, from here or from the last checkpoint on; return the step."""
+        failed, skipped = self.position.step, self.position.skipped
+        assert skipped is not None
+        if len(skipped) == MOST_SKIPPED:
+            raise UserError(f"{error}; {MOST_SKIPPED} steps were skipped before") from error
+        if self.training.on_nonfinite == "rollback":
+            self.restore()
+        self.position.skipped = np.append(skipped, failed)
+        if self.communicator.rank == 0:
+            where = f", back at step {self.position.step}" if self.training.on_nonfinite == "rollback" else ""
+            self.progress.tell(f"step {failed} skipped{where}: {error} ({len(self.position.skipped)} so far)")
+        return self.position.step
+
+    def check_replicas(self) -> None:
+        """Compare the parameters over the ranks, every few steps."""
+        every = self.training.check_replicas
+        if not every or self.position.step % every:
+            return
+        digest = hashlib.blake2b(to_host(self.optimizer.parameters).tobytes(), digest_size=16).digest()
+        digests = self.communicator.allgather(np.frombuffer(digest, np.uint8)[None, :], [1] * self.communicator.size)
+        differing = np.flatnonzero((digests != digests[0]).any(axis=1))
+        if len(differing):
+            ranks = ", ".join(map(str, differing))
+            raise UserError(
+                f"after step {self.position.step} the parameters of rank(s) {ranks} differ from those of rank 0: look "
+                "for nodes with another CPU or library, or bad memory"
+            )
+
+    def evaluate(self) -> None:
+        """Evaluate the iterate, at the end its averages too, and write and tell the figures."""
+        position, optimizer, started = self.position, self.optimizer, time.perf_counter()
+        iterates = {"": optimizer.parameters}
+        if position.step == self.steps:
+            iterates |= {"ema_": self.averages.exponential, "tail_": self.averages.tail}
+        quality = {
+            iterate + name: value
+            for iterate, parameters in iterates.items()
+            for name, value in evaluate(self.network, parameters, self.dataset, self.communicator).items()
+        }
+        position.evaluation_seconds += time.perf_counter() - started
+        figures = {
+            **dict.fromkeys(EPOCH_FIGURES, math.nan),
+            **quality,
+            "epoch": position.step / self.order.steps_per_epoch,
+            "step": position.step,
+            "sample_gradients": optimizer.evaluations * self.order.share,
+            "wall_seconds": position.seconds,
+            "evaluation_seconds": position.evaluation_seconds,
+            "bytes_sent": self.exchange.bytes_sent,
+            "bytes_sent_by_replicas": self.exchange.bytes_sent_by_replicas,
+        }
+        if self.file is not None:
+            self.file.add_epoch(figures, to_host(optimizer.parameters))
+        self.progress.evaluated(figures)
+
+    def save(self) -> bool:
+        """Write a checkpoint, if there is a folder; return whether it was written.
+
+        Where it cannot be, the run goes on: its state is not lost, and the next try may find room.
+        """
+        if self.checkpoints is None:
+            return False
+        if self.file is not None:
+            self.file.flush()
+        try:
+            self.checkpoints.save(self.position.step, self.things)
+        except UserError as error:
+            if self.communicator.rank == 0:
+                self.progress.tell(f"{error}; the run goes on")
+            return False
+        return True
 
 
 def load_data(config: RunConfig, communicator: Communicator, xp: ModuleType = np) -> datasets.Dataset:

@@ -22,18 +22,21 @@ class Progress:
     batch : int
         Samples a step.
     label : str
+    done : int
+        Steps done before, of a run that goes on.
     """
 
-    def __init__(self, kind: str, steps: int, epochs: float, batch: int, label: str) -> None:
+    def __init__(self, kind: str, steps: int, epochs: float, batch: int, label: str, done: int = 0) -> None:
         if kind == "auto":
             kind = "bar" if sys.stderr.isatty() else "lines"
         self.kind, self.steps, self.epochs, self.batch, self.label = kind, steps, epochs, batch, label
-        self._done = 0
+        self._done = self._first = done
         self._told = self._started = time.monotonic()
         self._paused = 0.0
         layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
         self._bar = tqdm(
             total=steps,
+            initial=done,
             desc=label,
             disable=kind != "bar",
             file=sys.stderr,
@@ -63,17 +66,25 @@ class Progress:
         elif self.kind == "bar":
             self._bar.write(f"{self.label} {text}", file=sys.stderr)
 
+    def tell(self, text: str) -> None:
+        """Tell what is worth a line whatever the kind."""
+        if self.kind == "bar":
+            self._bar.write(f"{self.label} {text}", file=sys.stderr)
+        else:
+            print(f"{self.label} {text}", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Finish the bar's line."""
         self._bar.close()
 
     def _rate(self) -> float:
         training = time.monotonic() - self._started - self._paused
-        return self._done * self.batch / training if training > 0 else 0.0
+        return (self._done - self._first) * self.batch / training if training > 0 else 0.0
 
     def _line(self, text: str) -> None:
         now = time.monotonic()
-        remaining = (now - self._started) / self._done * (self.steps - self._done) if self._done else 0.0
-        told = f", {self._rate():,.0f} samples/s, {remaining:.0f} s left" if self._done else ""
+        here = self._done - self._first
+        remaining = (now - self._started) / here * (self.steps - self._done) if here else 0.0
+        told = f", {self._rate():,.0f} samples/s, {remaining:.0f} s left" if here else ""
         print(f"{self.label} step {self._done}/{self.steps}, {text}{told}", file=sys.stderr, flush=True)
         self._told = now

@@ -2,7 +2,7 @@
 
 /epochs/{epoch, train_nll, …}  one row an evaluation: EPOCH_FIGURES
 /steps/{loss, …}               one row a step: docs/runfile.md
-/parameters                    (N,) after the last epoch evaluated
+/parameters                    (N,) at the last evaluation
 attributes                     the configuration, versions, `status` (running, finished, or what went wrong)
 """
 
@@ -39,13 +39,15 @@ EPOCH_FIGURES = (
     "bytes_sent_by_replicas",
 )
 FLUSH_SECONDS = 5.0
+RUNNING = "running"
 
 
 class RunFile:
     """An open run file, a context manager: leaving it on an exception records what went wrong. Local, one rank.
 
     Rows are kept in memory and appended together, then flushed, at each epoch and every few seconds between: a killed
-    run's file opens and lacks those seconds at most.
+    run's file opens and lacks those seconds at most. Others may read the file all the while (HDF5's single writer,
+    multiple readers).
 
     Parameters
     ----------
@@ -55,28 +57,47 @@ class RunFile:
         Stored as the file's attributes; None is left out.
     step_figures : iterable of str
         The names of a step's figures.
+    parameters : (N,)
+        The first ones.
+    resumed : int, optional
+        Of a run that goes on after this step: the rows up to it are taken over from the file that is there.
 
     Raises
     ------
     UserError
-        Where the file cannot be created.
+        Where the file cannot be created, or is not of a run.
     """
 
-    def __init__(self, path: Path, attributes: Mapping[str, Any], step_figures: Iterable[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        attributes: Mapping[str, Any],
+        step_figures: Iterable[str],
+        parameters: NDArray[Any],
+        resumed: int | None = None,
+    ) -> None:
+        before = Run(path) if resumed is not None and path.exists() else None
+        partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = h5py.File(path, "w")
+            self._file = h5py.File(partial, "w", libver="latest")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error}): name another --output") from error
-        for name, value in {**attributes, **versions(), "status": "running"}.items():
+        for name, value in {**attributes, **versions(), "status": RUNNING}.items():
             if value is not None:
                 self._file.attrs[name] = value
         self._rows: dict[str, list[Mapping[str, float]]] = {"epochs": [], "steps": []}
         for group, names in (("epochs", EPOCH_FIGURES), ("steps", tuple(step_figures))):
+            old = {} if before is None else {"epochs": before.epochs, "steps": before.steps}[group]
+            kept = old["step"] <= resumed if "step" in old else np.zeros(0, bool)
             for name in names:
+                rows = old[name][kept] if name in old else np.full(np.count_nonzero(kept), np.nan)
                 chunk = 64 if group == "epochs" else 1024
-                self._file.create_dataset(f"{group}/{name}", (0,), "f8", maxshape=(None,), chunks=(chunk,))
-        self._flushed = 0.0
+                self._file.create_dataset(f"{group}/{name}", data=rows, dtype="f8", maxshape=(None,), chunks=(chunk,))
+        self._file["parameters"] = parameters
+        self._file.swmr_mode = True
+        partial.rename(path)
+        self.path, self._flushed = path, 0.0
         self.flush()
 
     def __enter__(self) -> RunFile:
@@ -85,9 +106,10 @@ class RunFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.attrs["status"] = "finished" if error is None else f"failed: {error}"
         self.flush()
-        self._file.close()
+        self._file.close()  # attributes cannot change while others may read
+        with h5py.File(self.path, "r+", libver="latest") as file:
+            file.attrs["status"] = "finished" if error is None else f"failed: {error}"
 
     def add_step(self, figures: Mapping[str, float]) -> None:
         """Add the figures of a step."""
@@ -98,10 +120,7 @@ class RunFile:
     def add_epoch(self, figures: Mapping[str, float], parameters: NDArray[Any]) -> None:
         """Add the figures of an evaluation, keep the parameters evaluated, and flush."""
         self._rows["epochs"].append(figures)
-        if "parameters" in self._file:
-            self._file["parameters"][...] = parameters
-        else:
-            self._file["parameters"] = parameters
+        self._file["parameters"][...] = parameters
         self.flush()
 
     def flush(self) -> None:
@@ -146,10 +165,8 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         try:
-            with h5py.File(path) as file:
+            with h5py.File(path, swmr=True) as file:  # which may still be written
                 self._read(path, file)
-        except BlockingIOError as error:
-            raise UserError(f"{path}: is still being written: wait for its run to end") from error
         except (OSError, KeyError) as error:
             raise UserError(f"{path}: is not the file of a run ({' '.join(str(error).split())})") from error
 

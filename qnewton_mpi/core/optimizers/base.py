@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -15,6 +15,7 @@ from array_api_compat import array_namespace
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.rate import LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import NonFiniteGradientError
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device
@@ -72,6 +73,7 @@ class Optimizer(ABC, Generic[S]):
 
     settings_type: ClassVar[type[Settings]]
     minimum_replicas: ClassVar[int] = 1
+    state: ClassVar[Mapping[str, Kind]] = {"held": Kind.HELD, "steps": Kind.SHARED, "evaluations": Kind.SHARED}
     figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate")
 
     def __init__(
@@ -122,6 +124,10 @@ class Optimizer(ABC, Generic[S]):
     def adapt(self, noise: float, bound: float = math.inf) -> None:
         """Set the rate of this step to that of `noise_limited_rate`, at most `bound`; noise is tr(P⁻¹C). Local."""
         self.rate = self.rate_factor * min(noise_limited_rate(self.trend, noise), bound)
+
+    def parts(self) -> Mapping[str, Any]:
+        """Return the objects that have state of the method. Collective, once `steps` is what it was."""
+        return {"trend": self.trend}
 
     def start(self) -> None:
         """Create the state that the method carries from step to step. Collective."""
@@ -180,8 +186,9 @@ class Optimizer(ABC, Generic[S]):
         everyone = self.exchange.share(squares)
         finite = np.isfinite(everyone).all(axis=1)
         if not finite.all():
+            self.steps -= 1
             first = int(np.argmin(finite))
-            raise NonFiniteGradientError(self.steps, first, *everyone[first])
+            raise NonFiniteGradientError(self.steps + 1, first, *everyone[first])
         self.losses = everyone[:, 0]
         self.square = float(everyone[:, 1].mean())  # of a gradient's norm, mean over the replicas
         return self.gradients, float(everyone[:, 0].mean())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array
 
@@ -35,6 +37,8 @@ class Deflated(Probing[DeflatedSettings]):
     """
 
     settings_type = DeflatedSettings
+    always_probes = True
+    state: ClassVar = {**Probing.state, "velocity": Kind.HELD}
     figures = (*Optimizer.figures, "largest_eigenvalue", "smallest_eigenvalue", "residual")
 
     @classmethod
@@ -55,12 +59,13 @@ class Deflated(Probing[DeflatedSettings]):
 
         self.velocity = beta * self.velocity + mean
         z = mean + beta * self.velocity
-        values = self.ritz.values
+        ritz = self.tracked()
+        values = ritz.values
         along = self.rate * np.abs(values)
-        d = self.ritz.apply(self.settings.newton_rate / np.maximum(along, self.settings.newton_rate), z)
+        d = ritz.apply(self.settings.newton_rate / np.maximum(along, self.settings.newton_rate), z)
         figures = {
             "largest_eigenvalue": float(values[-1]),
             "smallest_eigenvalue": float(values[0]),
-            "residual": float(self.ritz.residuals[-1]),
+            "residual": float(ritz.residuals[-1]),
         }
         return mean, d, {"loss": loss, **figures}

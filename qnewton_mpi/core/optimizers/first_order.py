@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
 
 
@@ -47,6 +49,7 @@ class Momentum(Probing[MomentumSettings]):
     """
 
     settings_type = MomentumSettings
+    state: ClassVar = {**Probing.state, "velocity": Kind.HELD}
 
     def start(self) -> None:
         self.velocity = self.xp.zeros_like(self.held)
@@ -77,6 +80,7 @@ class Adam(Optimizer[AdamSettings]):
     """Adam (Kingma and Ba 2015); with `nesterov`, NAdam (Dozat 2016), momentum schedule included, as in PyTorch."""
 
     settings_type = AdamSettings
+    state: ClassVar = {**Optimizer.state, "first": Kind.HELD, "second": Kind.HELD, "product": Kind.SHARED}
 
     def start(self) -> None:
         self.first = self.xp.zeros_like(self.held)

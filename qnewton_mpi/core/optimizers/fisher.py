@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from qnewton_mpi.core.optimizers.base import Figures, Optimizer
 from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device
 
@@ -35,6 +37,12 @@ class Fisher(NaturalGradient[FisherSettings]):
     """
 
     settings_type = FisherSettings
+    state: ClassVar = {
+        **NaturalGradient.state,
+        "factor": Kind.HELD,
+        "eigenvalues": Kind.SHARED,
+        "trace": Kind.SHARED,
+    }
     figures = (
         *Optimizer.figures,
         "damping",

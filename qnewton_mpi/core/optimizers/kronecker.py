@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -17,6 +18,7 @@ from qnewton_mpi.core.optimizers.natural_gradient import (
     NaturalGradientSettings,
 )
 from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
@@ -59,6 +61,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     """
 
     settings_type = KroneckerSettings
+    state: ClassVar = {**NaturalGradient.state, "variances": Kind.HELD, "largest": Kind.SHARED}
     figures = (*Optimizer.figures, "damping", "shrink", "largest_eigenvalue")
 
     @classmethod
@@ -76,6 +79,9 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
         self.variances = self.xp.zeros_like(self.held)
         self.largest = 0.0  # of V
+
+    def parts(self) -> Mapping[str, Any]:
+        return {**super().parts(), **{f"layer-{layer.start}": layer for layer in self.layers}}
 
     @property
     def damping(self) -> float:
@@ -119,6 +125,8 @@ class Side:
 
     A side that is too long keeps the coordinates as its basis, which is then None.
     """
+
+    state: ClassVar = {"factor": Kind.PARTIAL, "basis": Kind.OWNED}
 
     def __init__(self, length: int, like: Array, max_side: int) -> None:
         self.xp, self.like = array_namespace(like), like
@@ -175,6 +183,8 @@ class Layer:
 
     Attributes
     ----------
+    start : int
+        Index of the layer's first coordinate.
     span : slice
         Where the layer is among the coordinates held.
     left, right : Side
@@ -183,12 +193,19 @@ class Layer:
         V over the columns that this rank takes into its sums.
     """
 
+    state: ClassVar = {"variances": Kind.PARTIAL}
+
     def __init__(self, like: Array, shape: LayerShape, origin: int, max_side: int) -> None:
         self.xp, self.outputs, self.inputs, self.bias = array_namespace(like), shape.outputs, shape.inputs, shape.bias
+        self.start = shape.start
         self.span = slice(shape.start - origin, shape.stop - origin)
         sides = self.outputs, self.inputs + self.bias
         self.left, self.right = (Side(n, like, max_side) for n in sides)
         self.variances = to_device(np.zeros(sides), like)
+
+    def parts(self) -> Mapping[str, Side]:
+        """Return both sides."""
+        return {"left": self.left, "right": self.right}
 
     def add(self, flat: Array, weight: float) -> None:
         """Take scaled gradients, (k, length of the span), into A, B and V: s ← s + weight (new − s)."""

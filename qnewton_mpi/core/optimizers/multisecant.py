@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
 from qnewton_mpi.core.spread import POLICIES
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array
 
@@ -34,6 +36,7 @@ class Multisecant(Optimizer[MultisecantSettings]):
     """
 
     settings_type = MultisecantSettings
+    state: ClassVar = {**Optimizer.state, "displacements": Kind.HELD}
     minimum_replicas = 2
     figures = (*Optimizer.figures, "spread_norm", "kept_rank", "condition")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
 
 BATCH = 256
@@ -42,6 +44,7 @@ class NaturalGradient(Optimizer[S]):
     """
 
     minimum_replicas = 2
+    state: ClassVar[Mapping[str, Kind]] = {**Optimizer.state, "moment": Kind.HELD, "updates": Kind.SHARED}
 
     def start(self) -> None:
         self.moment = self.xp.zeros_like(self.held)

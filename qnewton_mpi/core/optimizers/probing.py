@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -37,7 +37,19 @@ class Probing(Optimizer[S]):
     batches of the replicas differ, which the running mean of the Rayleigh quotients averages (`RitzPairs`).
     """
 
-    ritz: RitzPairs  # from the first probe on: without any, there is nothing to hold
+    ritz: RitzPairs | None = None  # from the first probe on: without any, there is nothing to hold
+    always_probes: ClassVar[bool] = False
+
+    def parts(self) -> Mapping[str, Any]:
+        if self.steps and (self.adaptive or self.always_probes):
+            return {**super().parts(), "ritz": self.tracked()}
+        return super().parts()
+
+    def tracked(self) -> RitzPairs:
+        """Return the Ritz pairs, from random directions where there are none yet. Collective."""
+        if self.ritz is None:
+            self.ritz = RitzPairs(self.exchange, self.normal(0), self.settings.smoothing)
+        return self.ritz
 
     def probe_if_due(self, loss_and_gradient: LossAndGradient) -> None:
         """Have each replica multiply its direction by the Hessian of its batch, every few steps from the first on.
@@ -46,12 +58,10 @@ class Probing(Optimizer[S]):
         """
         if (self.steps - 1) % self.settings.probe_every:
             return
-        if self.steps == 1:
-            self.ritz = RitzPairs(self.exchange, self.normal(0), self.settings.smoothing)
-        scale = self.settings.probe_scale
+        ritz, scale = self.tracked(), self.settings.probe_scale
         base = self.xp.asarray(self.gradients, copy=True)
-        displaced, _ = self.evaluate(loss_and_gradient, self.exchange.rows(scale * self.ritz.directions))
-        self.ritz.update(self.exchange.columns((displaced - base) / scale))
+        displaced, _ = self.evaluate(loss_and_gradient, self.exchange.rows(scale * ritz.directions))
+        ritz.update(self.exchange.columns((displaced - base) / scale))
 
     def adapt_to_probes(
         self,
@@ -69,4 +79,4 @@ class Probing(Optimizer[S]):
 
     def curvature(self, choose: Callable[[Matrix], float]) -> float:
         """Return one of the |λ| of the Ritz values, as `min` or `max`; not zero, so that it can be divided by."""
-        return max(float(choose(np.abs(self.ritz.values))), float(np.finfo(np.float64).tiny))
+        return max(float(choose(np.abs(self.tracked().values))), float(np.finfo(np.float64).tiny))

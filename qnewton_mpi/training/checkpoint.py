@@ -1,0 +1,341 @@
+"""Checkpoints: all state of a run, written side by side by the ranks, complete or not there at all.
+
+DIR/step-0000000040/
+    rank-00000-of-00004.h5 …   what a rank holds: its coordinates of /held, and the layers that it keeps sums for
+    checkpoint.h5              /shared, /configuration (JSON), and /held of all coordinates as virtual data sets
+    SHA256SUMS                 of all files above, as `sha256sum -c` reads it
+
+A checkpoint is written under another name, every file and folder is fsynced, and then it is renamed. The last two are
+kept. Files are compared with their sums before HDF5 opens them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from qnewton_mpi.core import state
+from qnewton_mpi.core.exchange import Exchange
+from qnewton_mpi.core.state import Kind
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.communicator import Communicator
+
+SCHEMA = 1
+KEPT = 2
+MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
+UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError)
+# Options that may differ between a run and its continuation; `exchange` then changes rounding.
+FREE = {
+    "output",
+    "overwrite",
+    "progress",
+    "data_dir",
+    "exchange",
+    "checkpoint",
+    "checkpoint_every",
+    "resume",
+    "time_limit",
+    "stall_timeout",
+    "check_replicas",
+    "on_nonfinite",
+}
+
+
+@dataclass
+class Position:
+    """How far a run is: what the loop itself carries from step to step."""
+
+    step: int = 0
+    seconds: float = 0.0
+    gradient_seconds: float = 0.0
+    communication_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    skipped: NDArray[np.int64] | None = None
+
+    @property
+    def state(self) -> dict[str, Kind]:
+        return dict.fromkeys(vars(self), Kind.SHARED)
+
+
+class Checkpoints:
+    """The checkpoints of a run in a folder. All methods are collective.
+
+    Parameters
+    ----------
+    folder : Path
+    communicator : Communicator
+    exchange : Exchange
+        Which tells what each rank holds.
+    configuration : mapping
+        All options of the run, compared with those of a checkpoint.
+    """
+
+    def __init__(
+        self, folder: Path, communicator: Communicator, exchange: Exchange, configuration: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.communicator, self.exchange = folder, communicator, exchange
+        self.configuration = dict(configuration)
+
+    def prepare(self, resume: bool, overwrite: bool) -> None:
+        """Make the folder, and see that it can be written and has no checkpoints of another run.
+
+        Raises
+        ------
+        UserError
+        """
+
+        def make() -> None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                probe = self.folder / ".writable"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UserError(f"--checkpoint {self.folder}: cannot be written ({error.strerror})") from error
+            earlier = steps_in(self.folder)
+            if earlier and not resume:
+                if not overwrite:
+                    raise UserError(
+                        f"--checkpoint {self.folder} has checkpoints of an earlier run: go on with it by --resume, "
+                        "name another folder, or remove them with --overwrite"
+                    )
+                for step in earlier:
+                    shutil.rmtree(self.folder / name_of(step))
+
+        self.communicator.from_root(make)
+
+    def save(self, step: int, things: Mapping[str, Any]) -> None:
+        """Write the state of all things, by name, after a step.
+
+        Raises
+        ------
+        UserError
+            On every rank, where it cannot be written; earlier checkpoints are then as they were.
+        """
+        final = self.folder / name_of(step)
+        partial = final.with_name(f".{final.name}.partial")
+        entries = [entry for name, thing in things.items() for entry in state.entries(thing, f"{name}/")]
+        try:
+            self.communicator.from_root(lambda: self._guard(step, lambda: _fresh(partial)))
+            sums = self.communicator.together(lambda: self._guard(step, lambda: self._write_rank(partial, entries)))
+            everyone = self.communicator.mpi.gather(sums)
+            self.communicator.from_root(
+                lambda: self._guard(step, lambda: self._finish(partial, final, entries, everyone or []))
+            )
+        except UserError:
+            if self.communicator.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def load(self, things: Mapping[str, Any]) -> tuple[int | None, list[str]]:
+        """Restore the state of all things from the newest sound checkpoint.
+
+        Returns
+        -------
+        step : int or None
+            Of the checkpoint; None where there is none in the folder.
+        passed_over : list of str
+            Why newer ones are not sound, a line each.
+
+        Raises
+        ------
+        UserError
+            Where there are checkpoints but none is sound, or the configuration contradicts the newest sound one.
+        """
+        passed_over: list[str] = []
+        steps = self.communicator.from_root(lambda: steps_in(self.folder))
+        for step in reversed(steps):
+            source = self.folder / name_of(step)
+            problem = self._problem(source)
+            if problem is None:
+                with contextlib.ExitStack() as stack:
+                    reader = self.communicator.together(lambda: _Reader(source, self.exchange, stack))  # noqa: B023
+                    self._compare(source, reader.about)
+                    for name, thing in things.items():
+                        state.restore(thing, reader.read, f"{name}/")
+                return step, passed_over
+            passed_over.append(f"{source}: {problem}")
+        if steps:
+            raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(passed_over)}")
+        return None, passed_over
+
+    def _write_rank(self, folder: Path, entries: list[tuple[str, Kind, Any, str]]) -> dict[str, Any]:
+        """Write this rank's file; return its name, its sum, and the ranges and layouts of what it has of /held."""
+        communicator, exchange = self.communicator, self.exchange
+        name = f"rank-{communicator.rank:05d}-of-{communicator.size:05d}.h5"
+        part = exchange.summed()
+        first = exchange.held.start + part.start
+        held = {}
+        with h5py.File(folder / name, "w") as file:
+            for path, kind, owner, attribute in entries:
+                array = state.value(owner, attribute) if kind is not Kind.SHARED else None
+                if array is None or (kind is Kind.OWNED and not exchange.first):
+                    continue
+                if kind is Kind.HELD:
+                    array = array[..., part]
+                    held[path] = (first, array.shape, array.dtype.str)
+                file[f"{kind.value}/{path}"] = array
+        return {"name": name, "sum": _synced(folder / name), "held": held}
+
+    def _finish(
+        self, partial: Path, final: Path, entries: list[tuple[str, Kind, Any, str]], ranks: list[dict[str, Any]]
+    ) -> None:
+        """Write the common file and the sums, give the checkpoint its name, and remove those that are not kept."""
+        about = {
+            "schema": SCHEMA,
+            "ranks": self.communicator.size,
+            "replicas": self.exchange.replicas,
+            "size": self.exchange.size,
+            "layout": type(self.exchange).__name__,
+            "configuration": self.configuration,
+        }
+        with h5py.File(partial / MASTER, "w", libver="latest") as file:
+            file["configuration"] = json.dumps(about)
+            for path, kind, owner, attribute in entries:
+                array = state.value(owner, attribute) if kind is Kind.SHARED else None
+                if array is not None:
+                    file[f"shared/{path}"] = array
+            for path, (_, shape, dtype) in ranks[0]["held"].items() if ranks else ():
+                layout = h5py.VirtualLayout((*shape[:-1], self.exchange.size), dtype)
+                for rank in ranks:
+                    first, own, _ = rank["held"][path]
+                    if own[-1]:
+                        source = h5py.VirtualSource(rank["name"], f"held/{path}", own)
+                        layout[..., first : first + own[-1]] = source
+                file.create_virtual_dataset(f"held/{path}", layout)
+        sums = {MASTER: _synced(partial / MASTER), **{rank["name"]: rank["sum"] for rank in ranks}}
+        (partial / SUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
+        _sync(partial / SUMS)
+        _sync(partial)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        _sync(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        for step in steps_in(self.folder)[:-KEPT]:
+            shutil.rmtree(self.folder / name_of(step))
+
+    def _problem(self, source: Path) -> str | None:
+        """Return why a checkpoint is not sound, the same on all ranks, which share its files; None if it is."""
+        rank, size = self.communicator.rank, self.communicator.size
+        found: str | None = None
+        try:
+            sums: dict[str, str] = {}
+            for line in (source / SUMS).read_text().splitlines():
+                value, name = line.split("  ", 1)
+                sums[name] = value
+            if MASTER not in sums:
+                found = f"{SUMS} is damaged"
+            for name in sorted(sums)[rank::size]:
+                if _sum(source / name) != sums[name]:
+                    found = f"{name} does not match its checksum"
+                    break
+        except UNREADABLE as error:
+            found = f"cannot be read ({' '.join(str(error).split())})"
+        return next((problem for problem in self.communicator.mpi.allgather(found) if problem), None)
+
+    def _compare(self, source: Path, about: Mapping[str, Any]) -> None:
+        """Raise `UserError` where a checkpoint is of another version, or of a run with other options."""
+        if about["schema"] != SCHEMA:
+            raise UserError(f"{source} is of schema {about['schema']}, this version reads {SCHEMA}")
+        before, now = about["configuration"], json.loads(json.dumps(self.configuration))
+        differing = sorted(k for k in before.keys() | now.keys() if k not in FREE and before.get(k) != now.get(k))
+        if differing:
+            told = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)
+            raise UserError(f"--resume: {source} is of another run: {told}")
+
+    def _guard(self, step: int, action: Any) -> Any:
+        """Run an action; raise `UserError` where the system or HDF5 refuses to write."""
+        try:
+            return action()
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"checkpoint of step {step} not written to {self.folder}: {reason}") from error
+
+
+class _Reader:
+    """Reads a sound checkpoint for this rank."""
+
+    def __init__(self, source: Path, exchange: Exchange, stack: contextlib.ExitStack) -> None:
+        try:
+            self._master = stack.enter_context(h5py.File(source / MASTER))
+            self.about = json.loads(self._master["configuration"][()])
+            names = sorted(path.name for path in source.glob("rank-*.h5"))
+            self._ranks = [stack.enter_context(h5py.File(source / name)) for name in names]
+        except UNREADABLE as error:
+            raise UserError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
+        self._exchange = exchange
+        self._same = (self.about["ranks"], self.about["layout"]) == (
+            exchange.communicator.size,
+            type(exchange).__name__,
+        )
+
+    def read(self, path: str, kind: Kind) -> NDArray[Any] | None:
+        """Return an entry for this rank; None where the checkpoint has none."""
+        name = f"{kind.value}/{path}"
+        if kind is Kind.SHARED or kind is Kind.HELD:
+            if name not in self._master:
+                return None
+            dataset = self._master[name]
+            whole = dataset[..., self._exchange.held] if kind is Kind.HELD else dataset[()]
+            return np.asarray(whole)
+        have = [file[name] for file in self._ranks if name in file]
+        if not have:
+            return None
+        if kind is Kind.OWNED:
+            return np.asarray(have[0][()])
+        if self._same:
+            return np.asarray(self._ranks[self._exchange.communicator.rank][name][()])
+        # Of other ranks: the whole sum to the first rank that holds the layer.
+        total = np.sum([part[()] for part in have], axis=0)
+        return np.asarray(total if self._exchange.first else np.zeros_like(total))
+
+
+def name_of(step: int) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"step-{step:010d}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, ascending."""
+    names = (path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _fresh(folder: Path) -> None:
+    """Make a folder, without what is left of an earlier one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or folder to its disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _synced(path: Path) -> str:
+    """Sync a file; return its SHA-256."""
+    _sync(path)
+    return _sum(path)
