@@ -64,6 +64,9 @@ class TrainSettings:
         f"what to do about a gradient that is not finite: {', '.join(POLICIES)} (to the last checkpoint)",
         one_of(*POLICIES),
     )
+    stall_timeout: float | None = setting(
+        None, "seconds in one phase after which a rank is named and the job ended (default: never)", POSITIVE
+    )
     check_replicas: int | None = setting(
         None, "steps between comparisons of the parameters over the ranks (default: none)", POSITIVE
     )

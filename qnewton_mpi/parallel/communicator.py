@@ -17,6 +17,8 @@ from qnewton_mpi.errors import UserError
 
 T = TypeVar("T")
 HostArray = NDArray[Any]
+COMMUNICATION = "communication"
+PHASES = ("algebra", "gradient", COMMUNICATION, "evaluation", "checkpoint")
 
 
 class Communicator:
@@ -37,6 +39,8 @@ class Communicator:
         Position among the ranks that share this node's memory.
     seconds : float
         Time spent in collectives on buffers, waiting included.
+    notes : (2,) float64, optional
+        Where this rank notes when it began its present phase, and which, for `Watchdog`.
     """
 
     def __init__(self, parent: MPI.Comm | None = None) -> None:
@@ -47,6 +51,12 @@ class Communicator:
         self.node_rank = node.Get_rank()
         node.Free()
         self.seconds = 0.0
+        self.notes: NDArray[np.float64] | None = None
+
+    def enter(self, phase: str) -> None:
+        """Note that this rank begins a phase, one of `PHASES`, where somebody watches. Local."""
+        if self.notes is not None:
+            self.notes[:] = time.monotonic(), PHASES.index(phase)
 
     def allreduce(self, array: HostArray, total: HostArray | None = None) -> HostArray:
         """Return the sum of the ranks' arrays, same shape and dtype; in `total`, if given."""
@@ -110,9 +120,11 @@ class Communicator:
         return result  # type: ignore[no-any-return]
 
     def _time(self, collective: Callable[..., None], *buffers: Any) -> None:
+        self.enter(COMMUNICATION)
         started = time.perf_counter()
         collective(*buffers)
         self.seconds += time.perf_counter() - started
+        self.enter("algebra")
 
 
 def abort_on_exception(communicator: Communicator) -> None:

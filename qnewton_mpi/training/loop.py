@@ -27,6 +27,7 @@ from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import cost, partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
+from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
 from qnewton_mpi.training.interruption import Interruption
@@ -122,6 +123,8 @@ class Run:
             )
             self.progress = self.open_progress()
             stack.enter_context(contextlib.closing(self.progress))
+            if self.training.stall_timeout is not None:
+                stack.enter_context(Watchdog(self.communicator, self.training.stall_timeout))
             interruption = stack.enter_context(Interruption(self.communicator, self.training.time_limit))
             if resumed is None:
                 self.evaluate()
@@ -248,6 +251,7 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate the iterate, at the end its averages too, and write and tell the figures."""
         position, optimizer, started = self.position, self.optimizer, time.perf_counter()
+        self.communicator.enter("evaluation")
         iterates = {"": optimizer.parameters}
         if position.step == self.steps:
             iterates |= {"ema_": self.averages.exponential, "tail_": self.averages.tail}
@@ -279,6 +283,7 @@ class Run:
         """
         if self.checkpoints is None:
             return False
+        self.communicator.enter("checkpoint")
         if self.file is not None:
             self.file.flush()
         try:

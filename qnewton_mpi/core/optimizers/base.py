@@ -175,6 +175,7 @@ class Optimizer(ABC, Generic[S]):
         local = self.exchange.local
         self.evaluations += self.exchange.replicas
         squares = np.empty((len(local), 2))
+        self.exchange.communicator.enter("gradient")
         started = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told below, once
             for r, replica in enumerate(local):

@@ -1,0 +1,37 @@
+"""Run under mpiexec: the command line with a fault on rank 1.
+
+Usage: faulty.py nan|sleep|drift|none ARGUMENTS…
+"""
+
+import sys
+import time
+
+from qnewton_mpi.parallel.environment import prepare
+
+prepare()
+
+import numpy as np  # noqa: E402
+from mpi4py import MPI  # noqa: E402
+
+from qnewton_mpi import cli  # noqa: E402
+from qnewton_mpi.training.loop import ReplicaLoss, Run  # noqa: E402
+
+fault, rank = sys.argv[1], MPI.COMM_WORLD.rank
+gradient, check = ReplicaLoss.__call__, Run.check_replicas
+
+
+def faulty_gradient(self, parameters, replica):
+    loss, found = gradient(self, parameters, replica)
+    if fault == "sleep" and rank == 1 and self.step == 6:
+        time.sleep(60)
+    return loss, found * (np.nan if fault == "nan" and rank == 1 and self.step == 6 else 1)
+
+
+def drifting_check(self):
+    if fault == "drift" and rank == 1 and self.position.step == 8:
+        self.optimizer.held[3] += 1
+    return check(self)
+
+
+ReplicaLoss.__call__, Run.check_replicas = faulty_gradient, drifting_check
+sys.exit(cli.run(sys.argv[2:]))

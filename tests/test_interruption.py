@@ -1,0 +1,199 @@
+"""Runs that are stopped, killed, stalled or fed with NaN, as a batch system and bad luck do it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qnewton_mpi.cli import INTERRUPTED
+from qnewton_mpi.training import interruption
+from qnewton_mpi.training.checkpoint import steps_in
+from qnewton_mpi.training.runfile import Run
+
+OPTIONS = ("train", "--replicas", "4", "--evaluate-every", "1000", "--progress", "lines")
+
+
+@pytest.fixture
+def started(mpiexec):
+    """Return start(ranks, *arguments): a process group that is killed at the end."""
+    processes = []
+
+    def start(ranks, *arguments, program=("-m", "qnewton_mpi"), **env):
+        command = [mpiexec.launcher, "-n", str(ranks), sys.executable, *program, *map(str, arguments)]
+        process = subprocess.Popen(
+            command, env=mpiexec.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def ranks_of(path):
+    """Return the process ids of the ranks whose command line has a path, in the order of their ranks."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            environ = dict(line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        rank = environ.get(b"PMI_RANK", environ.get(b"OMPI_COMM_WORLD_RANK"))
+        if rank is not None and str(path).encode() in command and command[0].endswith(sys.executable.encode()):
+            found[int(rank)] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def saved(folder):
+    return bool(steps_in(folder)) if folder.exists() else False
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(started, qnewton, tmp_path, number):
+    whole, path, folder = tmp_path / "whole.h5", tmp_path / "run.h5", tmp_path / "checkpoints"
+    assert qnewton(2, *OPTIONS, "--steps", "400", "--output", whole).returncode == 0
+    arguments = (*OPTIONS, "--steps", "400", "--output", path, "--checkpoint", folder, "--checkpoint-every", "20")
+    process = started(2, *arguments)
+    wait_for(lambda: saved(folder))
+    os.kill(ranks_of(path)[1], number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED, err
+    stopped = int(re.search(r"stopped after step (\d+) of 400; go on with --resume", err)[1])
+    assert err.count("stopped") == 1
+    assert steps_in(folder)[-1] == stopped
+    assert Run(path).attributes["status"].startswith("failed: stopped")
+    finished = qnewton(2, *arguments, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    runs = [Run(whole), Run(path)]
+    for figure in ("loss", "step", "rate"):
+        np.testing.assert_array_equal(*(run.steps[figure] for run in runs))
+    np.testing.assert_array_equal(*(run.epochs["tail_train_nll"] for run in runs))
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on(started, qnewton, tmp_path):
+    path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
+    arguments = (*OPTIONS, "--steps", "300", "--output", path, "--checkpoint", folder, "--checkpoint-every", "10")
+    process = started(2, *arguments)
+    wait_for(lambda: saved(folder))
+    os.kill(ranks_of(path)[1], signal.SIGKILL)
+    process.communicate(timeout=5)
+    assert process.returncode != 0
+    finished = qnewton(2, *arguments, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert Run(path).steps["step"].tolist() == list(range(1, 301))
+
+
+def test_a_limit_of_time(qnewton, tmp_path):
+    path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
+    arguments = (*OPTIONS, "--epochs", "500", "--output", path)
+    finished = qnewton(2, *arguments, "--time-limit", "0.5", "--checkpoint", folder)
+    assert finished.returncode == INTERRUPTED
+    assert "go on with --resume" in finished.stderr
+    assert len(steps_in(folder)) == 1
+    finished = qnewton(2, *arguments, "--time-limit", "0.5", "--overwrite")
+    assert finished.returncode == INTERRUPTED
+    assert "without a checkpoint" in finished.stderr
+
+
+def test_limit_of_slurm():
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
+    assert interruption.seconds_left(end) == pytest.approx(40, abs=2)
+    assert interruption.seconds_left({"SLURM_JOB_END_TIME": "1"}) == 0
+    assert interruption.seconds_left({}) is None
+
+
+def test_resume_without_any_checkpoint_starts(qnewton, tmp_path):
+    path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
+    finished = qnewton(2, *OPTIONS, "--steps", "3", "--output", path, "--checkpoint", folder, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert steps_in(folder) == [3]
+
+
+def test_a_run_that_is_done_stays_so(qnewton, tmp_path):
+    arguments = (*OPTIONS, "--steps", "3", "--output", tmp_path / "run.h5", "--checkpoint", tmp_path / "checkpoints")
+    assert qnewton(1, *arguments).returncode == 0
+    finished = qnewton(1, *arguments, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert Run(tmp_path / "run.h5").steps["step"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["stop", "gradient"])
+def test_a_stalled_rank_is_named(started, tmp_path, how):
+    path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
+    arguments = (*OPTIONS, "--epochs", "500", "--output", path, "--checkpoint", folder, "--checkpoint-every", "5")
+    program = ("-m", "qnewton_mpi") if how == "stop" else (Path(__file__).parent / "faulty.py", "sleep")
+    process = started(2, *arguments, "--stall-timeout", "1.5", program=program)
+    if how == "stop":
+        wait_for(lambda: saved(folder))
+        os.kill(ranks_of(path)[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode != 0
+    phase = "gradient" if how == "gradient" else r"\w+"
+    assert re.search(rf"stalled: rank 1 has been in phase '{phase}' for \d+ s", err), err
+    assert err.count("stalled") == 1
+
+
+@pytest.mark.parametrize(("policy", "every"), [("skip", 100), ("rollback", 4)])
+def test_gradients_that_are_not_finite(mpiexec, tmp_path, policy, every):
+    """Rank 1's gradient is NaN once, in the 7th step."""
+    path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
+    arguments = (*OPTIONS, "--steps", "12", "--output", path, "--checkpoint", folder, "--checkpoint-every", every)
+    faulty = Path(__file__).parent / "faulty.py"
+    finished = mpiexec(2, faulty, "nan", *arguments, "--on-nonfinite", policy)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("step 7 skipped") == 1
+    assert ("back at step 4" in finished.stderr) == (policy == "rollback")
+    done = [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]
+    assert Run(path).steps["step"].tolist() == (done if policy == "skip" else [*done[:6], 5, 6, *done[6:]])
+    assert mpiexec(2, faulty, "nan", *arguments, "--overwrite").returncode == 2
+
+
+def test_parameters_that_differ_are_told(mpiexec, tmp_path):
+    arguments = (*OPTIONS, "--steps", "12", "--output", tmp_path / "run.h5", "--exchange", "allgather")
+    faulty = Path(__file__).parent / "faulty.py"
+    finished = mpiexec(3, faulty, "drift", *arguments, "--check-replicas", "5")
+    assert finished.returncode == 2
+    assert "after step 10 the parameters of rank(s) 1 differ from those of rank 0" in finished.stderr
+    assert mpiexec(3, faulty, "none", *arguments, "--overwrite", "--check-replicas", "5").returncode == 0
+
+
+def test_the_file_of_a_run_is_readable_while_it_goes_on(started, tmp_path):
+    path = tmp_path / "run.h5"
+    process = started(1, "train", "--replicas", "4", "--epochs", "500", "--evaluate-every", "5", "--output", path)
+    wait_for(path.exists)
+    wait_for(lambda: len(Run(path).epochs["train_nll"]) >= 2)
+    assert Run(path).attributes["status"] == "running"
+    process.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--resume"], "--resume needs a folder"),
+        (["--checkpoint-every", "3"], "--checkpoint-every needs a folder"),
+        (["--on-nonfinite", "rollback"], "--checkpoint DIR"),
+        (["--checkpoint", "/proc/x"], "/proc/x: cannot be written"),
+    ],
+)
+def test_options_that_do_not_fit(qnewton, tmp_path, arguments, match):
+    finished = qnewton(2, *OPTIONS, "--steps", "1", "--output", tmp_path / "run.h5", *arguments)
+    assert finished.returncode == 2
+    assert match in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
