@@ -35,7 +35,7 @@ class Watchdog:
         self._node = communicator.mpi.Split_type(MPI.COMM_TYPE_SHARED)
         self._ranks = self._node.allgather(communicator.rank)
         width = 2 * 8
-        self._window = MPI.Win.Allocate_shared(width * (self._node.rank == 0) * self._node.size, 8, comm=self._node)
+        self._window = MPI.Win.Allocate_shared(width * (self._node.rank == 0) * self._node.size, 8, comm=self._node)  # type: ignore[arg-type]
         memory, _ = self._window.Shared_query(0)
         # When the phase began, and its index in PHASES, of each rank of the node.
         self._notes: NDArray[np.float64] = np.asarray(memory).view(np.float64).reshape(self._node.size, 2)
