@@ -27,10 +27,10 @@ export MPIEXEC
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: help run test lint bench clean
+.PHONY: help run test test-slurm lint bench clean
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  with MPIEXEC=/path/to/mpiexec a site's own MPI; RANKS=$(RANKS) EPOCHS=$(EPOCHS) PYTHON=$(PYTHON)"
 
 run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedded images; draw NLL against epochs
@@ -39,16 +39,19 @@ run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedd
 	$(BIN)/qnewton-mpi plot $(RUNS)/kronecker.h5 $(RUNS)/sgd.h5 --output $(RUNS)/nll.png --overwrite
 
 test: $(VENV)/.installed-dev  ## Run the whole test suite: one process, then under mpiexec on 1, 2, 3 and 4 ranks
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/slurm
 	for ranks in 1 2 3 4; do echo "-- $$ranks rank(s)"; $(MPIEXEC) -n $$ranks $(BIN)/python -m pytest -q tests/mpi || exit 1; done
+
+test-slurm: $(VENV)/.installed-dev  ## Prove the batch scripts on a SLURM of two virtual nodes (root; slurm-wlm, munge)
+	$(BIN)/python -m pytest -q tests/slurm
 
 lint: $(VENV)/.installed-dev  ## Check style (ruff) and types (mypy, strict)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## Compare the convnet's gradients with PyTorch's: samples/s, one thread
-	$(BIN)/python scripts/bench_gradients.py
+bench: $(VENV)/.installed-dev  ## Time steps against one Allreduce, the convnet's gradients beside PyTorch's
+	$(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi bench
 
 clean:  ## Remove the virtual environments and what the runs left
 	rm -rf .venv .venv-site $(RUNS)

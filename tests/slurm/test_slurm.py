@@ -1,0 +1,126 @@
+"""The batch scripts on a real SLURM: jobs that are preempted, signalled, on two nodes, in an array."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qnewton_mpi.training.checkpoint import steps_in
+from qnewton_mpi.training.runfile import Run
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = ("--replicas", "4", "--steps", "600", "--evaluate-every", "200")
+SAVES = ("--checkpoint-every", "20")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Return run(*command): its output, in a folder that looks like the repository's root."""
+    folder = tmp_path_factory.mktemp("slurm")
+    cluster = Path(__file__).parent / "cluster.sh"
+    subprocess.run([cluster, "start", folder], check=True, timeout=60)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "MPI", "OMPI_", "HYDI_"))}
+    environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    work = folder / "work"
+    (work / "runs").mkdir(parents=True)
+    (work / "slurm").symlink_to(ROOT / "slurm")
+    (work / ".venv").symlink_to(sys.prefix)
+
+    def run(*command):
+        finished = subprocess.run(
+            [str(word) for word in command], env=environ, cwd=work, capture_output=True, text=True, timeout=60
+        )
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    run.work = work
+    yield run
+    subprocess.run(["scancel", "--user=root"], env=environ, check=False)
+    subprocess.run([cluster, "stop", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(qnewton, tmp_path_factory):
+    """Return the run of the same options that was not interrupted."""
+    path = tmp_path_factory.mktemp("whole") / "run.h5"
+    finished = qnewton(2, "train", *OPTIONS, "--output", path)
+    assert finished.returncode == 0, finished.stderr
+    return Run(path)
+
+
+def submit(slurm, *arguments):
+    return int(re.search(r"Submitted batch job (\d+)", slurm("sbatch", *arguments))[1])
+
+
+def state(slurm, job):
+    return re.search(r"JobState=(\w+)", slurm("scontrol", "show", "job", job))[1]
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def test_a_preempted_job_goes_on(slurm, whole):
+    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES)
+    folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
+    wait_for(lambda: folder.exists() and steps_in(folder))
+    urgent = submit(slurm, "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    wait_for(lambda: state(slurm, urgent) == "COMPLETED")
+    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
+    log = (slurm.work / f"qnewton-{job}.out").read_text()
+    assert state(slurm, job) == "COMPLETED", log
+    assert "Restarts=1" in slurm("scontrol", "show", "job", job)
+    assert "go on with --resume" in log
+    run = Run(path)
+    assert run.attributes["status"] == "finished"
+    for figure in ("step", "loss"):
+        np.testing.assert_array_equal(run.steps[figure], whole.steps[figure])
+
+
+def test_a_signal_to_the_script_requeues_the_job(slurm, whole):
+    """As --signal=B:USR2@120 sends it."""
+    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES)
+    folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
+    wait_for(lambda: folder.exists() and steps_in(folder))
+    slurm("scancel", "--signal=USR2", "--batch", job)
+    wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job))
+    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
+    assert state(slurm, job) == "COMPLETED", (slurm.work / f"qnewton-{job}.out").read_text()
+    np.testing.assert_array_equal(Run(path).steps["loss"], whole.steps["loss"])
+
+
+def test_two_nodes(slurm, whole):
+    job = submit(slurm, "--ntasks-per-node=1", "slurm/nodes.sbatch", *OPTIONS, *SAVES)
+    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
+    assert state(slurm, job) == "COMPLETED", (slurm.work / f"qnewton-{job}.out").read_text()
+    assert "NumNodes=2" in slurm("scontrol", "show", "job", job)
+    run = Run(slurm.work / "runs" / f"{job}.h5")
+    assert run.attributes["ranks"] == 2
+    np.testing.assert_array_equal(run.steps["loss"], whole.steps["loss"])
+
+
+def test_an_array(slurm):
+    (slurm.work / "runs.txt").write_text("--seed 3\n--seed 4 --method sgd\n")
+    job = submit(slurm, "--array=1-2", "slurm/array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
+    paths = [slurm.work / "runs" / f"{job}-{k}.h5" for k in (1, 2)]
+    wait_for(lambda: all(path.exists() and Run(path).finished for path in paths))
+    assert [(run.attributes["seed"], run.attributes["method"]) for run in map(Run, paths)] == [
+        (3, "kronecker"),
+        (4, "sgd"),
+    ]
+
+
+def test_scripts_are_clean():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck")
+    scripts = [*ROOT.glob("slurm/*"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("tests/slurm/*.sh"), ROOT / ".ci" / "run"]
+    subprocess.run(["shellcheck", *scripts], check=True)
