@@ -30,7 +30,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 .PHONY: help run test test-slurm lint bench clean
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  with MPIEXEC=/path/to/mpiexec a site's own MPI; RANKS=$(RANKS) EPOCHS=$(EPOCHS) PYTHON=$(PYTHON)"
 
 run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedded images; draw NLL against epochs

@@ -50,18 +50,36 @@ def value(thing: Any, name: str) -> NDArray[Any] | None:
 
 
 def restore(thing: Any, read: Callable[[str, Kind], NDArray[Any] | None], prefix: str = "") -> None:
-    """Set all state from `read(path, kind)`; None leaves an attribute as it is. As `entries`, parts last.
+    """Set all state from `read(path, kind)`, where None says that there is none. As `entries`, parts last.
 
-    An array becomes one of the library of the attribute it replaces, or of `thing.held`; a number a Python number.
+    An array becomes one of the library of the attribute it replaces; a number a Python number.
+
+    Raises
+    ------
+    ValueError
+        For an entry that is missing, or does not have the shape that it should.
     """
     for path, kind, owner, name in entries(thing, prefix):
-        found = read(path, kind)
-        if found is None:
+        found, before = read(path, kind), getattr(owner, name)
+        if found is None and before is None:
             continue
-        before = getattr(owner, name)
+        if found is None:
+            raise ValueError(f"{path} is missing")
+        if not _fits(found, before, kind):
+            raise ValueError(f"{path} has shape {found.shape}")
         if isinstance(before, (bool, int, float)):
             setattr(owner, name, type(before)(found[()]))
         elif kind is Kind.SHARED and (before is None or isinstance(before, np.ndarray)):
             setattr(owner, name, found)
         else:
             setattr(owner, name, to_device(found, before))
+
+
+def _fits(found: NDArray[Any], before: Any, kind: Kind) -> bool:
+    """Whether an array may replace what is there: how many rows of held coordinates there are may have changed."""
+    if before is None:
+        return True
+    shape = tuple(getattr(before, "shape", ()))
+    if kind is Kind.HELD:
+        return found.shape[-1:] == shape[-1:] and found.ndim == len(shape)
+    return found.ndim == len(shape) if kind is Kind.SHARED else found.shape == shape

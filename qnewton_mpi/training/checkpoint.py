@@ -157,13 +157,8 @@ class Checkpoints:
         steps = self.communicator.from_root(lambda: steps_in(self.folder))
         for step in reversed(steps):
             source = self.folder / name_of(step)
-            problem = self._problem(source)
+            problem = self._problem(source) or self._restored(source, things)
             if problem is None:
-                with contextlib.ExitStack() as stack:
-                    reader = self.communicator.together(lambda: _Reader(source, self.exchange, stack))  # noqa: B023
-                    self._compare(source, reader.about)
-                    for name, thing in things.items():
-                        state.restore(thing, reader.read, f"{name}/")
                 return step, passed_over
             passed_over.append(f"{source}: {problem}")
         if steps:
@@ -247,6 +242,19 @@ class Checkpoints:
             found = f"cannot be read ({' '.join(str(error).split())})"
         return next((problem for problem in self.communicator.mpi.allgather(found) if problem), None)
 
+    def _restored(self, source: Path, things: Mapping[str, Any]) -> str | None:
+        """Restore the state of all things; return why it could not be, the same on all ranks."""
+        found: str | None = None
+        with contextlib.ExitStack() as stack:
+            try:
+                reader = _Reader(source, self.exchange, stack)
+                self._compare(source, reader.about)
+                for name, thing in things.items():
+                    state.restore(thing, reader.read, f"{name}/")
+            except UNREADABLE as error:
+                found = f"cannot be restored ({' '.join(str(error).split())})"
+        return next((problem for problem in self.communicator.mpi.allgather(found) if problem), None)
+
     def _compare(self, source: Path, about: Mapping[str, Any]) -> None:
         """Raise `UserError` where a checkpoint is of another version, or of a run with other options."""
         if about["schema"] != SCHEMA:
@@ -270,13 +278,10 @@ class _Reader:
     """Reads a sound checkpoint for this rank."""
 
     def __init__(self, source: Path, exchange: Exchange, stack: contextlib.ExitStack) -> None:
-        try:
-            self._master = stack.enter_context(h5py.File(source / MASTER))
-            self.about = json.loads(self._master["configuration"][()])
-            names = sorted(path.name for path in source.glob("rank-*.h5"))
-            self._ranks = [stack.enter_context(h5py.File(source / name)) for name in names]
-        except UNREADABLE as error:
-            raise UserError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
+        self._master = stack.enter_context(h5py.File(source / MASTER))
+        self.about = json.loads(self._master["configuration"][()])
+        names = sorted(path.name for path in source.glob("rank-*.h5"))
+        self._ranks = [stack.enter_context(h5py.File(source / name)) for name in names]
         self._exchange = exchange
         self._same = (self.about["ranks"], self.about["layout"]) == (
             exchange.communicator.size,

@@ -162,7 +162,10 @@ class Run:
             for line in passed_over:
                 print(f"qnewton-mpi: passed over {line}", file=sys.stderr, flush=True)
         if step is not None:
+            counted = self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
+            # The run that was not interrupted did without this collective.
+            self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas = counted
         return step
 
     @property
