@@ -76,6 +76,11 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
     plotting.add_argument("--output", metavar="FILE.png", help="default: beside the first run, with its name and .png")
     plotting.add_argument("--overwrite", action="store_true", help="replace an existing picture")
 
+    watching = commands.add_parser("watch", help="the live curve of a run, from its file", allow_abbrev=False)
+    watching.add_argument("run", metavar="RUN.h5")
+    watching.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between looks (default 2)")
+    watching.add_argument("--once", action="store_true", help="one look")
+
     comparing = commands.add_parser(
         "compare", help="run a study: many runs, tuned alike; resumable", allow_abbrev=False
     )
@@ -112,6 +117,8 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
         command.plan = read_study(command.study)
         if command.ranks_per_run < 1 or ranks % command.ranks_per_run:
             raise UserError(f"--ranks-per-run {command.ranks_per_run} does not divide the {ranks} rank(s)")
+    if command.command == "watch" and not command.every > 0:
+        raise UserError(f"--every {command.every}: more than 0 seconds")
     if command.command == "bench":
         command.sizes = parse_sizes(command.sizes)
         if command.quick:
@@ -164,6 +171,13 @@ def plot_command(command: argparse.Namespace, communicator: Communicator) -> Non
         print(f"{table(runs)}\nfigure: {target}", flush=True)
 
     communicator.from_root(draw)
+
+
+def watch_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Show a run while it goes on, on rank 0."""
+    from qnewton_mpi.watching import watch
+
+    communicator.from_root(lambda: watch(Path(command.run), command.every, command.once))
 
 
 def compare_command(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -247,6 +261,7 @@ def exchange_of(ranks: int) -> str:
 COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
     "train": train_command,
     "plot": plot_command,
+    "watch": watch_command,
     "compare": compare_command,
     "report": report_command,
     "bench": bench_command,

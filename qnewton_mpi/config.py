@@ -70,6 +70,7 @@ class TrainSettings:
     check_replicas: int | None = setting(
         None, "steps between comparisons of the parameters over the ranks (default: none)", POSITIVE
     )
+    log_dir: str | None = setting(None, "folder for a log of each rank (default: none)")
     progress: str = setting(
         "auto", "bar, lines or off; auto is a bar on a terminal, lines elsewhere", one_of("auto", "bar", "lines", "off")
     )

@@ -49,6 +49,7 @@ FREE = {
     "stall_timeout",
     "check_replicas",
     "on_nonfinite",
+    "log_dir",
 }
 
 

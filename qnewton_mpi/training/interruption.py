@@ -13,6 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.log import LOG
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 # Kept of the allocation's time for the last step and the checkpoint, seconds.
@@ -64,6 +65,7 @@ class Interruption:
         if self._flag[0]:
             os._exit(128 + number)
         self._flag[0] = 1
+        LOG.info("%s: stops after this step", signal.Signals(number).name)
 
 
 def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:

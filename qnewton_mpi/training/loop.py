@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import cost, partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
+from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
@@ -74,7 +74,8 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     InterruptedRunError
         On every rank, where it was told to stop; a checkpoint has been written, if there is a folder for them.
     """
-    Run(config, communicator, labels or {}).go()
+    with logging_to(communicator, config.training.log_dir):
+        Run(config, communicator, labels or {}).go()
     return config.output
 
 
@@ -158,10 +159,10 @@ class Run:
         """Go back to the newest sound checkpoint; return its step, or None if there is none."""
         assert self.checkpoints is not None
         step, passed_over = self.checkpoints.load(self.things)
-        if self.communicator.rank == 0:
-            for line in passed_over:
-                print(f"qnewton-mpi: passed over {line}", file=sys.stderr, flush=True)
+        for line in passed_over if self.communicator.rank == 0 else ():
+            LOG.warning("passed over %s", line)
         if step is not None:
+            LOG.info("goes on after step %d", step)
             counted = self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
             # The run that was not interrupted did without this collective.
@@ -233,7 +234,7 @@ class Run:
         self.position.skipped = np.append(skipped, failed)
         if self.communicator.rank == 0:
             where = f", back at step {self.position.step}" if self.training.on_nonfinite == "rollback" else ""
-            self.progress.tell(f"step {failed} skipped{where}: {error} ({len(self.position.skipped)} so far)")
+            LOG.warning("step %d skipped%s: %s (%d so far)", failed, where, error, len(self.position.skipped))
         return self.position.step
 
     def check_replicas(self) -> None:
@@ -277,6 +278,7 @@ class Run:
         }
         if self.file is not None:
             self.file.add_epoch(figures, to_host(optimizer.parameters))
+        LOG.debug("step %d: train NLL %.6f, %d bytes sent", position.step, figures["train_nll"], figures["bytes_sent"])
         self.progress.evaluated(figures)
 
     def save(self) -> bool:
@@ -293,8 +295,9 @@ class Run:
             self.checkpoints.save(self.position.step, self.things)
         except UserError as error:
             if self.communicator.rank == 0:
-                self.progress.tell(f"{error}; the run goes on")
+                LOG.warning("%s; the run goes on", error)
             return False
+        LOG.info("checkpoint of step %d in %s", self.position.step, self.checkpoints.folder)
         return True
 
 

@@ -66,13 +66,6 @@ class Progress:
         elif self.kind == "bar":
             self._bar.write(f"{self.label} {text}", file=sys.stderr)
 
-    def tell(self, text: str) -> None:
-        """Tell what is worth a line whatever the kind."""
-        if self.kind == "bar":
-            self._bar.write(f"{self.label} {text}", file=sys.stderr)
-        else:
-            print(f"{self.label} {text}", file=sys.stderr, flush=True)
-
     def close(self) -> None:
         """Finish the bar's line."""
         self._bar.close()

@@ -180,8 +180,8 @@ class Run:
     def _read(self, path: Path, group: h5py.Group) -> None:
         self.path = path
         self.attributes: dict[str, Any] = dict(group.attrs)
-        self.epochs = {name: np.asarray(group["epochs"][name]) for name in EPOCH_FIGURES}
-        self.steps = {name: np.asarray(dataset) for name, dataset in group.get("steps", {}).items()}
+        self.epochs = _whole_rows({name: np.asarray(group["epochs"][name]) for name in EPOCH_FIGURES})
+        self.steps = _whole_rows({name: np.asarray(column) for name, column in group.get("steps", {}).items()})
 
     def reached(self, figure: str) -> float:
         """Return a figure of the last evaluation; NaN for a run that diverged or was killed."""
@@ -203,6 +203,12 @@ class Run:
         """Return a figure of the last evaluation; NaN before any."""
         values = self.epochs[figure]
         return float(values[-1]) if len(values) else math.nan
+
+
+def _whole_rows(columns: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """Return the rows that all columns have: of a file that is being written, some may have one more already."""
+    rows = min(map(len, columns.values()), default=0)
+    return {name: column[:rows] for name, column in columns.items()}
 
 
 def rate_text(rate: float | str) -> str:
