@@ -30,7 +30,6 @@ LARGEST = {"fisher": 1 << 21}
 SIDE = 128  # of the square layers that the N parameters are taken for
 WARM_UP = 16  # steps: `kronecker` does all its work in the first ten
 RANK = 64  # of `fisher`, which updates at every step until it is reached
-SECONDS = 0.5  # about, a case and round
 BATCH = 256
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
@@ -65,7 +64,9 @@ class Case:
     times: list[float] = field(default_factory=list)
 
 
-def bench(sizes: Sequence[int], replicas: int | None, rounds: int, communicator: Communicator) -> list[Table]:
+def bench(
+    sizes: Sequence[int], replicas: int | None, rounds: int, communicator: Communicator, seconds: float = 0.5
+) -> list[Table]:
     """Return the tables of all sections. Collective.
 
     Parameters
@@ -77,15 +78,17 @@ def bench(sizes: Sequence[int], replicas: int | None, rounds: int, communicator:
     rounds : int
         How often each case is timed; medians are reported.
     communicator : Communicator
+    seconds : float
+        Of a case and round, about.
     """
     m = replicas or max(2, communicator.size)
-    tables = [steps(sizes, m, rounds, communicator), training(max(8, m), rounds, communicator)]
+    tables = [steps(sizes, m, rounds, communicator, seconds), training(max(8, m), rounds, communicator, seconds)]
     if communicator.rank == 0:
         tables += [solves(rounds), *gradients(rounds)]
     return tables
 
 
-def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Communicator) -> Table:
+def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Communicator, seconds: float) -> Table:
     """Time steps whose gradients cost nothing against an Allreduce of the mean gradient and w ← w − α ḡ."""
     n = communicator.size
     table = Table(
@@ -114,19 +117,19 @@ def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Commun
                     cases[method, name] = StepCase(
                         method, name, size, shapes, replicas, loss_and_gradient, communicator
                     )
-        time_in_turn([*baseline, *cases.values()], rounds, communicator)
+        time_in_turn([*baseline, *cases.values()], rounds, communicator, seconds)
         plain, updating = (statistics.median(case.times) for case in baseline)
         vector = 2 * (n - 1) / n * 4 * size
         for (method, name), case in cases.items():
-            seconds = statistics.median(case.times) - case.gradient_seconds
+            took = statistics.median(case.times) - case.gradient_seconds
             received = case.bytes_per_step / n
             table.rows.append(
                 (
                     size,
                     method,
                     name,
-                    seconds * 1e3,
-                    seconds / updating,
+                    took * 1e3,
+                    took / updating,
                     case.communication_seconds / plain if n > 1 else 0.0,
                     received / vector if n > 1 else 0.0,
                     received / 1e6,
@@ -224,14 +227,14 @@ class StepCase(Case):
         return self.computed / self.count
 
 
-def time_in_turn(cases: Sequence[Case], rounds: int, communicator: Communicator) -> None:
+def time_in_turn(cases: Sequence[Case], rounds: int, communicator: Communicator, seconds: float) -> None:
     """Give each case `rounds` times: seconds of one repetition, of the slowest rank. Collective."""
     counts = []
     for case in cases:
         started = time.perf_counter()
         case.action(1)
         guess = communicator.allgather(np.array([time.perf_counter() - started]), [1] * communicator.size).max()
-        count = max(1, min(200, round(SECONDS / guess)))
+        count = max(1, min(200, round(seconds / guess)))
         counts.append(count if type(case) is Case else max(20, count // 20 * 20))
     for _ in range(rounds):
         for case, count in zip(cases, counts, strict=True):
@@ -242,7 +245,7 @@ def time_in_turn(cases: Sequence[Case], rounds: int, communicator: Communicator)
             case.times.append(float(communicator.allgather(mine, [1] * communicator.size).max()))
 
 
-def training(replicas: int, rounds: int, communicator: Communicator) -> Table:
+def training(replicas: int, rounds: int, communicator: Communicator, seconds: float) -> Table:
     """Time whole training steps on the convnet, gradients included, against those of SGD."""
     table = Table(
         f"training steps of the convnet, {communicator.size} ranks, M = {replicas}, batch {BATCH}",
@@ -255,7 +258,7 @@ def training(replicas: int, rounds: int, communicator: Communicator) -> Table:
     names = [("sgd", "allgather"), *((m, e) for m in METHODS[1:] for e in ("allgather", "sliced"))]
     start, shapes = network.initial_parameters(0), network.parameter_shapes
     cases = [StepCase(m, e, network.size, shapes, replicas, loss, communicator, start) for m, e in names]
-    time_in_turn(cases, rounds, communicator)
+    time_in_turn(cases, rounds, communicator, seconds)
     for (method, name), case in zip(names, cases, strict=True):
         ratio = statistics.median(a / b for a, b in zip(case.times, cases[0].times, strict=True))
         table.rows.append((method, name, statistics.median(case.times) * 1e3, ratio))

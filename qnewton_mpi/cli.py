@@ -212,7 +212,8 @@ def bench_command(command: argparse.Namespace, communicator: Communicator) -> No
     """Time steps, print the tables, write them if asked for."""
     from qnewton_mpi.benchmark import bench, write
 
-    tables = bench(command.sizes, command.replicas, command.rounds, communicator)
+    seconds = 0.02 if command.quick else 0.5
+    tables = bench(command.sizes, command.replicas, command.rounds, communicator, seconds)
     if communicator.rank == 0:
         print("\n".join(table.text() for table in tables), flush=True)
         if command.output:

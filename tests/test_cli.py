@@ -258,3 +258,26 @@ def test_a_killed_runs_file_opens(mpiexec, tmp_path):
     assert run.attributes["status"] == "running"
     assert len(run.epochs["train_nll"]) >= 3
     assert len(run.steps["loss"]) >= 2 * 39
+
+
+def test_bench(qnewton, one_line_error, tmp_path):
+    path = tmp_path / "bench.h5"
+    finished = qnewton(2, "bench", "--quick", "--sizes", "16384,4", "--output", path)
+    assert finished.returncode == 0, finished.stderr
+    with h5py.File(path) as file:
+        table = file["steps without gradients, 2 ranks, M = 2"]
+        cases = zip(*(table[name].asstr()[()] for name in ("method", "exchange")), strict=True)
+        received = dict(zip(cases, table["received over Allreduce"][()], strict=True))
+        assert list(table["N"]) == [16384] * len(received)
+        assert list(file["M×M solve, float64/M"])[:2] == [8, 32]
+    for method in ("sgd", "kronecker"):
+        assert received[method, "sliced"] == pytest.approx(1, abs=0.01)
+    assert received["multisecant", "sliced"] == pytest.approx(1.5, abs=0.02)
+    one_line_error(2, "bench", "--quick", "--output", path, match="bench.h5 exists.*--overwrite")
+    one_line_error(2, "bench", "--sizes", "1e6", match="--sizes 1e6: positive whole numbers")
+    one_line_error(2, "bench", "--replicas", "1", match="--replicas 1: at least 2")
+
+
+def test_info_says_which_exchange_is_chosen(qnewton):
+    assert "auto is allgather: on one rank nothing crosses" in qnewton(1, "info").stdout
+    assert re.search(r"exchange +auto, by predicted seconds, .*sliced at N = 10,000,000", qnewton(4, "info").stdout)

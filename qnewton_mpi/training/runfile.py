@@ -89,7 +89,7 @@ class RunFile:
         self._rows: dict[str, list[Mapping[str, float]]] = {"epochs": [], "steps": []}
         for group, names in (("epochs", EPOCH_FIGURES), ("steps", tuple(step_figures))):
             old = {} if before is None else {"epochs": before.epochs, "steps": before.steps}[group]
-            kept = old["step"] <= resumed if "step" in old else np.zeros(0, bool)
+            kept = old["step"] <= (resumed or 0) if "step" in old else np.zeros(0, bool)
             for name in names:
                 rows = old[name][kept] if name in old else np.full(np.count_nonzero(kept), np.nan)
                 chunk = 64 if group == "epochs" else 1024
