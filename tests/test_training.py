@@ -1,4 +1,4 @@
-"""Schedules and averages."""
+"""Schedules, averages, the file of a run."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qnewton_mpi.core.schedules import factor
+from qnewton_mpi.errors import UserError
 from qnewton_mpi.training.averages import Averages
-from qnewton_mpi.training.runfile import Run
+from qnewton_mpi.training.runfile import Run, RunFile
 
 
 @given(warmup=st.integers(0, 5), steps=st.integers(6, 30))
@@ -60,3 +61,31 @@ def test_schedules_and_averages_reach_the_run(qnewton, tmp_path):
         assert run.epochs["ema_test_nll"][-1] > 0
     rates = runs["cosine"].steps["step_norm"] / runs["cosine"].steps["gradient_norm"]
     np.testing.assert_allclose(rates, [0.3 * factor("cosine", 4, step, 20) for step in range(20)], rtol=1e-5)
+
+
+def test_rows_wait_for_room_on_the_disk(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "run.h5"
+    room = [True]
+
+    def fallocate(*arguments):
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", fallocate)
+    with (
+        pytest.raises(UserError, match="disk is full"),
+        RunFile(path, {}, ["step"], np.zeros(3)) as file,
+    ):
+        room[0] = False
+        for step in range(3):
+            file.add_step({"step": step})
+            assert not file.flush()
+        assert caplog.text.count("no room for more (No space left on device)") == 1
+        assert len(Run(path).steps["step"]) == 0
+        room[0] = True
+        assert file.flush()
+        assert Run(path).steps["step"].tolist() == [0, 1, 2]
+        room[0] = False
+        file.add_step({"step": 3})
+    with pytest.raises(UserError, match="cannot be written"):
+        RunFile(path, {}, ["step"], np.zeros(3))

@@ -30,9 +30,11 @@ from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.training.disk import reserved
 
 SCHEMA = 1
 KEPT = 2
+DATASET_BYTES = 4096  # at most, that HDF5 needs for a data set besides its data
 MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError)
 # Options that may differ between a run and its continuation; `exchange` then changes rounding.
@@ -129,6 +131,8 @@ class Checkpoints:
         entries = [entry for name, thing in things.items() for entry in state.entries(thing, f"{name}/")]
         try:
             self.communicator.from_root(lambda: self._guard(step, lambda: _fresh(partial)))
+            with contextlib.ExitStack() as stack:  # all ranks' room at the same time
+                self.communicator.together(lambda: self._guard(step, lambda: self._reserve(partial, entries, stack)))
             sums = self.communicator.together(lambda: self._guard(step, lambda: self._write_rank(partial, entries)))
             everyone = self.communicator.mpi.gather(sums)
             self.communicator.from_root(
@@ -165,6 +169,12 @@ class Checkpoints:
         if steps:
             raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(passed_over)}")
         return None, passed_over
+
+    def _reserve(self, folder: Path, entries: list[tuple[str, Kind, Any, str]], stack: contextlib.ExitStack) -> None:
+        """Hold room for what this rank is to write."""
+        arrays = [state.value(owner, attribute) for _, _, owner, attribute in entries]
+        size = sum(array.nbytes for array in arrays if array is not None) + DATASET_BYTES * (len(arrays) + 16)
+        stack.enter_context(reserved(folder, size))
 
     def _write_rank(self, folder: Path, entries: list[tuple[str, Kind, Any, str]]) -> dict[str, Any]:
         """Write this rank's file; return its name, its sum, and the ranges and layouts of what it has of /held."""

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from qnewton_mpi import __version__
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.log import LOG
+from qnewton_mpi.training.disk import reserved
 
 ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter
 QUALITIES = ("train_nll", "test_nll", "test_accuracy")
@@ -40,6 +42,7 @@ EPOCH_FIGURES = (
 )
 FLUSH_SECONDS = 5.0
 RUNNING = "running"
+ROOM = 1 << 20  # bytes that HDF5 may need for new chunks of all data sets
 
 
 class RunFile:
@@ -80,6 +83,8 @@ class RunFile:
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            with reserved(path.parent, ROOM + parameters.nbytes):
+                pass
             self._file = h5py.File(partial, "w", libver="latest")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error}): name another --output") from error
@@ -97,7 +102,7 @@ class RunFile:
         self._file["parameters"] = parameters
         self._file.swmr_mode = True
         partial.rename(path)
-        self.path, self._flushed = path, 0.0
+        self.path, self._flushed, self._full = path, 0.0, False
         self.flush()
 
     def __enter__(self) -> RunFile:
@@ -106,10 +111,12 @@ class RunFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.flush()
+        complete = self.flush()
         self._file.close()  # attributes cannot change while others may read
         with h5py.File(self.path, "r+", libver="latest") as file:
             file.attrs["status"] = "finished" if error is None else f"failed: {error}"
+        if not complete and error is None:
+            raise UserError(f"{self.path}: its disk is full, and the last figures of the run are not in it")
 
     def add_step(self, figures: Mapping[str, float]) -> None:
         """Add the figures of a step."""
@@ -123,8 +130,22 @@ class RunFile:
         self._file["parameters"][...] = parameters
         self.flush()
 
-    def flush(self) -> None:
-        """Append the rows kept in memory and hand everything to the operating system."""
+    def flush(self) -> bool:
+        """Append the rows kept in memory and hand everything to the operating system; return whether there was room.
+
+        Where there was not, the rows stay in memory until there is.
+        """
+        waiting = sum(len(rows) * len(self._file[group]) for group, rows in self._rows.items())
+        self._flushed = time.monotonic()
+        try:
+            with reserved(self.path.parent, ROOM + 16 * waiting):
+                pass
+        except OSError as error:
+            if not self._full:
+                LOG.warning("%s: no room for more (%s): what follows is kept in memory", self.path, error.strerror)
+            self._full = True
+            return False
+        self._full = False
         for group, rows in self._rows.items():
             if not rows:
                 continue
@@ -133,7 +154,7 @@ class RunFile:
                 dataset[-len(rows) :] = [row[name] for row in rows]
             rows.clear()
         self._file.flush()
-        self._flushed = time.monotonic()
+        return True
 
 
 def versions() -> dict[str, str]:
