@@ -72,20 +72,19 @@ def test_rows_wait_for_room_on_the_disk(tmp_path, monkeypatch, caplog):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", fallocate)
-    with (
-        pytest.raises(UserError, match="disk is full"),
-        RunFile(path, {}, ["step"], np.zeros(3)) as file,
-    ):
-        room[0] = False
-        for step in range(3):
-            file.add_step({"step": step})
-            assert not file.flush()
-        assert caplog.text.count("no room for more (No space left on device)") == 1
-        assert len(Run(path).steps["step"]) == 0
-        room[0] = True
-        assert file.flush()
-        assert Run(path).steps["step"].tolist() == [0, 1, 2]
-        room[0] = False
-        file.add_step({"step": 3})
+    file = RunFile(path, {}, ["step"], np.zeros(3))
+    room[0] = False
+    for step in range(3):
+        file.add_step({"step": step})
+        assert not file.flush()
+    assert caplog.text.count("no room for more (No space left on device)") == 1
+    assert len(Run(path).steps["step"]) == 0
+    room[0] = True
+    assert file.flush()
+    assert Run(path).steps["step"].tolist() == [0, 1, 2]
+    room[0] = False
+    file.add_step({"step": 3})
+    with pytest.raises(UserError, match="disk is full"):
+        file.__exit__(None, None, None)
     with pytest.raises(UserError, match="cannot be written"):
         RunFile(path, {}, ["step"], np.zeros(3))
