@@ -15,6 +15,7 @@ from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, o
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import ACTIVATIONS
+from qnewton_mpi.training.interruption import known as known_signals
 
 DEFAULT_REPLICAS = 8
 DEFAULT_EPOCHS = 10
@@ -58,6 +59,11 @@ class TrainSettings:
     resume: bool = setting(False, "go on from the newest sound checkpoint, if there is one")
     time_limit: float | None = setting(
         None, "seconds after which to save, stop and exit with 75 (default: a minute before SLURM's limit)", POSITIVE
+    )
+    stop_signals: str = setting(
+        "USR1,USR2,TERM",
+        "signals at which to save, stop and exit with 75; leave out what a library of yours takes for itself",
+        (known_signals, "must be names of signals without SIG, with commas between them"),
     )
     on_nonfinite: str = setting(
         "abort",

@@ -230,6 +230,7 @@ def test_short_soak(tmp_path):
     ("arguments", "match"),
     [
         (["--resume"], "--resume needs a folder"),
+        (["--stop-signals", "USR1,HUB"], "stop_signals = USR1,HUB: must be names of signals"),
         (["--checkpoint-every", "3"], "--checkpoint-every needs a folder"),
         (["--on-nonfinite", "rollback"], "--checkpoint DIR"),
         (["--checkpoint", "/proc/x"], "/proc/x: cannot be written"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -58,6 +59,15 @@ class Communicator:
         if self.notes is not None:
             self.notes[:] = time.monotonic(), PHASES.index(phase)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Note that this rank may wait for others while the context lasts, then its phase as it was. Local."""
+        before = PHASES[int(self.notes[1])] if self.notes is not None else ""
+        self.enter(COMMUNICATION)
+        yield
+        if before:
+            self.enter(before)
+
     def allreduce(self, array: HostArray, total: HostArray | None = None) -> HostArray:
         """Return the sum of the ranks' arrays, same shape and dtype; in `total`, if given."""
         total = np.empty_like(array) if total is None else total
@@ -101,7 +111,8 @@ class Communicator:
             result = action()
         except UserError as error:
             failure = error
-        failures = [error for error in self.mpi.allgather(failure) if error is not None]
+        with self.waiting():
+            failures = [error for error in self.mpi.allgather(failure) if error is not None]
         if failures:
             raise failures[0]
         return result  # type: ignore[return-value]
@@ -114,17 +125,17 @@ class Communicator:
                 outcome = action(), None
             except UserError as error:
                 outcome = None, error
-        result, failure = self.mpi.bcast(outcome)
+        with self.waiting():
+            result, failure = self.mpi.bcast(outcome)
         if failure is not None:
             raise failure
         return result  # type: ignore[no-any-return]
 
     def _time(self, collective: Callable[..., None], *buffers: Any) -> None:
-        self.enter(COMMUNICATION)
         started = time.perf_counter()
-        collective(*buffers)
+        with self.waiting():
+            collective(*buffers)
         self.seconds += time.perf_counter() - started
-        self.enter("algebra")
 
 
 def abort_on_exception(communicator: Communicator) -> None:

@@ -48,6 +48,7 @@ FREE = {
     "checkpoint_every",
     "resume",
     "time_limit",
+    "stop_signals",
     "stall_timeout",
     "check_replicas",
     "on_nonfinite",
@@ -134,7 +135,8 @@ class Checkpoints:
             with contextlib.ExitStack() as stack:  # all ranks' room at the same time
                 self.communicator.together(lambda: self._guard(step, lambda: self._reserve(partial, entries, stack)))
             sums = self.communicator.together(lambda: self._guard(step, lambda: self._write_rank(partial, entries)))
-            everyone = self.communicator.mpi.gather(sums)
+            with self.communicator.waiting():
+                everyone = self.communicator.mpi.gather(sums)
             self.communicator.from_root(
                 lambda: self._guard(step, lambda: self._finish(partial, final, entries, everyone or []))
             )

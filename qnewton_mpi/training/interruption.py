@@ -15,7 +15,6 @@ from mpi4py import MPI
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 # Kept of the allocation's time for the last step and the checkpoint, seconds.
 MARGIN = 60.0
 
@@ -23,18 +22,21 @@ MARGIN = 60.0
 class Interruption:
     """Tells all ranks at the same step that one of them was told to stop. A context manager, which takes the signals.
 
-    SIGUSR1, SIGUSR2 and SIGTERM set a flag; a second one ends the process at once. The ranks' flags travel by a
-    non-blocking Allreduce during the next step, so that agreeing costs no waiting; a stop is a step late for it.
+    A signal sets a flag; a second one ends the process at once. The ranks' flags travel by a non-blocking Allreduce
+    during the next step, so that agreeing costs no waiting; a stop is a step late for it.
 
     Parameters
     ----------
     communicator : Communicator
+    signals : str
+        Their names without SIG, with commas between them.
     time_limit : float, optional
         Seconds from now; by default until a minute before SLURM ends the job, where its environment says when.
     """
 
-    def __init__(self, communicator: Communicator, time_limit: float | None = None) -> None:
-        self._mpi = communicator.mpi
+    def __init__(self, communicator: Communicator, signals: str, time_limit: float | None = None) -> None:
+        self._communicator = communicator
+        self._signals = [signal.Signals[f"SIG{name}"] for name in signals.split(",")]
         left = time_limit if time_limit is not None else seconds_left()
         self._end = time.monotonic() + left if left is not None else float("inf")
         self._flag, self._sent, self._any = (np.zeros(1, "i4") for _ in range(3))
@@ -42,7 +44,7 @@ class Interruption:
         self._request = MPI.REQUEST_NULL
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._take) for number in self._signals}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -53,12 +55,13 @@ class Interruption:
 
     def agreed(self) -> bool:
         """Tell whether any rank was to stop when this was last called. Collective."""
-        self._request.Wait()
+        with self._communicator.waiting():
+            self._request.Wait()
         stop = bool(self._any[0])
         if time.monotonic() > self._end:
             self._flag[0] = 1
         self._sent[:] = self._flag  # a signal must not change what MPI is sending
-        self._request = self._mpi.Iallreduce(self._sent, self._any, MPI.MAX)
+        self._request = self._communicator.mpi.Iallreduce(self._sent, self._any, MPI.MAX)
         return stop
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -66,6 +69,12 @@ class Interruption:
             os._exit(128 + number)
         self._flag[0] = 1
         LOG.info("%s: stops after this step", signal.Signals(number).name)
+
+
+def known(signals: str) -> bool:
+    """Tell whether all of the names with commas between them are signals that can be taken."""
+    names = {number.name.removeprefix("SIG") for number in signal.Signals} - {"KILL", "STOP"}
+    return set(signals.split(",")) <= names
 
 
 def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:

@@ -126,7 +126,9 @@ class Run:
             stack.enter_context(contextlib.closing(self.progress))
             if self.training.stall_timeout is not None:
                 stack.enter_context(Watchdog(self.communicator, self.training.stall_timeout))
-            interruption = stack.enter_context(Interruption(self.communicator, self.training.time_limit))
+            interruption = stack.enter_context(
+                Interruption(self.communicator, self.training.stop_signals, self.training.time_limit)
+            )
             if resumed is None:
                 self.evaluate()
                 if self.training.on_nonfinite == "rollback":
@@ -264,6 +266,7 @@ class Run:
             for iterate, parameters in iterates.items()
             for name, value in evaluate(self.network, parameters, self.dataset, self.communicator).items()
         }
+        self.communicator.enter("algebra")
         position.evaluation_seconds += time.perf_counter() - started
         figures = {
             **dict.fromkeys(EPOCH_FIGURES, math.nan),
@@ -297,6 +300,7 @@ class Run:
             if self.communicator.rank == 0:
                 LOG.warning("%s; the run goes on", error)
             return False
+        self.communicator.enter("algebra")
         LOG.info("checkpoint of step %d in %s", self.position.step, self.checkpoints.folder)
         return True
 

@@ -184,6 +184,7 @@ class Optimizer(ABC, Generic[S]):
                 self.gradients[r, :] = gradient
                 squares[r] = loss, float(gradient @ gradient)
         self.gradient_seconds += time.perf_counter() - started
+        self.exchange.communicator.enter("algebra")
         everyone = self.exchange.share(squares)
         finite = np.isfinite(everyone).all(axis=1)
         if not finite.all():
