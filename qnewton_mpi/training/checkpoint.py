@@ -105,6 +105,8 @@ class Checkpoints:
                 probe = self.folder / ".writable"
                 probe.touch()
                 probe.unlink()
+                for leftover in self.folder.glob(".step-*"):  # of a save that was cut off
+                    shutil.rmtree(leftover)
             except OSError as error:
                 raise UserError(f"--checkpoint {self.folder}: cannot be written ({error.strerror})") from error
             earlier = steps_in(self.folder)
@@ -245,8 +247,8 @@ class Checkpoints:
             for line in (source / SUMS).read_text().splitlines():
                 value, name = line.split("  ", 1)
                 sums[name] = value
-            if MASTER not in sums:
-                found = f"{SUMS} is damaged"
+            if sums.keys() != {path.name for path in source.glob("*.h5")}:
+                found = f"{SUMS} does not name the files that are there"
             for name in sorted(sums)[rank::size]:
                 if _sum(source / name) != sums[name]:
                     found = f"{name} does not match its checksum"

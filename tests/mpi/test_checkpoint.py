@@ -90,6 +90,8 @@ def test_goes_on_on_other_ranks(communicator, folder, variant, exchange):
 def test_two_are_kept_and_leftovers_go(communicator, folder):
     optimizer = start("sgd", communicator, "sliced")
     saved = checkpoints(folder, optimizer)
+    if communicator.rank == 0:
+        folder.joinpath(".step-0000000007.partial").mkdir(parents=True)
     saved.prepare(resume=False, overwrite=False)
     for step in (1, 2, 3, 3):
         saved.save(step, {"optimizer": optimizer})
