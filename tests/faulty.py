@@ -16,7 +16,6 @@ from mpi4py import MPI  # noqa: E402
 from qnewton_mpi import cli  # noqa: E402
 from qnewton_mpi.training.loop import ReplicaLoss, Run  # noqa: E402
 
-fault, rank = sys.argv[1], MPI.COMM_WORLD.rank
 gradient, check = ReplicaLoss.__call__, Run.check_replicas
 
 
@@ -33,5 +32,7 @@ def drifting_check(self):
     return check(self)
 
 
-ReplicaLoss.__call__, Run.check_replicas = faulty_gradient, drifting_check
-sys.exit(cli.run(sys.argv[2:]))
+if __name__ == "__main__":
+    fault, rank = sys.argv[1], MPI.COMM_WORLD.rank
+    ReplicaLoss.__call__, Run.check_replicas = faulty_gradient, drifting_check
+    sys.exit(cli.run(sys.argv[2:]))
