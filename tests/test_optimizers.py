@@ -355,6 +355,31 @@ def test_auto_rate_of_a_loss_that_is_negative_or_zero_is_not_negative(communicat
 
 
 @pytest.mark.parametrize("variant", ["kronecker", "fisher"])
+def test_an_outlier_among_the_gradients_is_clipped(communicator, variant):
+    """A batch with a thousand times the noise that F has seen counts as one with √10 times, in the momentum too."""
+    random = np.random.default_rng(0)
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, max_divergence=1e9, lr=0.1)
+    size = [1.0]
+
+    def noise(w, replica):
+        return 1.0, size[0] * random.standard_normal(SIZE)
+
+    before = [optimizer.step(noise) for _ in range(40)]
+    assert all(figures["clip"] == 1 for figures in before[1:])
+    usual = max(figures["step_norm"] for figures in before[5:])
+    while optimizer.steps % 2:  # so that the next step does not update F
+        optimizer.step(noise)
+    trace, size[0] = optimizer.trace, 1e3
+    outlier = optimizer.step(noise)
+    assert trace == optimizer.trace
+    assert 1e-3 < outlier["clip"] < 10e-3
+    size[0] = 1.0
+    after = [optimizer.step(noise) for _ in range(5)]
+    assert max(figures["step_norm"] for figures in (outlier, *after)) < 5 * usual
+
+
+@pytest.mark.parametrize("variant", ["kronecker", "fisher"])
 def test_auto_rate_without_noise_is_that_of_the_bound(communicator, variant):
     problem = Quadratic(SIZE, REPLICAS)
     problem._centres[:] = problem._centres[0]

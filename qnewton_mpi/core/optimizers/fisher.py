@@ -41,11 +41,11 @@ class Fisher(NaturalGradient[FisherSettings]):
         **NaturalGradient.state,
         "factor": Kind.HELD,
         "eigenvalues": Kind.SHARED,
-        "trace": Kind.SHARED,
     }
     figures = (
         *Optimizer.figures,
         "damping",
+        "clip",
         "shrink",
         "kept_rank",
         "captured",
@@ -61,7 +61,6 @@ class Fisher(NaturalGradient[FisherSettings]):
         super().start()
         self.factor = self.xp.zeros((0, *self.held.shape), dtype=self.held.dtype)
         self.eigenvalues = np.zeros(0)  # λ, on the host, descending
-        self.trace = 0.0  # of F, the directions that are not kept included
 
     def update_is_due(self) -> bool:
         full = len(self.eigenvalues) == self.settings.rank

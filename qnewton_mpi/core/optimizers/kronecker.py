@@ -62,7 +62,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     settings_type = KroneckerSettings
     state: ClassVar = {**NaturalGradient.state, "variances": Kind.HELD, "largest": Kind.SHARED}
-    figures = (*Optimizer.figures, "damping", "shrink", "largest_eigenvalue")
+    figures = (*Optimizer.figures, "damping", "clip", "shrink", "largest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: KroneckerSettings) -> Traffic:
@@ -104,6 +104,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
                 layer.renew_bases(self.exchange.total)
         own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
         self.variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
+        self.trace = self.exchange.dots((self.variances, self.xp.ones_like(self.variances)))[0]
         self.largest = self.exchange.largest(float(self.xp.max(self.variances)) if own else 0.0)
         return mean
 

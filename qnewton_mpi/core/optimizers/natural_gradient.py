@@ -14,6 +14,8 @@ from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
 
 BATCH = 256
+# The replicas' covariance may be this many times what F makes expect before the gradient counts as an outlier.
+OUTLIER = 10.0
 DIVERGENCE_HELP = f"bound of a step's predicted KL divergence (nats) at a batch of {BATCH}; it grows as √batch"
 
 
@@ -44,11 +46,17 @@ class NaturalGradient(Optimizer[S]):
     """
 
     minimum_replicas = 2
-    state: ClassVar[Mapping[str, Kind]] = {**Optimizer.state, "moment": Kind.HELD, "updates": Kind.SHARED}
+    state: ClassVar[Mapping[str, Kind]] = {
+        **Optimizer.state,
+        "moment": Kind.HELD,
+        "updates": Kind.SHARED,
+        "divergence": Kind.SHARED,
+    }
 
     def start(self) -> None:
         self.moment = self.xp.zeros_like(self.held)
         self.updates = 0
+        self.trace = 0.0  # of F
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         gradients, loss = self.evaluate(loss_and_gradient)
@@ -59,9 +67,10 @@ class NaturalGradient(Optimizer[S]):
         else:
             mean = self.exchange.mean(gradients)
 
-        beta, t = self.settings.momentum, self.steps
-        self.moment = beta * self.moment + (1 - beta) * mean
-        z = (beta * self.moment + (1 - beta) * mean) / (1 - beta ** (t + 1))
+        beta, t, clip = self.settings.momentum, self.steps, self.clip(mean)
+        g = clip * mean if clip < 1 else mean
+        self.moment = beta * self.moment + (1 - beta) * g
+        z = (beta * self.moment + (1 - beta) * g) / (1 - beta ** (t + 1))
         d = self.apply_inverse(z)
         dz, known = self.product_and_known(d, z)
         if self.adaptive:
@@ -72,10 +81,23 @@ class NaturalGradient(Optimizer[S]):
         figures = {
             "loss": loss,
             "damping": self.damping,
+            "clip": clip,
             "shrink": self.rate / wanted if wanted else 1.0,
             **self.spectrum(),
         }
         return mean, d, figures
+
+    def clip(self, mean: Array) -> float:
+        """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
+
+        F is a mean over the past. Where nearly all samples are learnt, it is far below the gradient of a batch with one
+        that is not, and a step along that would be as much too long, and those of the momentum after it. Collective.
+        """
+        noise = self.noise(mean)
+        rounding = 100 * float(self.xp.finfo(mean.dtype).eps) * self.square
+        if self.trace == 0 or noise <= rounding:
+            return 1.0
+        return min(1.0, math.sqrt(OUTLIER * self.trace / (self.batch * noise)))
 
     @property
     def damping(self) -> float:
