@@ -82,7 +82,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(started, qnewton, tm
     path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
     arguments = (*OPTIONS, "--steps", STEPS, "--output", path, "--checkpoint", folder, "--checkpoint-every", "20")
     process = started(2, *arguments)
-    wait_for(lambda: saved(folder))
+    wait_for(lambda: saved(folder) or process.poll() is not None)
     os.kill(ranks_of(path)[1], number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, err
@@ -102,7 +102,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(started, qnewton, tmp_pa
     path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
     arguments = (*OPTIONS, "--steps", STEPS, "--output", path, "--checkpoint", folder, "--checkpoint-every", "10")
     process = started(2, *arguments)
-    wait_for(lambda: saved(folder))
+    wait_for(lambda: saved(folder) or process.poll() is not None)
     os.kill(ranks_of(path)[1], signal.SIGKILL)
     process.communicate(timeout=5)
     assert process.returncode != 0
@@ -153,7 +153,7 @@ def test_a_stalled_rank_is_named(started, tmp_path, how):
     program = ("-m", "qnewton_mpi") if how == "stop" else (Path(__file__).parent / "faulty.py", "sleep")
     process = started(2, *arguments, "--stall-timeout", "1.5", program=program)
     if how == "stop":
-        wait_for(lambda: saved(folder))
+        wait_for(lambda: saved(folder) or process.poll() is not None)
         os.kill(ranks_of(path)[1], signal.SIGSTOP)
     _, err = process.communicate(timeout=30)
     assert process.returncode != 0

@@ -50,7 +50,7 @@ class NaturalGradient(Optimizer[S]):
         **Optimizer.state,
         "moment": Kind.HELD,
         "updates": Kind.SHARED,
-        "divergence": Kind.SHARED,
+        "trace": Kind.SHARED,
     }
 
     def start(self) -> None:
