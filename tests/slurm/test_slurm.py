@@ -110,7 +110,7 @@ def test_two_nodes(slurm, whole):
 
 def test_an_array(slurm):
     (slurm.work / "runs.txt").write_text("--seed 3\n--seed 4 --method sgd\n")
-    job = submit(slurm, "--array=1-2", "slurm/array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
+    job = submit(slurm, "--array=1-2%1", "slurm/array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
     paths = [slurm.work / "runs" / f"{job}-{k}.h5" for k in (1, 2)]
     wait_for(lambda: all(path.exists() and Run(path).finished for path in paths))
     assert [(run.attributes["seed"], run.attributes["method"]) for run in map(Run, paths)] == [
