@@ -1,9 +1,12 @@
 """Run under mpiexec: the command line with a fault on rank 1.
 
-Usage: faulty.py nan|sleep|drift|none ARGUMENTS…
+Usage: faulty.py nan|sleep|stop|stop-in-collective|drift|none ARGUMENTS…
 """
 
+import os
+import signal
 import sys
+import threading
 import time
 
 from qnewton_mpi.parallel.environment import prepare
@@ -23,6 +26,11 @@ def faulty_gradient(self, parameters, replica):
     loss, found = gradient(self, parameters, replica)
     if fault == "sleep" and rank == 1 and self.step == 6:
         time.sleep(60)
+    if rank == 0 and self.step == 6 and fault == "stop-in-collective":
+        time.sleep(0.5)
+    if rank == 1 and self.step == 6 and fault.startswith("stop"):
+        threading.Timer(0.3 * (fault != "stop"), os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        time.sleep(0.1 * (fault == "stop"))
     return loss, found * (np.nan if fault == "nan" and rank == 1 and self.step == 6 else 1)
 
 

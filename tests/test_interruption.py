@@ -146,20 +146,32 @@ def test_a_run_that_is_done_stays_so(qnewton, tmp_path):
     assert Run(tmp_path / "run.h5").steps["step"].tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("how", ["stop", "gradient"])
-def test_a_stalled_rank_is_named(started, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "phase"), [("sleep", "gradient"), ("stop", "gradient"), ("stop-in-collective", "communication")]
+)
+def test_a_stalled_rank_is_named(started, tmp_path, how, phase):
     path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
     arguments = (*OPTIONS, "--epochs", "500", "--output", path, "--checkpoint", folder, "--checkpoint-every", "5")
-    program = ("-m", "qnewton_mpi") if how == "stop" else (Path(__file__).parent / "faulty.py", "sleep")
-    process = started(2, *arguments, "--stall-timeout", "1.5", program=program)
-    if how == "stop":
-        wait_for(lambda: saved(folder) or process.poll() is not None)
-        os.kill(ranks_of(path)[1], signal.SIGSTOP)
+    program = (Path(__file__).parent / "faulty.py", how)
+    process = started(2, *arguments, "--stall-timeout", "3", program=program)
     _, err = process.communicate(timeout=30)
     assert process.returncode != 0
-    phase = "gradient" if how == "gradient" else r"\w+"
     assert re.search(rf"stalled: rank 1 has been in phase '{phase}' for \d+ s", err), err
     assert err.count("stalled: ") == 1
+
+
+def test_a_job_that_is_suspended_whole_goes_on(started, tmp_path):
+    path, folder = tmp_path / "run.h5", tmp_path / "checkpoints"
+    arguments = (*OPTIONS, "--epochs", "500", "--output", path, "--checkpoint", folder, "--checkpoint-every", "5")
+    process = started(2, *arguments, "--stall-timeout", "3")
+    wait_for(lambda: saved(folder) or process.poll() is not None)
+    for number, seconds in ((signal.SIGSTOP, 5), (signal.SIGCONT, 2), (signal.SIGTERM, 0)):
+        for rank in ranks_of(path):
+            os.kill(rank, number)
+        time.sleep(seconds)
+    _, err = process.communicate(timeout=60)
+    assert "stalled" not in err
+    assert process.returncode == INTERRUPTED, err
 
 
 @pytest.mark.parametrize(("policy", "every"), [("skip", 100), ("rollback", 4)])

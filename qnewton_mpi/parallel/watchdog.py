@@ -19,9 +19,10 @@ GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
 class Watchdog:
     """A thread on each rank that watches the ranks of its node. A context manager. Collective.
 
-    Each rank notes in memory that its node shares when it began its present phase (`Communicator.enter`). A rank that
-    has been in a phase for longer than the limit is stalled if it does not wait for others; ranks that all wait, do so
-    for a rank of another node, whose own watchdog names it.
+    Each rank notes in memory that its node shares when it began its present phase (`Communicator.enter`), and its
+    watchdog when it was last alive. A rank that has been in a phase for longer than the limit is stalled if it does not
+    wait for others, or if its watchdog is as still as itself: the process is stopped, in a collective perhaps. Ranks
+    that all wait, do so for a rank of another node, whose own watchdog names it.
 
     Parameters
     ----------
@@ -34,17 +35,18 @@ class Watchdog:
         self._communicator, self._limit = communicator, limit
         self._node = communicator.mpi.Split_type(MPI.COMM_TYPE_SHARED)
         self._ranks = self._node.allgather(communicator.rank)
-        width = 2 * 8
+        width = 3 * 8
         self._window = MPI.Win.Allocate_shared(width * (self._node.rank == 0) * self._node.size, 8, comm=self._node)  # type: ignore[arg-type]
         memory, _ = self._window.Shared_query(0)
-        # When the phase began, and its index in PHASES, of each rank of the node.
-        self._notes: NDArray[np.float64] = np.asarray(memory).view(np.float64).reshape(self._node.size, 2)
+        # When the phase began, its index in PHASES, and when the watchdog was last alive, of each rank of the node.
+        self._notes: NDArray[np.float64] = np.asarray(memory).view(np.float64).reshape(self._node.size, 3)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._communicator.notes = self._notes[self._node.rank]
+        self._communicator.notes = self._notes[self._node.rank, :2]
         self._communicator.enter("algebra")
+        self._notes[self._node.rank, 2] = time.monotonic()
         self._node.Barrier()
         self._thread.start()
         return self
@@ -53,23 +55,29 @@ class Watchdog:
         self._stop.set()
         self._thread.join()
         self._communicator.notes = None
+        self._notes[self._node.rank, [0, 2]] = np.inf  # done: never stalled for those who still watch
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self._limit / 10)):
+        pause = min(1.0, self._limit / 10)
+        awake = last = time.monotonic()
+        while not self._stop.wait(pause):
             now = time.monotonic()
-            ages, waits = now - self._notes[:, 0], self._notes[:, 1] == PHASES.index(COMMUNICATION)
-            stalled = (ages > self._limit) & ~waits
+            if now - last > pause + self._limit / 2:
+                awake = now  # this process was stopped, with the whole job perhaps: what it missed counts for nobody
+            self._notes[self._node.rank, 2] = last = now
+            ages, silences = (now - np.maximum(self._notes[:, column], awake) for column in (0, 2))
+            alive = silences < self._limit
+            stalled = (ages > self._limit) & ~((self._notes[:, 1] == PHASES.index(COMMUNICATION)) & alive)
             # All waiting: for another node, which is given time to say it better.
             lost = bool((ages > 2 * self._limit).all())
             if not stalled.any() and not lost:
                 continue
-            speakers = np.flatnonzero(~stalled) if not stalled.all() else np.arange(len(ages))
-            if self._node.rank == speakers[0]:
+            # One speaks: the first that is not stalled, of those alive.
+            if self._node.rank == np.lexsort((stalled, ~alive))[0]:
                 self._tell(ages, stalled)
                 self._communicator.mpi.Abort(1)
                 time.sleep(GRACE)
                 os._exit(1)
-            return
 
     def _tell(self, ages: NDArray[np.float64], stalled: NDArray[np.bool_]) -> None:
         who = [
