@@ -16,8 +16,15 @@ case $library in
 esac
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 
+# MPICH names a node's shared memory by job and step. Ranks that were killed leave theirs behind, and at the next start on
+# that node MPI_Init would take it for its own, and hang or fail. So each start of a job gets a step number of its own.
+restarts=${SLURM_RESTART_COUNT:-0}
+for ((step = 0; step < restarts; step++)); do
+  srun --nodes=1 --ntasks=1 true
+done
+
 # shellcheck disable=SC2317  # called by the traps
-pass_on() { scancel --signal="$1" "$SLURM_JOB_ID.0"; }
+pass_on() { scancel --signal="$1" "$SLURM_JOB_ID.$restarts"; }
 trap 'pass_on USR1' USR1
 trap 'pass_on USR2' USR2
 trap 'pass_on TERM' TERM

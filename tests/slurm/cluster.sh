@@ -9,12 +9,18 @@ if [ "$action" = stop ]; then
   for file in slurmd-n1.pid slurmd-n2.pid slurmctld.pid munge/pid; do
     if [ -s "$dir/$file" ]; then kill "$(cat "$dir/$file")" || true; fi
   done
+  sleep 1
+  # What is still there: steps that try to reach the controller, and their slurmd.
+  { grep --files-with-matches --text "SLURM_CONF=$dir/slurm.conf" /proc/[0-9]*/environ 2>/dev/null || true; } |
+    cut -d/ -f3 | while read -r process; do kill -KILL "$process" 2>/dev/null || true; done
   exit 0
 fi
 
+# Numbers of jobs are not used twice on a machine: see slurm/resumable.sh on what killed jobs leave in its shared memory.
 mkdir -p "$dir"/{state,log,munge,spool-n1,spool-n2}
 cat >"$dir/slurm.conf" <<END
 ClusterName=test
+FirstJobId=$((EPOCHSECONDS % 50000000 + 1))
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=16827
 SlurmUser=root

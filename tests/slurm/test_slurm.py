@@ -98,6 +98,19 @@ def test_a_signal_to_the_script_requeues_the_job(slurm, whole):
     np.testing.assert_array_equal(Run(path).steps["loss"], whole.steps["loss"])
 
 
+def test_a_killed_job_goes_on_in_the_queue(slurm, whole):
+    """As after a node's failure. The killed ranks leave their shared memory behind on the node."""
+    job = submit(slurm, "--ntasks=2", "--nodelist=n1", "slurm/train.sbatch", *OPTIONS, *SAVES)
+    folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
+    wait_for(lambda: folder.exists() and steps_in(folder))
+    slurm("scancel", "--signal=KILL", f"{job}.0")
+    slurm("scontrol", "requeue", job)
+    wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job))
+    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
+    assert state(slurm, job) == "COMPLETED", (slurm.work / f"qnewton-{job}.out").read_text()
+    np.testing.assert_array_equal(Run(path).steps["loss"], whole.steps["loss"])
+
+
 def test_two_nodes(slurm, whole):
     job = submit(slurm, "--ntasks-per-node=1", "slurm/nodes.sbatch", *OPTIONS, *SAVES)
     wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
@@ -110,7 +123,7 @@ def test_two_nodes(slurm, whole):
 
 def test_an_array(slurm):
     (slurm.work / "runs.txt").write_text("--seed 3\n--seed 4 --method sgd\n")
-    job = submit(slurm, "--array=1-2%1", "slurm/array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
+    job = submit(slurm, "--array=1-2", "slurm/array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
     paths = [slurm.work / "runs" / f"{job}-{k}.h5" for k in (1, 2)]
     wait_for(lambda: all(path.exists() and Run(path).finished for path in paths))
     assert [(run.attributes["seed"], run.attributes["method"]) for run in map(Run, paths)] == [
