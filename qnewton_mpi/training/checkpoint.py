@@ -62,8 +62,6 @@ class Position:
 
     step: int = 0
     seconds: float = 0.0
-    gradient_seconds: float = 0.0
-    communication_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     skipped: NDArray[np.int64] | None = None
 
@@ -176,7 +174,10 @@ class Checkpoints:
 
     def _reserve(self, folder: Path, entries: list[tuple[str, Kind, Any, str]], stack: contextlib.ExitStack) -> None:
         """Hold room for what this rank is to write."""
-        arrays = [state.value(owner, attribute) for _, _, owner, attribute in entries]
+        root = self.communicator.rank == 0  # which writes what is shared, too
+        arrays = [
+            state.value(owner, attribute) for _, kind, owner, attribute in entries if root or kind is not Kind.SHARED
+        ]
         size = sum(array.nbytes for array in arrays if array is not None) + DATASET_BYTES * (len(arrays) + 16)
         stack.enter_context(reserved(folder, size))
 
@@ -255,7 +256,7 @@ class Checkpoints:
                     break
         except UNREADABLE as error:
             found = f"cannot be read ({' '.join(str(error).split())})"
-        return next((problem for problem in self.communicator.mpi.allgather(found) if problem), None)
+        return self._first(found)
 
     def _restored(self, source: Path, things: Mapping[str, Any]) -> str | None:
         """Restore the state of all things; return why it could not be, the same on all ranks."""
@@ -268,7 +269,12 @@ class Checkpoints:
                     state.restore(thing, reader.read, f"{name}/")
             except UNREADABLE as error:
                 found = f"cannot be restored ({' '.join(str(error).split())})"
-        return next((problem for problem in self.communicator.mpi.allgather(found) if problem), None)
+        return self._first(found)
+
+    def _first(self, problem: str | None) -> str | None:
+        """Return the lowest rank's problem on all ranks."""
+        with self.communicator.waiting():
+            return next((found for found in self.communicator.mpi.allgather(problem) if found), None)
 
     def _compare(self, source: Path, about: Mapping[str, Any]) -> None:
         """Raise `UserError` where a checkpoint is of another version, or of a run with other options."""

@@ -211,8 +211,6 @@ class Run:
             return self.pass_over(error)
         whole, gradient, communication = self.readings() - before
         position.seconds += whole
-        position.gradient_seconds += gradient
-        position.communication_seconds += communication
         self.averages.add(optimizer.parameters, step)
         self.check_replicas()
         self.progress.step(figures["loss"])

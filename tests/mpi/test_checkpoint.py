@@ -44,6 +44,12 @@ def checkpoints(folder, optimizer, **configuration):
     return Checkpoints(folder, optimizer.exchange.communicator, optimizer.exchange, {"method": "x", **configuration})
 
 
+def save(folder, optimizer):
+    saved = checkpoints(folder, optimizer)
+    saved.prepare(resume=False, overwrite=False)
+    saved.save(STEPS, {"optimizer": optimizer})
+
+
 def restored(folder, optimizer):
     step, passed_over = checkpoints(folder, optimizer).load({"optimizer": optimizer})
     assert (step, passed_over) == (STEPS, [])
@@ -56,9 +62,7 @@ def restored(folder, optimizer):
 def test_goes_on_bitwise(communicator, folder, variant, exchange):
     optimizer = start(variant, communicator, exchange)
     go(optimizer)
-    saved = checkpoints(folder, optimizer)
-    saved.prepare(resume=False, overwrite=False)
-    saved.save(STEPS, {"optimizer": optimizer})
+    save(folder, optimizer)
     expected = go(optimizer)
     again = restored(folder, start(variant, communicator, exchange))
     np.testing.assert_array_equal(go(again), expected)
@@ -72,15 +76,11 @@ def test_goes_on_on_other_ranks(communicator, folder, variant, exchange):
     alone = Communicator(MPI.COMM_SELF)
     optimizer = start(variant, communicator, exchange)
     go(optimizer)
-    saved = checkpoints(folder, optimizer)
-    saved.prepare(resume=False, overwrite=False)
-    saved.save(STEPS, {"optimizer": optimizer})
+    save(folder, optimizer)
     expected = go(optimizer)
     single = restored(folder, start(variant, alone, "allgather"))
     back = folder.with_name(f"back-{communicator.rank}")
-    saved = checkpoints(back, single)
-    saved.prepare(resume=False, overwrite=False)
-    saved.save(STEPS, {"optimizer": single})
+    save(back, single)
     np.testing.assert_allclose(go(single), expected, rtol=1e-8)
     communicator.mpi.Barrier()
     other = restored(folder.with_name("back-0"), start(variant, communicator, "sliced"))
