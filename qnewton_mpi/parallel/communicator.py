@@ -141,11 +141,17 @@ class Communicator:
 def abort_on_exception(communicator: Communicator) -> None:
     """Make an uncaught exception on any rank end the whole job: traceback on stderr, then MPI_Abort. Local.
 
-    Without it the other ranks would wait for ever in their next collective.
+    Without it the other ranks would wait for ever in their next collective. Of a `UserError` one line is printed, and
+    the exit code is 2; where all ranks have it, rank 0 speaks.
     """
 
     def report_and_abort(kind: type[BaseException], error: BaseException, trace: Any) -> NoReturn:
         sys.stdout.flush()
+        if isinstance(error, UserError):
+            if communicator.rank > 0:
+                time.sleep(1)  # in which rank 0 ends the job, if it has the error too
+            print(f"qnewton-mpi: {error}", file=sys.stderr, flush=True)
+            communicator.mpi.Abort(2)
         lines = "".join(traceback.format_exception(kind, error, trace))
         print(f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}", file=sys.stderr, end="")
         sys.stderr.flush()
