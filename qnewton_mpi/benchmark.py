@@ -12,6 +12,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import EXCHANGES
@@ -84,7 +85,7 @@ def bench(
     m = replicas or max(2, communicator.size)
     tables = [steps(sizes, m, rounds, communicator, seconds), training(max(8, m), rounds, communicator, seconds)]
     if communicator.rank == 0:
-        tables += [solves(rounds), *gradients(rounds)]
+        tables += [solves(rounds), *gradients(rounds), *adapter(rounds)]
     return tables
 
 
@@ -311,6 +312,48 @@ def gradients(rounds: int) -> Iterator[Table]:
                 mine, other = (batch / statistics.median(times) for times in zip(*both, strict=True))
                 ratio = statistics.median(b / a for a, b in both)
                 table.rows.append(("×".join(map(str, shape)), activation, batch, round(mine), round(other), ratio))
+    torch.set_num_threads(threads)
+    yield table
+
+
+def adapter(rounds: int) -> Iterator[Table]:
+    """Time `qnewton_mpi.torch` on two replicas against what it calls; nothing without PyTorch. Local."""
+    try:
+        import torch
+
+        from qnewton_mpi.torch import QuasiNewton
+    except ImportError:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    table = Table(
+        "steps of sgd through the PyTorch adapter, M = 2",
+        ("N", "ms", "gradients, ms", "algebra, ms", "ms/(gradients + algebra)"),
+    )
+    inputs = torch.randn(BATCH, 512)
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4)))
+    alone = Communicator(MPI.COMM_SELF)
+    optimizer = QuasiNewton(
+        model.parameters(), samples=BATCH // 2, replicas_per_rank=2, method="sgd", communicator=alone
+    )
+
+    def closure() -> float:
+        mine = optimizer.share(inputs)
+        loss = torch.nn.functional.mse_loss(model(mine), mine)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    def both() -> None:
+        for _ in range(2):
+            model.zero_grad()
+            closure()
+
+    core, zero = optimizer.core, np.zeros(optimizer.core.exchange.size, np.float32)
+    actions = (lambda: optimizer.step(closure), both, lambda: core.step(lambda w, replica: (1.0, zero)))
+    times = [[_seconds(action, 4, 1)[0] for action in actions] for _ in range(rounds)]
+    medians = [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
+    ratio = statistics.median(whole / (gradient + algebra) for whole, gradient, algebra in times)
+    table.rows.append((core.exchange.size, *medians, ratio))
     torch.set_num_threads(threads)
     yield table
 

@@ -155,8 +155,7 @@ class QuasiNewton(torch.optim.Optimizer):
         shapes = [tuple(p.shape) or (1,) for p in self._tensors]
         self.core = kind(options, _array(flat), mover, samples, seed, shapes)
         self.figures: dict[str, float] = {}
-        self._gradient = torch.zeros_like(flat)
-        self._gradient_views = self._views(self._gradient)
+        self._gradient_views = [self._views(_tensor(row)) for row in self.core.rows]
         self._module = module
         self._probes = isinstance(self.core, Probing) and (self.core.always_probes or self.core.adaptive)
         if self._probes and module is None:
@@ -365,7 +364,7 @@ class QuasiNewton(torch.optim.Optimizer):
                 self._flat.copy_(kept)
         if several and not self._shared:
             raise UserError("with several replicas a rank the closure must take its samples by optimizer.share(…)")
-        return loss, _array(self._gradient)
+        return loss, self.core.rows[own]
 
     def _evaluate(self, replica: int, fresh: bool) -> float:
         """Call the closure for one of this rank's replicas; return the loss.
@@ -390,7 +389,7 @@ class QuasiNewton(torch.optim.Optimizer):
                 "no parameter has a gradient: the closure must call loss.backward(), at each call where there are "
                 "several replicas a rank or the method probes"
             )
-        for view, gradient in zip(self._gradient_views, gradients, strict=True):
+        for view, gradient in zip(self._gradient_views[replica], gradients, strict=True):
             if gradient is None:  # the loss does not depend on it
                 view.zero_()
             elif gradient.is_sparse:
@@ -414,13 +413,13 @@ class QuasiNewton(torch.optim.Optimizer):
         self._set_buffers(buffers)
 
     def _random_state(self) -> list[torch.Tensor]:
-        device = self._gradient.device
+        device = self._flat.device
         return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
     def _set_random_state(self, states: list[torch.Tensor]) -> None:
         torch.set_rng_state(states[0])
         if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self._gradient.device)
+            torch.cuda.set_rng_state(states[1], self._flat.device)
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer.clone() for buffer in self._module.buffers()] if self._module is not None else []

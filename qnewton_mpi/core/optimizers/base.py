@@ -65,6 +65,9 @@ class Optimizer(ABC, Generic[S]):
         By which the learning rate is multiplied, as a schedule wants it; 1 at first.
     rate : float
         The learning rate α of the step, its factor included.
+    rows : list of (N,)
+        Where the gradients of this rank's replicas go. A `loss_and_gradient` that writes there and returns the row
+        saves a copy.
     gradient_seconds : float
         Time that this rank has spent in `loss_and_gradient`.
     evaluations : int
@@ -101,6 +104,7 @@ class Optimizer(ABC, Generic[S]):
         self.held = exchange.hold(parameters)
         self.parameters = exchange.collect(self.held)
         self.gradients = self.xp.empty((len(exchange.local), exchange.size), dtype=parameters.dtype)
+        self.rows = [self.gradients[r, :] for r in range(len(exchange.local))]
         self.start()
 
     def pieces(self) -> Sequence[int]:
@@ -181,7 +185,8 @@ class Optimizer(ABC, Generic[S]):
             for r, replica in enumerate(local):
                 point = self.parameters if displacements is None else self.parameters + displacements[r, :]
                 loss, gradient = loss_and_gradient(point, replica)
-                self.gradients[r, :] = gradient
+                if gradient is not self.rows[r]:
+                    self.gradients[r, :] = gradient
                 squares[r] = loss, float(gradient @ gradient)
         self.gradient_seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
