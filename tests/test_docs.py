@@ -1,19 +1,44 @@
-"""What the README shows runs."""
+"""What the README and the documents show runs."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def blocks_of(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
+DOCUMENTS = [(path.name, k) for path in sorted((ROOT / "docs").glob("*.md")) for k in range(len(blocks_of(path)))]
+
+
+@pytest.mark.parametrize(("name", "number"), DOCUMENTS)
+def test_blocks_of_documents_run_on_two_ranks(mpiexec, qnewton, tmp_path, name, number):
+    block, program = blocks_of(ROOT / "docs" / name)[number], tmp_path / "block.py"
+    program.write_text(block)
+    if "runs/kronecker.h5" in block:  # of `make run`
+        qnewton(1, "train", "--steps", "2", "--output", "runs/kronecker.h5", cwd=tmp_path)
+    finished = mpiexec(2, program, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_example_of_a_torch_script(mpiexec):
+    finished = mpiexec(2, ROOT / "examples" / "mnist.py", "--epochs", "1")
+    assert finished.returncode == 0, finished.stderr
+    assert float(re.search(r"test accuracy ([\d.]+)%", finished.stdout)[1]) > 75
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_python_blocks_run_on_two_ranks(mpiexec, tmp_path, number):
     program = tmp_path / "block.py"
     # Told by one rank: what two print at once may come out in each other's lines.
-    told = '\nlosses = communicator.mpi.gather(figures["loss"])\nif losses:\n    print(*losses)\n'
+    last = 'figures["loss"]' if "figures =" in BLOCKS[number] else "mean"
+    told = f"\nfrom mpi4py import MPI\nlosses = MPI.COMM_WORLD.gather({last})\nif losses:\n    print(*losses)\n"
     program.write_text(BLOCKS[number] + told)
     finished = mpiexec(2, program)
     assert finished.returncode == 0, finished.stderr
