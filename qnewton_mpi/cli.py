@@ -104,6 +104,18 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
     benching.add_argument("--output", metavar="BENCH.h5", help="write the tables there too")
     benching.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
+    spectral = commands.add_parser(
+        "spectrum", help="eigenvalues of the Hessian at a run's parameters", allow_abbrev=False
+    )
+    spectral.add_argument("run", metavar="RUN.h5|CHECKPOINTS", help="a run's file, or a folder of checkpoints")
+    spectral.add_argument("--top", type=int, default=8, metavar="K", help="pairs of largest |λ| (default 8)")
+    spectral.add_argument("--samples", type=int, metavar="N", help="the first N training samples (default: all)")
+    spectral.add_argument("--layers", action="store_true", help="of each layer's diagonal block too")
+    spectral.add_argument("--density", action="store_true", help="the density of all eigenvalues too, and a picture")
+    spectral.add_argument("--data-dir", metavar="DIR", help="as for train")
+    spectral.add_argument("--output", metavar="FILE.h5", help="default: beside the run, with its name and .spectrum.h5")
+    spectral.add_argument("--overwrite", action="store_true", help="replace an earlier spectrum")
+
     commands.add_parser("info", help="MPI library, ranks and nodes, threads, devices", allow_abbrev=False)
     try:
         command = parser.parse_args(arguments)
@@ -119,6 +131,10 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
             raise UserError(f"--ranks-per-run {command.ranks_per_run} does not divide the {ranks} rank(s)")
     if command.command == "watch" and not command.every > 0:
         raise UserError(f"--every {command.every}: more than 0 seconds")
+    if command.command == "spectrum":
+        for name, value in (("--top", command.top), ("--samples", command.samples)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value}: at least 1")
     if command.command == "bench":
         command.sizes = parse_sizes(command.sizes)
         if command.quick:
@@ -221,6 +237,47 @@ def bench_command(command: argparse.Namespace, communicator: Communicator) -> No
             print(f"written to {command.output}", flush=True)
 
 
+def spectrum_command(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Find the leading eigenpairs, tell them, and write them."""
+    from tqdm import tqdm
+
+    from qnewton_mpi.spectrum import draw, iterate_of, spectrum_of, text, write
+
+    path = Path(command.run)
+    output = Path(command.output) if command.output else path.parent / f"{path.resolve().stem}.spectrum.h5"
+    picture = output.with_suffix(".png")
+
+    def start() -> Any:
+        for target in (output, *([picture] if command.density else [])):
+            if target.exists() and not command.overwrite:
+                raise UserError(f"{target} exists: name another --output, or replace it with --overwrite")
+        return iterate_of(path)
+
+    iterate = communicator.from_root(start)
+    hidden = True if communicator.rank else None  # None: unless stderr is no terminal
+    with tqdm(unit=" products", disable=hidden, leave=False) as bar:
+        spectrum = spectrum_of(
+            iterate,
+            communicator,
+            command.top,
+            command.samples,
+            command.layers,
+            command.density,
+            command.data_dir,
+            lambda: bar.update(1),
+        )
+
+    def end() -> None:
+        print(text(spectrum), flush=True)
+        write(spectrum, output)
+        print(f"written to {output}", flush=True)
+        if command.density:
+            draw(spectrum, picture)
+            print(f"figure: {picture}", flush=True)
+
+    communicator.from_root(end)
+
+
 def info_command(command: argparse.Namespace, communicator: Communicator) -> None:
     """Tell what the ranks run on."""
     from threadpoolctl import threadpool_info
@@ -266,6 +323,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
     "compare": compare_command,
     "report": report_command,
     "bench": bench_command,
+    "spectrum": spectrum_command,
     "info": info_command,
 }
 

@@ -34,7 +34,8 @@ class Convnet:
     xp : module, optional
         numpy or cupy.
     dtype : optional
-        float32, or float64 (tests).
+        float32; float64 (tests); complex128 for derivatives of the gradient by complex steps: everything here is
+        analytic but for comparisons, which go by the real part.
 
     Attributes
     ----------
@@ -103,7 +104,7 @@ class Convnet:
         for block in self._blocks(count):
             layers, logits = self._forward(weights, images[block])
             nll, probabilities, hot = self._softmax(logits, labels[block])
-            total += float(xp.sum(nll))
+            total += float(xp.sum(nll).real)
             d = (probabilities - hot) / count
             for k in reversed(range(len(layers))):
                 d = layers[k].backward(d, weights[k][0], *parts[k], need_dx=k > 0)

@@ -1,0 +1,254 @@
+"""The spectrum of the Hessian of a run's loss: `qnewton-mpi spectrum`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from qnewton_mpi.core.spectrum import Density, Eigenpairs, Matrix, density, leading
+from qnewton_mpi.data import datasets
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.parallel import partition
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.training.checkpoint import MASTER, UNREADABLE, name_of, steps_in
+from qnewton_mpi.training.runfile import Run
+
+CHUNK = 1024  # samples of a gradient: a chunk in double precision stays small beside the data set
+STEP = 1e-30  # h of the complex step, for a direction of length 1: its square vanishes beside anything
+PROBES, LANCZOS_STEPS = 8, 60  # of the density
+
+Gradient = Callable[[NDArray[np.complex128]], NDArray[np.complex128]]
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Parameters, and what they were trained on.
+
+    Attributes
+    ----------
+    parameters : (N,) float64
+    data, activation : str
+    """
+
+    parameters: Matrix
+    data: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What `spectrum_of` returns.
+
+    Attributes
+    ----------
+    pairs : Eigenpairs
+        Of the Hessian.
+    layers : dict of Eigenpairs
+        By the name of a layer: of its diagonal block of the Hessian.
+    density : Density or None
+    """
+
+    pairs: Eigenpairs
+    layers: dict[str, Eigenpairs]
+    density: Density | None
+
+
+class HessianProduct:
+    """H Q by complex steps of the gradient: H q = Im ∇f(w + i h q)/h, f the loss of all samples.
+
+    Exact to rounding, without the cancellation of a difference (Squire and Trapp 1998, SIAM Review 40, 110), and
+    without its trouble with max pooling and ReLU: a difference steps over their kinks, where the gradient jumps. The
+    ranks share the samples; each adds up its own, and an Allreduce the ranks'. Collective.
+
+    Parameters
+    ----------
+    gradient : callable
+        This rank's part of ∇f at complex parameters (N,), analytic: the parts of all ranks add up to it. Local.
+    parameters : (N,) float64
+    communicator : Communicator
+    tell : callable, optional
+        Called after each direction, as for a progress bar.
+    """
+
+    def __init__(
+        self,
+        gradient: Gradient,
+        parameters: Matrix,
+        communicator: Communicator,
+        tell: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.gradient, self.parameters, self.communicator, self.tell = gradient, parameters, communicator, tell
+
+    def __call__(self, directions: Matrix) -> Matrix:
+        """Return H Q for the rows of Q (k, N), the same on all ranks bit for bit."""
+        part = np.empty_like(directions)
+        for k, q in enumerate(directions):
+            part[k] = self.gradient(self.parameters + 1j * STEP * q).imag / STEP
+            self.tell()
+        total = self.communicator.allreduce(part)
+        with self.communicator.waiting():
+            self.communicator.mpi.Bcast(total)  # an Allreduce need not round alike everywhere
+        return total
+
+    def block(self, span: slice) -> Callable[[Matrix], Matrix]:
+        """Return the product with the diagonal block of some coordinates, (k, length of the span)."""
+
+        def product(directions: Matrix) -> Matrix:
+            whole = np.zeros((len(directions), len(self.parameters)))
+            whole[:, span] = directions
+            return self(whole)[:, span]
+
+        return product
+
+
+def iterate_of(path: Path) -> Iterate:
+    """Read the last parameters of a run's file, or those of the newest checkpoint of a folder. Local.
+
+    Raises
+    ------
+    UserError
+        For what is neither.
+    """
+    try:
+        if path.is_dir():
+            step = max(steps_in(path), default=None)
+            if step is None:
+                raise UserError(f"{path}: has no checkpoint")
+            with h5py.File(path / name_of(step) / MASTER) as file:
+                options: dict[str, Any] = json.loads(file["configuration"][()])["configuration"]
+                parameters = file["held/optimizer/held"][()]
+        else:
+            options = Run(path).attributes
+            with h5py.File(path, swmr=True) as file:
+                parameters = file["parameters"][()]
+        return Iterate(np.asarray(parameters, np.float64), str(options["data"]), str(options["activation"]))
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path}: is neither a run nor a folder of checkpoints ({' '.join(str(error).split())})"
+        ) from error
+
+
+def spectrum_of(
+    iterate: Iterate,
+    communicator: Communicator,
+    count: int = 8,
+    samples: int | None = None,
+    by_layer: bool = False,
+    with_density: bool = False,
+    data_dir: str | None = None,
+    tell: Callable[[], object] = lambda: None,
+) -> Spectrum:
+    """Return the leading eigenpairs of the Hessian of the mean training NLL at some parameters. Collective.
+
+    Parameters
+    ----------
+    iterate : Iterate
+    communicator : Communicator
+    count : int
+        How many pairs, of the largest |λ|.
+    samples : int, optional
+        The first so many training samples instead of all.
+    by_layer : bool
+        The leading pairs of each layer's diagonal block too, `count` of each.
+    with_density : bool
+        The spectral density too.
+    data_dir : str, optional
+        As for `train`.
+    tell : callable, optional
+        Called after each product with a direction.
+    """
+    dataset = communicator.together(lambda: datasets.load(iterate.data, data_dir, dtype=np.float64))
+    network = Convnet(dataset.input_shape, iterate.activation, dtype=np.complex128)
+    total = min(samples or len(dataset.train), len(dataset.train))
+    mine = partition.share(total, communicator.size, communicator.rank)
+
+    def gradient(parameters: NDArray[np.complex128]) -> NDArray[np.complex128]:
+        found = np.zeros(network.size, np.complex128)
+        for start in range(mine.start, mine.stop, CHUNK):
+            chunk = slice(start, min(start + CHUNK, mine.stop))
+            _, part = network.loss_and_gradient(parameters, *dataset.train.batch(chunk))
+            found += (chunk.stop - chunk.start) / total * part
+        return found
+
+    product = HessianProduct(gradient, iterate.parameters, communicator, tell)
+    random = np.random.default_rng(0)
+    pairs = leading(product, random.standard_normal((count, network.size)), count)
+    layers = {}
+    if by_layer:
+        for name, span in layer_spans(network).items():
+            size = span.stop - span.start
+            block = min(count, size)
+            layers[name] = leading(product.block(span), random.standard_normal((block, size)), block)
+    points = density(product, random.standard_normal((PROBES, network.size)), LANCZOS_STEPS) if with_density else None
+    return Spectrum(pairs, layers, points)
+
+
+def layer_spans(network: Convnet) -> dict[str, slice]:
+    """Return where the layers, weights and biases, are among the parameters, by name. Local."""
+    sizes = [int(np.prod(shape)) for shape in network.parameter_shapes]
+    spans, start = {}, 0
+    for k in range(0, len(sizes), 2):
+        stop = start + sizes[k] + sizes[k + 1]
+        spans[f"layer {k // 2 + 1}, {'×'.join(map(str, network.parameter_shapes[k]))}"] = slice(start, stop)
+        start = stop
+    return spans
+
+
+def write(spectrum: Spectrum, path: Path) -> None:
+    """Write eigenvalues, residuals and vectors, those of the layers, and the density to an HDF5 file. Local."""
+    with h5py.File(path, "w") as file:
+        for name, pairs in {"hessian": spectrum.pairs, **spectrum.layers}.items():
+            group = file.create_group(name)
+            group["eigenvalues"], group["eigenvectors"] = pairs.values, pairs.vectors
+            group["residuals"] = pairs.residuals
+        if spectrum.density is not None:
+            file["density/nodes"], file["density/weights"] = spectrum.density.nodes, spectrum.density.weights
+
+
+def text(spectrum: Spectrum) -> str:
+    """Return the tables, as the terminal shows them. Local."""
+    lines = []
+    for name, pairs in {"Hessian": spectrum.pairs, **spectrum.layers}.items():
+        lines += ["", f"{name}: {pairs.products} products", "  eigenvalue    residual"]
+        lines += [f"{v:12.5g}{r:12.2g}" for v, r in zip(pairs.values, pairs.residuals, strict=True)]
+    return "\n".join(lines[1:])
+
+
+def draw(spectrum: Spectrum, target: Path) -> None:
+    """Draw the density, and the leading eigenvalues as ticks. Local.
+
+    Raises
+    ------
+    UserError
+        Without matplotlib, or where the picture cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("--density needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = spectrum.density
+    assert points is not None
+    low, high = points.nodes.min(), points.nodes.max()
+    width = (high - low) / 200
+    at = np.linspace(low - 4 * width, high + 4 * width, 1000)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.semilogy(at, np.maximum(points.smoothed(at, width), 1e-12))
+    axes.plot(spectrum.pairs.values, np.full(len(spectrum.pairs.values), 1e-6), "k|", label="leading eigenvalues")
+    axes.set(xlabel="eigenvalue λ", ylabel="density", ylim=(1e-7, None))
+    axes.legend()
+    axes.grid(True, alpha=0.3)
+    try:
+        figure.savefig(target, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{target}: the picture cannot be written ({error})") from error
