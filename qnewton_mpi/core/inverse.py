@@ -1,13 +1,147 @@
-"""The low-rank inverse of the Hessian that the replicas' differences span, as an operator."""
+"""Approximate inverses of the Hessian, as operators: from the replicas' differences, and from tracked eigenpairs."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
 from qnewton_mpi.core import secants
 from qnewton_mpi.core.exchange import Exchange
-from qnewton_mpi.parallel.device import Array, to_device
+from qnewton_mpi.core.ritz import RitzPairs
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.device import Array, to_device, to_host
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 
-class InverseHessian:
+@dataclass(frozen=True)
+class Solution:
+    """Of (H + μ I) x = z.
+
+    Attributes
+    ----------
+    x : (held,)
+    residual : float
+        ‖z − (H + μ I) x‖/‖z‖.
+    products : int
+        With H, that it took.
+    """
+
+    x: Array
+    residual: float
+    products: int
+
+
+class Inverse(ABC):
+    """An operator like H⁻¹. All methods are collective."""
+
+    exchange: Exchange
+
+    @abstractmethod
+    def apply(self, vectors: Array) -> Array:
+        """Return Ĥ⁻¹ of each row of vectors (p, held)."""
+
+    def solve(
+        self,
+        product: Callable[[Array], Array],
+        z: Array,
+        tolerance: float = 1e-6,
+        most: int = 100,
+        damping: float = 0.0,
+    ) -> Solution:
+        """Solve (H + μ I) x = z by conjugate gradients preconditioned with this operator.
+
+        Flexible: each direction Ĥ⁻¹r is made conjugate to all before, and so need not come from a symmetric operator,
+        as that of the columns is not (Notay 2000, SIAM J. Sci. Comput. 22, 1444).
+
+        Parameters
+        ----------
+        product : callable
+            H q (held,) of a held vector; H symmetric.
+        z : (held,)
+        tolerance : float
+            Of ‖z − (H + μ I) x‖, relative to ‖z‖.
+        most : int
+            Products, at most; the directions of all are kept.
+        damping : float
+            μ.
+
+        Raises
+        ------
+        UserError
+            On all ranks, where a direction of no positive curvature is met.
+        """
+        xp, dots = array_namespace(z), self.exchange.dots
+        x, r = xp.zeros_like(z), z
+        directions, images = xp.empty((0, *z.shape), dtype=z.dtype), xp.empty((0, *z.shape), dtype=z.dtype)
+        curvatures = np.zeros(0)
+        size = now = math.sqrt(dots((z, z))[0])
+        while now > tolerance * size and len(curvatures) < most:
+            p = self.apply(r[None, :])[0, :]
+            if len(curvatures):
+                overlaps = self.exchange.gram(images, p[None, :])[:, 0] / curvatures
+                p = p - to_device(overlaps, p) @ directions
+            image = product(p) + damping * p
+            curvature, along = dots((p, image), (p, r))
+            if not curvature > 0:
+                raise UserError(f"H + {damping:g} I has a direction of curvature {curvature:g}: use a larger damping")
+            x, r = x + along / curvature * p, r - along / curvature * image
+            directions, images = (xp.concat([old, new[None, :]]) for old, new in ((directions, p), (images, image)))
+            curvatures = np.append(curvatures, curvature)
+            now = math.sqrt(dots((r, r))[0])
+        return Solution(x, now / size if size else 0.0, len(curvatures))
+
+    def linear_operator(self, like: Array) -> LinearOperator:
+        """Return a SciPy operator (N, N) on whole vectors; its products are collective.
+
+        Parameters
+        ----------
+        like : array
+            Of the library and dtype of the held vectors.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        exchange = self.exchange
+
+        def matvec(vector: Any) -> Any:
+            held = exchange.hold(to_device(np.ascontiguousarray(vector).reshape(-1), like))
+            return np.array(to_host(exchange.collect(self.apply(held[None, :])[0, :])))
+
+        return LinearOperator((exchange.size, exchange.size), matvec, dtype=np.asarray(to_host(like)).dtype)
+
+
+class RitzInverse(Inverse):
+    """Ĥ⁻¹z = z^⊥/ν + Σ_k r_k r_kᵀz/max(|λ_k|, ν) from tracked Ritz pairs: |H|⁻¹ on their span, 1/ν off it. Symmetric.
+
+    Parameters
+    ----------
+    ritz : RitzPairs
+    bulk : float, optional
+        ν > 0, what curvature is taken for off the span; the smallest |λ_k| by default.
+    """
+
+    def __init__(self, ritz: RitzPairs, bulk: float | None = None) -> None:
+        self.exchange, self._ritz = ritz.exchange, ritz
+        sizes = np.abs(ritz.values)
+        self.bulk = float(sizes.min(initial=np.inf)) if bulk is None else bulk
+        if not 0 < self.bulk < np.inf:
+            raise UserError("the Ritz values do not say what curvature there is elsewhere: give bulk, greater than 0")
+        self._factors = self.bulk / np.maximum(sizes, self.bulk)
+
+    def apply(self, vectors: Array) -> Array:
+        xp = array_namespace(vectors)
+        rows = [self._ritz.apply(self._factors, vectors[k, :]) for k in range(vectors.shape[0])]
+        return xp.stack(rows) / self.bulk
+
+
+class InverseHessian(Inverse):
     """Ĥ⁻¹z = z^⊥ + W V Σ⁻¹ Uᵀz, from columns with the secant relation G = Ĥ W, GᵀG = V Σ² Vᵀ, U = G V Σ⁻¹.
 
     Exact on span(G), the identity off it (Arnold and Wang 2017, arXiv 1709.05069). Evaluated as z + (W − G) a with
@@ -27,6 +161,8 @@ class InverseHessian:
     ----------
     rank : int
         Number of directions kept.
+    singular_values : (rank,) float64
+        σ of G over those, descending.
     condition : float
         σ_max/σ_min over those; NaN when none is.
 
@@ -44,14 +180,14 @@ class InverseHessian:
     def __init__(
         self, exchange: Exchange, displacements: Array, gradients: Array, tolerance: float, tikhonov: float = 0.0
     ) -> None:
-        self._exchange = exchange
+        self.exchange = exchange
         self._gradients = gradients
         self._difference = displacements - gradients
         self._fit = secants.multisecant(exchange.gram(gradients, gradients), tolerance, tikhonov)
         self.rank = self._fit.rank
+        self.singular_values = self._fit.singular_values
         self.condition = self._fit.condition
 
     def apply(self, vectors: Array) -> Array:
-        """Return Ĥ⁻¹ of each row of vectors (p, held)."""
-        coefficients = self._fit.coefficients(self._exchange.gram(self._gradients, vectors))
+        coefficients = self._fit.coefficients(self.exchange.gram(self._gradients, vectors))
         return vectors + to_device(coefficients.T, vectors) @ self._difference

@@ -23,15 +23,22 @@ class Secants:
     ----------
     inverse : (M, M) float64
         V Σ⁻² Vᵀ over the kept directions; V (Σ² + μ)⁻¹ Vᵀ with damping μ.
-    rank : int
-        Number of kept directions, at most M − 1.
-    condition : float
-        σ_max/σ_min over the kept directions; NaN when none is kept.
+    singular_values : (rank,) float64
+        σ of the kept directions, descending.
     """
 
     inverse: Matrix
-    rank: int
-    condition: float
+    singular_values: Matrix
+
+    @property
+    def rank(self) -> int:
+        """Number of kept directions, at most M − 1."""
+        return len(self.singular_values)
+
+    @property
+    def condition(self) -> float:
+        """σ_max/σ_min over the kept directions; NaN when none is kept."""
+        return float(self.singular_values[0] / self.singular_values[-1]) if self.rank else float("nan")
 
     def coefficients(self, projections: Matrix) -> Matrix:
         """Return a = V Σ⁻² Vᵀ (Gᵀz), with which Ĥ⁻¹z = z + (W − G) a.
@@ -85,9 +92,9 @@ def multisecant(gram: Matrix, tolerance: float, damping: float = 0.0) -> Secants
     kept = (np.arange(replicas) > 0) & (squared > tolerance**2 * squared[-1]) & (squared > 0)
     squared, vectors = squared[kept], vectors[:, kept]
     if not len(squared):
-        return Secants(np.zeros((replicas, replicas)), 0, float("nan"))
+        return Secants(np.zeros((replicas, replicas)), squared)
     inverse = (vectors / (squared + damping * squared[-1])) @ vectors.T
-    return Secants(inverse, len(squared), float(np.sqrt(squared[-1] / squared[0])))
+    return Secants(inverse, np.sqrt(squared[::-1]))
 
 
 def leading_eigenpairs(gram: Matrix, count: int) -> tuple[Matrix, Matrix]:
