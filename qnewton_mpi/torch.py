@@ -40,7 +40,7 @@ class QuasiNewton(torch.optim.Optimizer):
 
     Nothing else is to average the gradients: no `DistributedDataParallel`. With several replicas a rank, and for the
     methods that probe (`deflated`, the rate "auto" of `sgd` and `momentum`), the closure computes loss and gradients
-    anew at each call, as that of `torch.optim.LBFGS` does, on `optimizer.share` of the rank's batch:
+    anew at each call, as that of `torch.optim.LBFGS` does, on its `optimizer.share` of the rank's batch:
 
         def closure():
             mine, answers = optimizer.share(inputs, targets)
@@ -61,7 +61,7 @@ class QuasiNewton(torch.optim.Optimizer):
         As for any optimizer, the same on all ranks, float32 or float64, on the CPU or one GPU. Those frozen now are
         left out. All groups have one learning rate.
     samples : int
-        b, how many samples each replica's loss is the mean of.
+        b, how many independent predictions each replica's loss is the mean of: for a language model, tokens.
     method : str
         A key of `OPTIMIZERS`.
     replicas_per_rank : int
@@ -169,22 +169,22 @@ class QuasiNewton(torch.optim.Optimizer):
         self._bind()
 
     def share(self, *tensors: torch.Tensor) -> Any:
-        """Return the part of this rank's batch that is the present replica's: `samples` rows of each tensor. Local.
+        """Return the present replica's part of this rank's batch: an equal share of each tensor's rows. Local.
 
         Raises
         ------
         UserError
-            Where the batch is not `samples` rows for each of this rank's replicas.
+            Where the rows of the batch are not a multiple of this rank's replicas.
         """
-        samples, own = self.core.samples, len(self.core.exchange.local)
+        own = len(self.core.exchange.local)
         self._shared = True
         for tensor in tensors:
-            if len(tensor) != own * samples:
+            if len(tensor) % own or not len(tensor):
                 raise UserError(
-                    f"a batch of {len(tensor)} samples, but {own} replica(s) of samples={samples} on this rank take "
-                    f"{own * samples}: give the loader that batch size and drop_last=True"
+                    f"a batch of {len(tensor)} rows cannot be shared evenly by {own} replicas on this rank: give the "
+                    f"loader a multiple of {own} as batch size, and drop_last=True"
                 )
-        parts = [tensor[self._replica * samples : (self._replica + 1) * samples] for tensor in tensors]
+        parts = [tensor.tensor_split(own)[self._replica] for tensor in tensors]
         return parts[0] if len(parts) == 1 else parts
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 DIR/step-0000000040/
     rank-00000-of-00004.h5 …   what a rank holds: its coordinates of /held, and the layers that it keeps sums for
+    ranks.h5                   instead of those, with a group a rank, where h5py is built with parallel HDF5
     checkpoint.h5              /shared, /configuration (JSON), and /held of all coordinates as virtual data sets
     SHA256SUMS                 of all files above, as `sha256sum -c` reads it
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ SCHEMA = 1
 KEPT = 2
 DATASET_BYTES = 4096  # at most, that HDF5 needs for a data set besides its data
 MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
+TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError)
 # Options that may differ between a run and its continuation; `exchange` then changes rounding.
 FREE = {
@@ -182,22 +185,50 @@ class Checkpoints:
         stack.enter_context(reserved(folder, size))
 
     def _write_rank(self, folder: Path, entries: list[tuple[str, Kind, Any, str]]) -> dict[str, Any]:
-        """Write this rank's file; return its name, its sum, and the ranges and layouts of what it has of /held."""
+        """Write what this rank has; return the name and sum of the file, the group, and the ranges of /held."""
         communicator, exchange = self.communicator, self.exchange
-        name = f"rank-{communicator.rank:05d}-of-{communicator.size:05d}.h5"
         part = exchange.summed()
         first = exchange.held.start + part.start
-        held = {}
+        held, arrays = {}, {}
+        for path, kind, owner, attribute in entries:
+            array = state.value(owner, attribute) if kind is not Kind.SHARED else None
+            if array is None or (kind is Kind.OWNED and not exchange.first):
+                continue
+            if kind is Kind.HELD:
+                array = array[..., part]
+                held[path] = (first, array.shape, array.dtype.str)
+            arrays[f"{kind.value}/{path}"] = array
+        own = f"rank-{communicator.rank:05d}-of-{communicator.size:05d}"
+        if h5py.get_config().mpi:
+            return {"name": TOGETHER, "group": own, "sum": self._write_together(folder, own, arrays), "held": held}
+        name = f"{own}.h5"
         with h5py.File(folder / name, "w") as file:
-            for path, kind, owner, attribute in entries:
-                array = state.value(owner, attribute) if kind is not Kind.SHARED else None
-                if array is None or (kind is Kind.OWNED and not exchange.first):
-                    continue
-                if kind is Kind.HELD:
-                    array = array[..., part]
-                    held[path] = (first, array.shape, array.dtype.str)
-                file[f"{kind.value}/{path}"] = array
-        return {"name": name, "sum": _synced(folder / name), "held": held}
+            for path, array in arrays.items():
+                file[path] = array
+        return {"name": name, "group": "", "sum": _synced(folder / name), "held": held}
+
+    def _write_together(self, folder: Path, own: str, arrays: Mapping[str, NDArray[Any]]) -> str | None:
+        """Write the arrays of all ranks to one file, each rank to a group of its own; return its sum on rank 0.
+
+        Collective. What belongs to the layout of the file is done by all ranks alike, as parallel HDF5 wants it; each
+        then writes its data. A rank that cannot ends the job, for the others wait in HDF5: earlier checkpoints are
+        sound.
+        """
+        communicator = self.communicator
+        with communicator.waiting():
+            layout = communicator.mpi.allgather((own, [(path, a.shape, a.dtype.str) for path, a in arrays.items()]))
+        with h5py.File(folder / TOGETHER, "w", driver="mpio", comm=communicator.mpi) as file:
+            try:
+                for group, datasets in layout:
+                    for path, shape, dtype in datasets:
+                        file.create_dataset(f"{group}/{path}", shape, dtype)
+                for path, array in arrays.items():
+                    if array.size:
+                        file[f"{own}/{path}"][...] = array
+            except (OSError, RuntimeError):
+                sys.excepthook(*sys.exc_info())
+                raise
+        return _synced(folder / TOGETHER) if communicator.rank == 0 else None
 
     def _finish(
         self, partial: Path, final: Path, entries: list[tuple[str, Kind, Any, str]], ranks: list[dict[str, Any]]
@@ -222,10 +253,10 @@ class Checkpoints:
                 for rank in ranks:
                     first, own, _ = rank["held"][path]
                     if own[-1]:
-                        source = h5py.VirtualSource(rank["name"], f"held/{path}", own)
+                        source = h5py.VirtualSource(rank["name"], f"{rank['group']}/held/{path}", own)
                         layout[..., first : first + own[-1]] = source
                 file.create_virtual_dataset(f"held/{path}", layout)
-        sums = {MASTER: _synced(partial / MASTER), **{rank["name"]: rank["sum"] for rank in ranks}}
+        sums = {MASTER: _synced(partial / MASTER), **{rank["name"]: rank["sum"] for rank in ranks if rank["sum"]}}
         (partial / SUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
         _sync(partial / SUMS)
         _sync(partial)
@@ -301,8 +332,9 @@ class _Reader:
     def __init__(self, source: Path, exchange: Exchange, stack: contextlib.ExitStack) -> None:
         self._master = stack.enter_context(h5py.File(source / MASTER))
         self.about = json.loads(self._master["configuration"][()])
-        names = sorted(path.name for path in source.glob("rank-*.h5"))
-        self._ranks = [stack.enter_context(h5py.File(source / name)) for name in names]
+        names = sorted(path.name for path in source.glob("rank*.h5"))
+        files = [stack.enter_context(h5py.File(source / name)) for name in names]
+        self._ranks = [files[0][group] for group in sorted(files[0])] if names == [TOGETHER] else files
         self._exchange = exchange
         self._same = (self.about["ranks"], self.about["layout"]) == (
             exchange.communicator.size,
