@@ -33,6 +33,12 @@ def test_example_of_a_torch_script(mpiexec):
     assert float(re.search(r"test accuracy ([\d.]+)%", finished.stdout)[1]) > 75
 
 
+def test_example_with_a_transformer(mpiexec):
+    finished = mpiexec(2, ROOT / "examples" / "characters.py", "--steps", "50")
+    assert finished.returncode == 0, finished.stderr
+    assert float(re.search(r"step 50: ([\d.]+) nats", finished.stdout)[1]) < 4.0  # of equal probabilities: 4.6
+
+
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_python_blocks_run_on_two_ranks(mpiexec, tmp_path, number):
     program = tmp_path / "block.py"
