@@ -290,17 +290,23 @@ class Checkpoints:
         return self._first(found)
 
     def _restored(self, source: Path, things: Mapping[str, Any]) -> str | None:
-        """Restore the state of all things; return why it could not be, the same on all ranks."""
-        found: str | None = None
-        with contextlib.ExitStack() as stack:
-            try:
-                reader = _Reader(source, self.exchange, stack)
-                self._compare(source, reader.about)
-                for name, thing in things.items():
-                    state.restore(thing, reader.read, f"{name}/")
-            except UNREADABLE as error:
-                found = f"cannot be restored ({' '.join(str(error).split())})"
-        return self._first(found)
+        """Restore the state of all things; return why it could not be, or raise `UserError`, the same on all ranks.
+
+        No rank leaves before all have read: rank 0 might go on to remove the files.
+        """
+
+        def restore() -> str | None:
+            with contextlib.ExitStack() as stack:
+                try:
+                    reader = _Reader(source, self.exchange, stack)
+                    self._compare(source, reader.about)
+                    for name, thing in things.items():
+                        state.restore(thing, reader.read, f"{name}/")
+                except UNREADABLE as error:
+                    return f"cannot be restored ({' '.join(str(error).split())})"
+            return None
+
+        return self._first(self.communicator.together(restore))
 
     def _first(self, problem: str | None) -> str | None:
         """Return the lowest rank's problem on all ranks."""
