@@ -11,6 +11,24 @@ from qnewton_mpi.training.runfile import Run, by_label
 MANY = 8  # labels, beyond which the legend stands beside the axes
 
 
+def pyplot(user: str) -> Any:
+    """Return matplotlib's pyplot, for files only. Local.
+
+    Raises
+    ------
+    UserError
+        Without matplotlib, naming the user.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f"{user} needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def label_decades(axes: Any) -> None:
     """Label 1, 2 and 5 of each decade of a logarithmic axis of y, as plain numbers. Local."""
 
@@ -29,13 +47,7 @@ def plot_runs(runs: list[Run], target: Path) -> None:
     UserError
         Without matplotlib, or where the picture cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("plot needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot("plot")
     groups = by_label(runs)
     figure, axes = plt.subplots(figsize=(7 if len(groups) <= MANY else 10, 4.5), layout="constrained")
     for label, group in groups.items():

@@ -18,6 +18,7 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.plotting import pyplot
 from qnewton_mpi.training.checkpoint import MASTER, UNREADABLE, name_of, steps_in
 from qnewton_mpi.training.runfile import Run
 
@@ -230,13 +231,7 @@ def draw(spectrum: Spectrum, target: Path) -> None:
     UserError
         Without matplotlib, or where the picture cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("--density needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot("--density")
     points = spectrum.density
     assert points is not None
     low, high = points.nodes.min(), points.nodes.max()

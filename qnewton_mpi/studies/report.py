@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.plotting import label_decades
+from qnewton_mpi.plotting import label_decades, pyplot
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
 from qnewton_mpi.training.runfile import Run, rate_text
@@ -165,13 +165,7 @@ def draw(results: list[Result], target: Path) -> None:
     UserError
         Without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("report needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot("report")
     figure, panels = plt.subplots(1, len(COSTS), figsize=(15, 5), sharey=True, layout="constrained")
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
         axes.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))  # the usual ten are soon used up
