@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import UserError
 from qnewton_mpi.plotting import label_decades, pyplot
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
