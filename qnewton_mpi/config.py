@@ -15,6 +15,7 @@ from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, o
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import ACTIVATIONS
+from qnewton_mpi.parallel.transport import TRANSPORTS
 from qnewton_mpi.training.interruption import known as known_signals
 
 DEFAULT_REPLICAS = 8
@@ -51,6 +52,11 @@ class TrainSettings:
         "auto",
         f"how columns cross the network: {', '.join(EXCHANGES)}; auto is what should take the least time",
         one_of("auto", *EXCHANGES),
+    )
+    transport: str = setting(
+        "auto",
+        "how arrays on GPUs cross the network: host (the default), cuda (a CUDA-aware MPI, tried first), nccl",
+        one_of(*TRANSPORTS),
     )
     output: str | None = setting(None, "HDF5 file of the run (default runs/DATA-METHOD-mM-seedSEED.h5)")
     overwrite: bool = setting(False, "replace an existing output file")

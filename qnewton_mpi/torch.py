@@ -22,6 +22,7 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array, to_host
+from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
 
 Closure = Callable[[], Any]
 FLOATS = (torch.float32, torch.float64)
@@ -70,6 +71,8 @@ class QuasiNewton(torch.optim.Optimizer):
         Whose buffers, as running statistics, are to stay as they are in a probe. Methods that probe require it.
     exchange : str
         A key of `EXCHANGES`, or "auto".
+    transport : str
+        One of `TRANSPORTS`: how vectors on GPUs cross the network.
     communicator : Communicator, optional
         Of all ranks by default.
     seed : int
@@ -116,6 +119,7 @@ class QuasiNewton(torch.optim.Optimizer):
         replicas_per_rank: int = 1,
         module: torch.nn.Module | None = None,
         exchange: str = "auto",
+        transport: str = "auto",
         communicator: Communicator | None = None,
         seed: int = 0,
         **settings: Any,
@@ -126,7 +130,11 @@ class QuasiNewton(torch.optim.Optimizer):
         if self.communicator.size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
 
-        known = {"method": (method, OPTIMIZERS), "exchange": (exchange, {"auto", *EXCHANGES})}
+        known = {
+            "method": (method, OPTIMIZERS),
+            "exchange": (exchange, {"auto", *EXCHANGES}),
+            "transport": (transport, TRANSPORTS),
+        }
         for name, (value, values) in known.items():
             if value not in values:
                 raise UserError(f"{name}={value!r}: must be one of {', '.join(sorted(values))}")
@@ -151,7 +159,8 @@ class QuasiNewton(torch.optim.Optimizer):
 
         if exchange == "auto":
             exchange = cost.choose(kind.traffic(options), self.communicator.size, replicas, flat.numel())
-        mover = EXCHANGES[exchange](self.communicator, replicas, flat.numel())
+        carrier = open_transport(transport, flat.device.type, self.communicator)
+        mover = EXCHANGES[exchange](self.communicator, replicas, flat.numel(), carrier)
         shapes = [tuple(p.shape) or (1,) for p in self._tensors]
         self.core = kind(options, _array(flat), mover, samples, seed, shapes)
         self.figures: dict[str, float] = {}
@@ -372,6 +381,7 @@ class QuasiNewton(torch.optim.Optimizer):
         Its gradients are those that it computes or, unless they have to be `fresh`, those that were there before.
         """
         self._replica = replica
+        self._settle()
         before = [p.grad for p in self._tensors]
         for p in self._tensors:
             p.grad = None  # not to be added to, where the closure does not call zero_grad
@@ -396,7 +406,13 @@ class QuasiNewton(torch.optim.Optimizer):
                 raise UserError("a parameter has a sparse gradient: use sparse=False in its layer")
             else:
                 view.copy_(gradient)
+        self._settle()
         return float(loss)
+
+    def _settle(self) -> None:
+        """Wait for the GPU: PyTorch and CuPy need not be on the same stream."""
+        if self._flat.is_cuda:
+            torch.cuda.synchronize(self._flat.device)
 
     @contextlib.contextmanager
     def _as_before(self, replica: int) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Small problems with known answers, shared by the tests."""
 
+import array_api_strict
 import numpy as np
 
 from qnewton_mpi.core.exchange import EXCHANGES
@@ -27,16 +28,37 @@ VARIANTS = {
 }
 
 
+# Array libraries beside NumPy, as a namespace and a device. Arrays on the second may not meet those in host memory, as
+# those on a GPU may not.
+LIBRARIES = {
+    "strict": (array_api_strict, array_api_strict.Device("CPU_DEVICE")),
+    "strict, not in host memory": (array_api_strict, array_api_strict.Device("device1")),
+}
+
+
+def found_cupy():
+    """Return CuPy where it sees a GPU, else None."""
+    try:
+        import cupy
+    except ImportError:
+        return None
+    return cupy if cupy.is_available() else None
+
+
+CUPY = found_cupy()
+
+
 class Quadratic:
     """½ (w − x_i)ᵀ H (w − x_i): every replica its own centre x_i, all the same Hessian H."""
 
-    def __init__(self, size, replicas, seed=0, dtype=np.float64, xp=np):
+    def __init__(self, size, replicas, seed=0, dtype=np.float64, xp=np, device=None):
         random = np.random.default_rng(seed)
         basis = np.linalg.qr(random.standard_normal((size, size)))[0]
         self.hessian = basis @ np.diag(np.geomspace(0.1, 10, size)) @ basis.T
         self.centres = random.standard_normal((replicas, size))
-        self.start = xp.asarray(random.standard_normal(size), dtype=dtype)
-        self._hessian, self._centres = (xp.asarray(a, dtype=dtype) for a in (self.hessian, self.centres))
+        self.start = xp.asarray(random.standard_normal(size), dtype=dtype, device=device)
+        matrices = self.hessian, self.centres
+        self._hessian, self._centres = (xp.asarray(a, dtype=dtype, device=device) for a in matrices)
 
     def __call__(self, w, replica):
         offset = w - self._centres[replica, :]

@@ -52,6 +52,21 @@ def test_gradient_is_the_finite_difference(shape):
         assert (ahead - behind) / (2 * h) == pytest.approx(gradient @ v, rel=1e-6)
 
 
+@pytest.mark.parametrize("count", [3, 8, BLOCK + 1])
+@pytest.mark.parametrize("own_parameters", [False, True])
+def test_replicas_at_once_are_replicas_one_by_one(own_parameters, count):
+    replicas = 5
+    network = Convnet((1, 28, 28), "tanh", dtype=np.float64)
+    w, (images, labels) = parameters(network), batch((1, 28, 28), replicas * count)
+    w = w + 0.01 * np.random.default_rng(4).standard_normal((replicas, network.size)) if own_parameters else w
+    images, labels = images.reshape(replicas, count, *images.shape[1:]), labels.reshape(replicas, count)
+    losses, gradients = network.losses_and_gradients(w, images, labels)
+    for r in range(replicas):
+        loss, gradient = network.loss_and_gradient(w[r] if own_parameters else w, images[r], labels[r])
+        assert losses[r] == pytest.approx(loss, rel=1e-12)
+        np.testing.assert_allclose(gradients[r], gradient, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_is_float64_rounded(shape):
     single, double = (Convnet(shape, "tanh", dtype=d) for d in (np.float32, np.float64))
@@ -94,22 +109,22 @@ def test_large_logits_stay_finite():
 def test_pooled_convolution_is_its_definition(channels, rows, columns, filters, kernel, count):
     height, width = 2 * rows + kernel - 1, 2 * columns + kernel - 1
     shape = ConvPoolShape((channels, height, width), filters, kernel)
-    layer = ConvPool(np, shape, Activation(np, "relu"), count, np.float64)
+    layer = ConvPool(np, shape, Activation(np, "relu"), 1, count, np.float64)
     random = np.random.default_rng(0)
     x = random.standard_normal((channels, height, width, count))
     weight, bias = random.standard_normal(shape.weight_shape), random.standard_normal(filters)
     windows = np.lib.stride_tricks.sliding_window_view(x, (kernel, kernel), axis=(1, 2))
     z = np.einsum("cyxbij,fcij->fyxb", windows, weight) + bias[:, None, None, None]
     pooled = z.reshape(filters, rows, 2, columns, 2, count).max(axis=(2, 4))
-    out = layer.forward(x, weight, bias).copy()
+    out = layer.forward(x[None], weight[None], bias[None])[0].copy()
     np.testing.assert_allclose(out, np.maximum(pooled, 0), atol=1e-12)
 
     # The adjoint: ⟨upstream, φ'(z) dz⟩ along a direction of x is ⟨dx, direction⟩ (the maps are piecewise linear).
     upstream, direction = random.standard_normal(out.shape), random.standard_normal(x.shape)
     dweight, dbias = np.empty_like(weight), np.empty_like(bias)
-    dx = layer.backward(upstream.copy(), weight, dweight, dbias, need_dx=True).copy()
+    dx = layer.backward(upstream[None].copy(), weight[None], dweight[None], dbias[None], need_dx=True)[0].copy()
     h = 1e-7
-    ahead = layer.forward(x + h * direction, weight, bias)
+    ahead = layer.forward((x + h * direction)[None], weight[None], bias[None])[0]
     assert (upstream * (ahead - out)).sum() / h == pytest.approx((dx * direction).sum(), rel=1e-4, abs=1e-5)
 
 

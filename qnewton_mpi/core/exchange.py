@@ -24,16 +24,19 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device, is_numpy_array
 
+from qnewton_mpi.core.kernels import inner
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel import partition
-from qnewton_mpi.parallel.communicator import Communicator, HostArray
-from qnewton_mpi.parallel.device import Array, to_device, to_host
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.device import Array, to_host
+from qnewton_mpi.parallel.transport import Transport
 
-# Coordinates are converted to float64 in pieces of this many entries, so that a piece stays in a core's cache.
-PIECE = 1 << 16
+# Coordinates are converted to float64 in pieces of this many entries: on a CPU so that a piece stays in a core's cache,
+# elsewhere so that it leaves room in memory.
+CPU_PIECE, PIECE = 1 << 16, 1 << 26
 
 
 class Exchange(ABC):
@@ -49,6 +52,8 @@ class Exchange(ABC):
         M, over all ranks; rank r holds share r of `partition.bounds(M, ranks)`, so that M need not be a multiple.
     size : int
         N, the number of parameters.
+    transport : Transport, optional
+        How vectors cross the network; by default through host memory.
 
     Attributes
     ----------
@@ -66,8 +71,11 @@ class Exchange(ABC):
     held: slice
     state: ClassVar = {"bytes_sent": Kind.SHARED, "bytes_sent_by_replicas": Kind.SHARED}
 
-    def __init__(self, communicator: Communicator, replicas: int, size: int) -> None:
+    def __init__(
+        self, communicator: Communicator, replicas: int, size: int, transport: Transport | None = None
+    ) -> None:
         self.communicator = communicator
+        self.transport = transport or Transport(communicator)
         self.replicas = replicas
         self.size = size
         limits = partition.bounds(replicas, communicator.size)
@@ -75,7 +83,7 @@ class Exchange(ABC):
         self.local = range(limits[communicator.rank], limits[communicator.rank + 1])
         self.bytes_sent = 0
         self.bytes_sent_by_replicas = 0
-        self._buffers: dict[str, HostArray] = {}
+        self._buffers: dict[str, Array] = {}
         self.divide(())
 
     @abstractmethod
@@ -140,23 +148,21 @@ class Exchange(ABC):
         """
         xp = array_namespace(a)
         part = self.summed()
-        piece = max(1, PIECE // (a.shape[0] + b.shape[0]))
-        partial = np.zeros((1, a.shape[0], b.shape[0]))
+        piece = max(1, (CPU_PIECE if is_numpy_array(a) else PIECE) // (a.shape[0] + b.shape[0]))
+        partial = xp.zeros((a.shape[0], b.shape[0]), dtype=xp.float64, device=device(a))
         for start in range(part.start, part.stop, piece):
             block = slice(start, min(start + piece, part.stop))
             left = xp.astype(a[:, block], xp.float64)
             right = left if a is b else xp.astype(b[:, block], xp.float64)
-            partial[0] += to_host(left @ right.T)
-        return self._added(partial)
+            partial += left @ right.T
+        return self._added(to_host(partial)[None])
 
     def dots(self, *pairs: tuple[Array, Array]) -> list[float]:
         """Return Σ x·y over all coordinates (and columns) of each pair of held arrays, the same on all ranks."""
-        part = self.summed()
-        partial = np.empty((1, len(pairs)))
-        for k, (x, y) in enumerate(pairs):
-            xp = array_namespace(x)
-            partial[0, k] = float(xp.sum(x[..., part] * y[..., part], dtype=xp.float64))
-        return [float(value) for value in self._added(partial)]
+        part, xp = self.summed(), array_namespace(pairs[0][0])
+        # One array of all sums, so that a GPU is waited for once.
+        sums = xp.stack([inner(x[..., part], y[..., part]) for x, y in pairs])
+        return [float(value) for value in self._added(to_host(sums)[None])]
 
     def largest(self, value: float) -> float:
         """Return the largest of the ranks' values."""
@@ -168,22 +174,21 @@ class Exchange(ABC):
         self._count(lambda n: (n - 1) * self.replicas * figures[0].nbytes)
         return self.communicator.allgather(figures, self.counts)
 
-    def _sum(self, rows: Array) -> HostArray:
-        """Return the sum of this rank's rows, (N,), on the host."""
-        return to_host(rows[0, :] if rows.shape[0] == 1 else array_namespace(rows).sum(rows, axis=0))
+    def _sum(self, rows: Array) -> Array:
+        """Return the sum of this rank's rows, (N,)."""
+        return rows[0, :] if rows.shape[0] == 1 else array_namespace(rows).sum(rows, axis=0)
 
-    def _divided(self, total: HostArray, like: Array) -> Array:
+    def _divided(self, total: Array) -> Array:
         """Return the mean of the M replicas from their sum, in its place."""
-        mean = to_device(total, like)
-        mean /= self.replicas
-        return mean
+        total /= self.replicas
+        return total
 
-    def _buffer(self, name: str, shape: tuple[int, ...], like: Array) -> HostArray:
-        """Return the host array of a name, the same at each call. A new one would cost a page fault every 4 KiB."""
-        dtype = np.dtype(f"f{array_namespace(like).finfo(like.dtype).bits // 8}")
+    def _buffer(self, name: str, shape: tuple[int, ...], like: Array) -> Array:
+        """Return the array of a name, the same at each call. A new one would cost a page fault every 4 KiB."""
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-            buffer = self._buffers[name] = np.empty(shape, dtype)
+        if buffer is None or buffer.shape != shape or buffer.dtype != like.dtype:
+            xp = array_namespace(like)
+            buffer = self._buffers[name] = xp.empty(shape, dtype=like.dtype, device=device(like))
         return buffer
 
     def _row_bytes(self, like: Array) -> int:
@@ -210,17 +215,17 @@ class AllgatherExchange(Exchange):
     def mean(self, rows: Array) -> Array:
         self._count(lambda n: 2 * (n - 1) * self._row_bytes(rows))
         mean = self._buffer("mean", (self.size,), rows)
-        return self._divided(self.communicator.allreduce(self._sum(rows), mean), rows)
+        return self._divided(self.transport.allreduce(self._sum(rows), mean))
 
     def total(self, array: Array) -> Array:
-        host = to_host(array)
-        self._count(lambda n: 2 * (n - 1) * host.nbytes)
-        return to_device(self.communicator.allreduce(host), array)
+        xp = array_namespace(array)
+        self._count(lambda n: 2 * (n - 1) * array.size * xp.finfo(array.dtype).bits // 8)
+        return self.transport.allreduce(array, xp.empty_like(array))
 
     def columns(self, rows: Array) -> Array:
         self._count(lambda n: (n - 1) * self.replicas * self._row_bytes(rows))
         everyone = self._buffer("columns", (self.replicas, self.size), rows)
-        return to_device(self.communicator.allgather(to_host(rows), self.counts, everyone), rows)
+        return self.transport.allgather(rows, self.counts, everyone)
 
     def rows(self, columns: Array) -> Array:
         return columns[self.local.start : self.local.stop, :]
@@ -261,35 +266,34 @@ class SlicedExchange(Exchange):
     def mean(self, rows: Array) -> Array:
         self._count(lambda n: (n - 1) * self._row_bytes(rows))
         mean = self._buffer("mean", (self.words[self.communicator.rank],), rows)
-        return self._divided(self.communicator.reduce_scatter(self._sum(rows), self.words, mean), rows)
+        return self._divided(self.transport.reduce_scatter(self._sum(rows), self.words, mean))
 
     def total(self, array: Array) -> Array:
         return array
 
     def columns(self, rows: Array) -> Array:
         own, mine = len(self.local), self.words[self.communicator.rank]
-        host = self._pack(to_host(rows))
+        send = self._pack(rows)
         columns = self._buffer("columns", (self.replicas, mine), rows)
         self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(rows))
-        self.communicator.alltoall(
-            host, [own * words for words in self.words], columns, [mine * count for count in self.counts]
+        self.transport.alltoall(
+            send, [own * words for words in self.words], columns, [mine * count for count in self.counts]
         )
-        return to_device(columns, rows)
+        return columns
 
     def rows(self, columns: Array) -> Array:
         own, mine = len(self.local), self.words[self.communicator.rank]
-        host = to_host(columns)
         slices = self._buffer("slices", (own * self.size,), columns)
         self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(columns))
-        self.communicator.alltoall(
-            host, [mine * count for count in self.counts], slices, [own * words for words in self.words]
+        self.transport.alltoall(
+            columns, [mine * count for count in self.counts], slices, [own * words for words in self.words]
         )
-        return to_device(self._unpack(slices), columns)
+        return self._unpack(slices)
 
     def collect(self, vector: Array) -> Array:
         self._count(lambda n: (n - 1) * self._row_bytes(vector))
         whole = self._buffer("whole", (self.size,), vector)
-        return to_device(self.communicator.allgather(to_host(vector), self.words, whole), vector)
+        return self.transport.allgather(vector, self.words, whole)
 
     def summed(self) -> slice:
         return slice(0, self.words[self.communicator.rank])
@@ -303,24 +307,24 @@ class SlicedExchange(Exchange):
         columns -= mean
         return mean, columns
 
-    def _pack(self, rows: HostArray) -> HostArray:
+    def _pack(self, rows: Array) -> Array:
         """Return rows (R, N) as the slices of each rank one after the other, (R · N,); a single row is that already."""
-        own = len(self.local)
+        own, reshape = len(self.local), array_namespace(rows).reshape
         if own == 1:
-            return rows.reshape(-1)
+            return rows[0, :]
         slices = self._buffer("slices", (own * self.size,), rows)
         for first, last in itertools.pairwise(self.bounds):
-            slices[own * first : own * last].reshape(own, last - first)[...] = rows[:, first:last]
+            slices[own * first : own * last] = reshape(rows[:, first:last], (-1,))
         return slices
 
-    def _unpack(self, slices: HostArray) -> HostArray:
+    def _unpack(self, slices: Array) -> Array:
         """Return the rows (R, N) of what `_pack` returns."""
-        own = len(self.local)
+        own, reshape = len(self.local), array_namespace(slices).reshape
         if own == 1:
-            return slices.reshape(1, -1)
+            return slices[None, :]
         rows = self._buffer("rows", (own, self.size), slices)
         for first, last in itertools.pairwise(self.bounds):
-            rows[:, first:last] = slices[own * first : own * last].reshape(own, last - first)
+            rows[:, first:last] = reshape(slices[own * first : own * last], (own, last - first))
         return rows
 
 

@@ -80,7 +80,7 @@ class Inverse(ABC):
         """
         xp, dots = array_namespace(z), self.exchange.dots
         x, r = xp.zeros_like(z), z
-        directions, images = xp.empty((0, *z.shape), dtype=z.dtype), xp.empty((0, *z.shape), dtype=z.dtype)
+        directions = images = z[None, :][:0, :]
         curvatures = np.zeros(0)
         size = now = math.sqrt(dots((z, z))[0])
         while now > tolerance * size and len(curvatures) < most:

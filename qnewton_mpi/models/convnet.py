@@ -64,8 +64,7 @@ class Convnet:
         dense = [DenseShape(m, n, activated=n != CLASSES) for m, n in itertools.pairwise(widths)]
         self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *dense]
         self.size = sum(prod(s.weight_shape) + s.output_shape[0] for s in self.shapes)
-        self._part = xp.empty(self.size, dtype)  # the gradient of one block
-        self._layers: dict[int, list[ConvPool | Dense]] = {}
+        self._layers: dict[tuple[int, int], list[ConvPool | Dense]] = {}
 
     @property
     def parameter_shapes(self) -> list[tuple[int, ...]]:
@@ -98,66 +97,89 @@ class Convnet:
         loss : float
         gradient : (N,)
         """
-        xp, count = self.xp, len(labels)
-        total, gradient = 0.0, xp.zeros(self.size, self.dtype)
-        weights, parts = self._unflatten(parameters), self._unflatten(self._part)
-        for block in self._blocks(count):
-            layers, logits = self._forward(weights, images[block])
-            nll, probabilities, hot = self._softmax(logits, labels[block])
-            total += float(xp.sum(nll).real)
-            d = (probabilities - hot) / count
-            for k in reversed(range(len(layers))):
-                d = layers[k].backward(d, weights[k][0], *parts[k], need_dx=k > 0)
-            gradient += self._part
-        return total / count, gradient
+        losses, gradients = self.losses_and_gradients(parameters, images[None], labels[None])
+        return float(losses[0]), gradients[0]
+
+    def losses_and_gradients(self, parameters: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+        """Return the same for R replicas, each with samples of its own: on a GPU in the calls that one would take.
+
+        Parameters
+        ----------
+        parameters : (N,), of all replicas, or (R, N)
+        images : (R, B, C, H, W), the network's dtype
+        labels : (R, B) integers 0 … 9
+
+        Returns
+        -------
+        losses : (R,) float64
+        gradients : (R, N)
+        """
+        xp, (replicas, count) = self.xp, labels.shape
+        losses, gradients = xp.zeros(replicas), xp.zeros((replicas, self.size), self.dtype)
+        part = xp.empty_like(gradients)  # of one block of samples
+        every = parameters.reshape(-1, self.size)
+        # As many replicas at a time as their samples make a block.
+        for some in self._blocks(replicas, count):
+            weights, parts = self._unflatten(every[some] if len(every) > 1 else every), self._unflatten(part[some])
+            for block in self._blocks(count):
+                layers, logits = self._forward(weights, images[some, block])
+                nll, probabilities, hot = self._softmax(logits, labels[some, block])
+                losses[some] += xp.sum(nll, axis=1).real
+                d = (probabilities - hot) / count
+                for k in reversed(range(len(layers))):
+                    d = layers[k].backward(d, weights[k][0], *parts[k], need_dx=k > 0)
+                gradients[some] += part[some]
+        return losses / count, gradients
 
     def evaluate(self, parameters: Array, images: Array, labels: Array) -> tuple[float, int]:
         """Return the summed negative log-likelihood (nats) and the number of samples classified correctly."""
         total, correct = 0.0, 0
-        weights = self._unflatten(parameters)
+        weights = self._unflatten(parameters[None])
         for block in self._blocks(len(labels)):
-            _, logits = self._forward(weights, images[block])
-            nll, _, _ = self._softmax(logits, labels[block])
+            _, logits = self._forward(weights, images[None, block])
+            nll, _, _ = self._softmax(logits, labels[None, block])
             total += float(self.xp.sum(nll, dtype=np.float64))
-            correct += int(self.xp.sum(self.xp.argmax(logits, axis=0) == labels[block]))
+            correct += int(self.xp.sum(self.xp.argmax(logits, axis=1) == labels[None, block]))
         return total, correct
 
-    def _blocks(self, count: int) -> list[slice]:
-        block = BLOCK if self.xp is np else count
+    def _blocks(self, count: int, each: int = 1) -> list[slice]:
+        """Return the parts of a range in which `each` samples apiece are a block, or of one."""
+        block = max(1, BLOCK // each) if self.xp is np else count
         return [slice(start, min(start + block, count)) for start in range(0, count, block)]
 
     def _forward(self, weights: list[tuple[Array, Array]], images: Array) -> tuple[list[ConvPool | Dense], Array]:
-        layers = self._layers_for(len(images))
-        # Batch innermost, as the layers want it.
-        x = self.xp.ascontiguousarray(images.transpose(1, 2, 3, 0))
+        layers = self._layers_for(*images.shape[:2])
+        # Samples innermost, as the layers want it.
+        x = self.xp.ascontiguousarray(images.transpose(0, 2, 3, 4, 1))
         for layer, (weight, bias) in zip(layers, weights, strict=True):
             x = layer.forward(x, weight, bias)
         return layers, x
 
     def _softmax(self, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
-        """Return the negative log-likelihoods (B,), the probabilities (10, B) and the one-hot labels (10, B)."""
+        """Return the negative log-likelihoods (R, B), the probabilities (R, 10, B), the one-hot labels (R, 10, B)."""
         xp = self.xp
-        shifted = logits - xp.max(logits, axis=0)
+        shifted = logits - xp.max(logits, axis=1, keepdims=True)
         exponentials = xp.exp(shifted)
-        norms = xp.sum(exponentials, axis=0)
-        hot = xp.arange(CLASSES)[:, None] == labels
-        return xp.log(norms) - xp.sum(shifted * hot, axis=0), exponentials / norms, hot
+        norms = xp.sum(exponentials, axis=1)
+        hot = xp.arange(CLASSES)[:, None] == labels[:, None, :]
+        return xp.log(norms) - xp.sum(shifted * hot, axis=1), exponentials / norms[:, None, :], hot
 
-    def _layers_for(self, batch: int) -> list[ConvPool | Dense]:
-        """Return the layers, with their buffers, of a batch size; made once for each."""
-        if batch not in self._layers:
-            self._layers[batch] = [
-                (ConvPool if isinstance(s, ConvPoolShape) else Dense)(self.xp, s, self.activation, batch, self.dtype)  # type: ignore[arg-type]
+    def _layers_for(self, replicas: int, batch: int) -> list[ConvPool | Dense]:
+        """Return the layers, with their buffers, of a number of replicas and samples; made once for each."""
+        sizes = replicas, batch
+        if sizes not in self._layers:
+            self._layers[sizes] = [
+                (ConvPool if isinstance(s, ConvPoolShape) else Dense)(self.xp, s, self.activation, *sizes, self.dtype)  # type: ignore[arg-type]
                 for s in self.shapes
             ]
-        return self._layers[batch]
+        return self._layers[sizes]
 
     def _unflatten(self, flat: Array) -> list[tuple[Array, Array]]:
-        """Return views (weight, bias) of each layer's parameters in a flat vector (N,)."""
+        """Return views (R, …) of each layer's weight and bias in flat vectors (R, N)."""
         views, start = [], 0
         for shape in self.shapes:
             middle = start + prod(shape.weight_shape)
             stop = middle + shape.output_shape[0]
-            views.append((flat[start:middle].reshape(shape.weight_shape), flat[middle:stop]))
+            views.append((flat[:, start:middle].reshape(-1, *shape.weight_shape), flat[:, middle:stop]))
             start = stop
         return views

@@ -1,7 +1,10 @@
-"""Layers with the batch innermost: every array is (features…, B), so that elementwise work runs over long rows.
+"""Layers for R replicas at once, the samples innermost: every array is (R, features…, B).
 
-A layer keeps the buffers of one batch size and reuses them; `forward` must precede `backward`. Written for NumPy and
-CuPy alike through one namespace `xp`, with `out=` wherever both have it. Arrays returned are the layer's own buffers.
+So elementwise work runs over long rows, and a product of matrices is R products, one for each replica's samples, whose
+weight gradients stay apart. Weights are (R, …), or (1, …) for all replicas.
+
+A layer keeps the buffers of one R and B and reuses them; `forward` must precede `backward`. Written for NumPy and CuPy
+alike through one namespace `xp`, with `out=` wherever both have it. Arrays returned are the layer's own buffers.
 """
 
 from __future__ import annotations
@@ -88,18 +91,20 @@ class ConvPoolShape:
 
 
 class Dense:
-    """a = φ(W x + b) for x (inputs, B)."""
+    """a = φ(W x + b) for x (R, inputs, B)."""
 
-    def __init__(self, xp: ModuleType, shape: DenseShape, activation: Activation, batch: int, dtype: object) -> None:
+    def __init__(
+        self, xp: ModuleType, shape: DenseShape, activation: Activation, replicas: int, batch: int, dtype: object
+    ) -> None:
         self.xp, self.shape, self.activation = xp, shape, activation
-        self.a = xp.empty((shape.outputs, batch), dtype)
+        self.a = xp.empty((replicas, shape.outputs, batch), dtype)
         self.work = xp.empty_like(self.a)
-        self.dx = xp.empty((shape.inputs, batch), dtype)
+        self.dx = xp.empty((replicas, shape.inputs, batch), dtype)
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
-        self.x = x.reshape(self.shape.inputs, -1)
+        self.x = x.reshape(self.dx.shape)
         self.xp.matmul(weight, self.x, out=self.a)
-        self.a += bias[:, None]
+        self.a += bias[..., None]
         if self.shape.activated:
             self.activation.apply(self.a)
         return self.a
@@ -108,13 +113,13 @@ class Dense:
         da = da.reshape(self.a.shape)
         if self.shape.activated:
             self.activation.pull_back(self.a, da, self.work)
-        self.xp.matmul(da, self.x.T, out=dweight)
-        self.xp.sum(da, axis=1, out=dbias)
-        return self.xp.matmul(weight.T, da, out=self.dx) if need_dx else None
+        self.xp.matmul(da, transposed(self.x), out=dweight)
+        self.xp.sum(da, axis=-1, out=dbias)
+        return self.xp.matmul(transposed(weight), da, out=self.dx) if need_dx else None
 
 
 class ConvPool:
-    """a = φ(maxpool₂ₓ₂(W ∗ x) + b) for x (C, H, W, B), as one matrix product.
+    """a = φ(maxpool₂ₓ₂(W ∗ x) + b) for x (R, C, H, W, B), as one matrix product for each replica.
 
     The four outputs that a pooling window compares are four filters on one (k+1)×(k+1) patch of the input, taken at
     stride 2. So the patches hold (k+1)²/4 numbers for each input position instead of k², and the matrix product has
@@ -122,37 +127,37 @@ class ConvPool:
     then the maximum of four contiguous blocks, and comes before the activation, which is monotone.
     """
 
-    def __init__(self, xp: ModuleType, shape: ConvPoolShape, activation: Activation, batch: int, dtype: object) -> None:
+    def __init__(
+        self, xp: ModuleType, shape: ConvPoolShape, activation: Activation, replicas: int, batch: int, dtype: object
+    ) -> None:
         self.xp, self.shape, self.activation = xp, shape, activation
         channels, height, width = shape.input_shape
         filters, rows, columns = shape.output_shape
         side = shape.kernel + 1
         positions = rows * columns * batch
-        self.windows = (channels, side, side, rows, columns, batch)
+        self.windows = (replicas, channels, side, side, rows, columns, batch)
         self.patches = xp.empty(self.windows, dtype)
-        self.filters = xp.zeros((4, filters, channels, side, side), dtype)
+        self.filters = xp.zeros((replicas, 4, filters, channels, side, side), dtype)
         self.dfilters = xp.empty_like(self.filters)
-        self.outputs = xp.empty((4, filters, positions), dtype)
-        self.pairs = xp.empty((2, filters, positions), dtype)
-        self.a = xp.empty((filters, rows, columns, batch), dtype)
-        self.work = xp.empty((filters, positions), dtype)
-        self.mask = xp.empty((filters, positions), bool)
-        self.dx = xp.zeros((channels, height, width, batch), dtype)
+        self.outputs = xp.empty((replicas, 4, filters, positions), dtype)
+        self.pairs = xp.empty((replicas, 2, filters, positions), dtype)
+        self.a = xp.empty((replicas, filters, rows, columns, batch), dtype)
+        self.work = xp.empty((replicas, filters, positions), dtype)
+        self.mask = xp.empty((replicas, filters, positions), bool)
+        self.dx = xp.zeros((replicas, channels, height, width, batch), dtype)
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
         xp = self.xp
-        c, h, w, b = x.strides
-        windows = xp.lib.stride_tricks.as_strided(x, self.windows, (c, h, w, 2 * h, 2 * w, b))
+        r, c, h, w, b = x.strides
+        windows = xp.lib.stride_tricks.as_strided(x, self.windows, (r, c, h, w, 2 * h, 2 * w, b))
         self.patches[...] = windows
         for shifted, dy, dx in self._shifts(self.filters):
             shifted[..., dy : dy + self.shape.kernel, dx : dx + self.shape.kernel] = weight
         outputs, pairs, a = self.outputs, self.pairs, self.a.reshape(self.work.shape)
-        xp.matmul(
-            self.filters.reshape(4 * len(weight), -1), self._patch_rows(), out=outputs.reshape(4 * len(weight), -1)
-        )
-        xp.maximum(outputs[0::2], outputs[1::2], out=pairs)
-        xp.maximum(pairs[0], pairs[1], out=a)
-        a += bias[:, None]
+        xp.matmul(self._as_matrices(self.filters), self._patch_rows(), out=self._output_rows())
+        xp.maximum(outputs[:, 0::2], outputs[:, 1::2], out=pairs)
+        xp.maximum(pairs[:, 0], pairs[:, 1], out=a)
+        a += bias[..., None]
         self.activation.apply(a)
         return self.a
 
@@ -160,46 +165,58 @@ class ConvPool:
         xp, outputs, pairs = self.xp, self.outputs, self.pairs
         da = da.reshape(self.work.shape)
         self.activation.pull_back(self.a.reshape(self.work.shape), da, self.work)
-        xp.sum(da, axis=1, out=dbias)
+        xp.sum(da, axis=-1, out=dbias)
         # The gradient goes to the first of the four that attains the maximum, as in other libraries.
-        xp.greater_equal(outputs[0], outputs[1], out=self.mask)
+        xp.greater_equal(outputs[:, 0], outputs[:, 1], out=self.mask)
         first_of_top = self.mask.copy()
-        xp.greater_equal(outputs[2], outputs[3], out=self.mask)
+        xp.greater_equal(outputs[:, 2], outputs[:, 3], out=self.mask)
         first_of_bottom = self.mask.copy()
-        xp.greater_equal(pairs[0], pairs[1], out=self.mask)
-        xp.multiply(da, self.mask, out=pairs[0])
-        xp.subtract(da, pairs[0], out=pairs[1])
+        xp.greater_equal(pairs[:, 0], pairs[:, 1], out=self.mask)
+        xp.multiply(da, self.mask, out=pairs[:, 0])
+        xp.subtract(da, pairs[:, 0], out=pairs[:, 1])
         for pair, first in ((0, first_of_top), (1, first_of_bottom)):
-            xp.multiply(pairs[pair], first, out=outputs[2 * pair])
-            xp.subtract(pairs[pair], outputs[2 * pair], out=outputs[2 * pair + 1])
-        doutputs = outputs.reshape(4 * len(weight), -1)
-        xp.matmul(doutputs, self._patch_rows().T, out=self.dfilters.reshape(4 * len(weight), -1))
+            xp.multiply(pairs[:, pair], first, out=outputs[:, 2 * pair])
+            xp.subtract(pairs[:, pair], outputs[:, 2 * pair], out=outputs[:, 2 * pair + 1])
+        doutputs = self._output_rows()
+        xp.matmul(doutputs, transposed(self._patch_rows()), out=self._as_matrices(self.dfilters))
         dweight[...] = 0
         for shifted, dy, dx in self._shifts(self.dfilters):
             dweight += shifted[..., dy : dy + self.shape.kernel, dx : dx + self.shape.kernel]
         if not need_dx:
             return None
         # The patches are no longer needed: their buffer takes their gradient.
-        xp.matmul(self.filters.reshape(4 * len(weight), -1).T, doutputs, out=self._patch_rows())
+        xp.matmul(transposed(self._as_matrices(self.filters)), doutputs, out=self._patch_rows())
         return self._add_patches()
 
     def _patch_rows(self) -> Array:
-        return self.patches.reshape(prod(self.windows[:3]), -1)
+        return self.patches.reshape(self.windows[0], prod(self.windows[1:4]), -1)
+
+    def _output_rows(self) -> Array:
+        return self.outputs.reshape(self.windows[0], -1, self.work.shape[2])
+
+    def _as_matrices(self, filters: Array) -> Array:
+        """Return filters as (R, 4 F, entries of a patch)."""
+        return filters.reshape(self.windows[0], -1, prod(self.windows[1:4]))
 
     def _shifts(self, filters: Array) -> list[tuple[Array, int, int]]:
         """Return the filters of each output of a pooling window with its offset."""
-        return [(filters[2 * dy + dx], dy, dx) for dy in (0, 1) for dx in (0, 1)]
+        return [(filters[:, 2 * dy + dx], dy, dx) for dy in (0, 1) for dx in (0, 1)]
 
     def _add_patches(self) -> Array:
         """Add the patches' gradient where the patches were taken from: the adjoint of the strided copy."""
-        channels, side, _, rows, columns, batch = self.windows
+        replicas, channels, side, _, rows, columns, batch = self.windows
         half = side // 2
         self.dx[...] = 0
         # Sides are even: 2×2 blocks are added at a time, which takes a quarter of the calls.
-        image = self.dx.reshape(channels, self.dx.shape[1] // 2, 2, self.dx.shape[2] // 2, 2, batch)
-        patches = self.patches.reshape(channels, half, 2, half, 2, rows, columns, batch)
+        image = self.dx.reshape(replicas, channels, self.dx.shape[2] // 2, 2, self.dx.shape[3] // 2, 2, batch)
+        patches = self.patches.reshape(replicas, channels, half, 2, half, 2, rows, columns, batch)
         for y in range(half):
             for x in range(half):
-                target = image[:, y : y + rows, :, x : x + columns]
-                target += patches[:, y, :, x].transpose(0, 3, 1, 4, 2, 5)
+                target = image[:, :, y : y + rows, :, x : x + columns]
+                target += patches[:, :, y, :, x].transpose(0, 1, 4, 2, 5, 3, 6)
         return self.dx
+
+
+def transposed(matrices: Array) -> Array:
+    """Return the matrices (R, m, n) transposed, (R, n, m)."""
+    return matrices.swapaxes(1, 2)

@@ -131,11 +131,17 @@ class Communicator:
             raise failure
         return result  # type: ignore[no-any-return]
 
-    def _time(self, collective: Callable[..., None], *buffers: Any) -> None:
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time that the context lasts as communication, in which this rank may wait for others. Local."""
         started = time.perf_counter()
         with self.waiting():
-            collective(*buffers)
+            yield
         self.seconds += time.perf_counter() - started
+
+    def _time(self, collective: Callable[..., None], *buffers: Any) -> None:
+        with self.timed():
+            collective(*buffers)
 
 
 def abort_on_exception(communicator: Communicator) -> None:

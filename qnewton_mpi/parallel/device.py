@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, is_cupy_array
+from array_api_compat import array_namespace, device, is_cupy_array
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError
@@ -65,10 +65,10 @@ def to_host(array: Array) -> NDArray[Any]:
     elif isinstance(array, np.ndarray):
         host = array
     else:
-        host = np.from_dlpack(array)
+        host = np.from_dlpack(array, device="cpu")
     return np.ascontiguousarray(host)
 
 
 def to_device(host: NDArray[Any], like: Array) -> Array:
     """Return a NumPy array in the library, dtype and device of `like`: the argument itself where it is that already."""
-    return array_namespace(like).asarray(host, dtype=like.dtype)
+    return array_namespace(like).asarray(host, dtype=like.dtype, device=device(like))

@@ -47,6 +47,7 @@ FREE = {
     "progress",
     "data_dir",
     "exchange",
+    "transport",
     "checkpoint",
     "checkpoint_every",
     "resume",

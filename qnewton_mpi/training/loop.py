@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from qnewton_mpi.parallel import cost, partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
 from qnewton_mpi.parallel.log import LOG, logging_to
+from qnewton_mpi.parallel.transport import open_transport
 from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
@@ -53,6 +54,11 @@ class ReplicaLoss:
 
     def __call__(self, parameters: Array, replica: int) -> tuple[float, Array]:
         return self.network.loss_and_gradient(parameters, *self.split.batch(self.order.indices(self.step, replica)))
+
+    def at_once(self, parameters: Array, replicas: Sequence[int]) -> tuple[Array, Array]:
+        """Return the losses (R,) and gradients (R, N) of several replicas, at parameters (N,) or (R, N)."""
+        indices = np.stack([self.order.indices(self.step, replica) for replica in replicas])
+        return self.network.losses_and_gradients(parameters, *self.split.batch(self.network.xp.asarray(indices)))
 
 
 def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, Any] | None = None) -> Path:
@@ -100,7 +106,8 @@ class Run:
         kind, name = OPTIMIZERS[training.method], training.exchange
         if name == "auto":
             name = cost.choose(kind.traffic(config.optimizer), communicator.size, config.replicas, network.size)
-        self.exchange = EXCHANGES[name](communicator, config.replicas, network.size)
+        transport = open_transport(training.transport, training.device, communicator)
+        self.exchange = EXCHANGES[name](communicator, config.replicas, network.size, transport)
         self.optimizer = kind(
             config.optimizer,
             network.initial_parameters(training.seed),

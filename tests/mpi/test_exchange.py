@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 from mpi4py import MPI
-from problems import VARIANTS, Quadratic, make_optimizer
+from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
@@ -15,6 +15,7 @@ from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.cost import Network, seconds
+from qnewton_mpi.parallel.device import to_host
 
 SIZE = 23  # divisible by no number of ranks
 REPLICAS = [4, 5, 8]
@@ -157,6 +158,19 @@ def test_exchanges_agree_and_ranks_hold_bitwise_the_same(communicator, variant, 
         np.testing.assert_allclose(parameters[name], parameters["allgather"], rtol=1e-9)
         for key, value in figures["allgather"].items():
             assert figures[name][key] == pytest.approx(value, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_arrays_outside_host_memory_cross_the_network(communicator, variant, name):
+    """Staged through host memory, as a GPU's are; the library refuses any mixture of the two."""
+    points, replicas = [], communicator.size + 1
+    for xp, device in ((np, None), LIBRARIES["strict, not in host memory"]):
+        problem = Quadratic(SIZE, replicas, dtype=xp.float64, xp=xp, device=device)
+        optimizer = make_optimizer(variant, problem, communicator, replicas, exchange=name)
+        for _ in range(4):
+            optimizer.step(problem)
+        points.append(to_host(optimizer.parameters))
+    np.testing.assert_allclose(*points, rtol=1e-9)
 
 
 def test_one_bad_replica_is_told_on_every_rank(communicator):

@@ -10,18 +10,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from qnewton_mpi.core.exchange import Exchange
+from qnewton_mpi.core.kernels import combination
 from qnewton_mpi.core.rate import LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import NonFiniteGradientError
 from qnewton_mpi.parallel.cost import Traffic
-from qnewton_mpi.parallel.device import Array, to_device
+from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
-"""`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica."""
+"""`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica.
+
+It may have a method for several replicas at once, `losses, gradients = f.at_once(w, replicas)`, w (N,) or (R, N),
+losses (R,), gradients (R, N). Then that is called instead.
+"""
 
 Figures = dict[str, float]
 
@@ -103,7 +108,9 @@ class Optimizer(ABC, Generic[S]):
         exchange.divide(self.pieces())
         self.held = exchange.hold(parameters)
         self.parameters = exchange.collect(self.held)
-        self.gradients = self.xp.empty((len(exchange.local), exchange.size), dtype=parameters.dtype)
+        self.gradients = self.xp.empty(
+            (len(exchange.local), exchange.size), dtype=parameters.dtype, device=device(parameters)
+        )
         self.rows = [self.gradients[r, :] for r in range(len(exchange.local))]
         self.start()
 
@@ -154,7 +161,7 @@ class Optimizer(ABC, Generic[S]):
         if not isinstance(self.settings.lr, str):
             self.rate = self.rate_factor * self.fixed_rate(self.settings.lr)
         mean, direction, figures = self.direction(loss_and_gradient)
-        self.held -= self.rate * direction
+        self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
         gg, dd, gd = self.exchange.dots((mean, mean), (direction, direction), (mean, direction))
         norms = math.sqrt(gg * dd)
@@ -178,19 +185,24 @@ class Optimizer(ABC, Generic[S]):
         """
         local = self.exchange.local
         self.evaluations += self.exchange.replicas
-        squares = np.empty((len(local), 2))
+        points = self.parameters if displacements is None else self.parameters + displacements
+        at_once = getattr(loss_and_gradient, "at_once", None)
         self.exchange.communicator.enter("gradient")
         started = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told below, once
-            for r, replica in enumerate(local):
-                point = self.parameters if displacements is None else self.parameters + displacements[r, :]
-                loss, gradient = loss_and_gradient(point, replica)
-                if gradient is not self.rows[r]:
-                    self.gradients[r, :] = gradient
-                squares[r] = loss, float(gradient @ gradient)
+            if at_once:
+                losses, self.gradients[...] = at_once(points, local)
+            else:
+                losses = np.empty(len(local))
+                for r, replica in enumerate(local):
+                    point = points if displacements is None else points[r, :]
+                    losses[r], gradient = loss_and_gradient(point, replica)
+                    if gradient is not self.rows[r]:
+                        self.gradients[r, :] = gradient
+            squares = to_host(self.xp.vecdot(self.gradients, self.gradients))
         self.gradient_seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
-        everyone = self.exchange.share(squares)
+        everyone = self.exchange.share(np.stack([to_host(losses), squares], axis=1, dtype=np.float64))
         finite = np.isfinite(everyone).all(axis=1)
         if not finite.all():
             self.steps -= 1

@@ -166,7 +166,7 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         count, kept = self.exchange.replicas - 1, [block.directions for block in self.from_probes]
         room = max(0, self.exchange.size - 2 * count)
         kept = kept[-(room // count) :] if room >= count else []
-        found = self.xp.zeros((0, *self.held.shape), dtype=self.held.dtype)
+        found = self.held[None, :][:0, :]
         for rows in (*candidates, None):
             missing = count - found.shape[0]
             if missing:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from qnewton_mpi.core.kernels import combination
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
@@ -57,8 +58,8 @@ class Deflated(Probing[DeflatedSettings]):
         else:
             self.probe_if_due(loss_and_gradient)
 
-        self.velocity = beta * self.velocity + mean
-        z = mean + beta * self.velocity
+        self.velocity = combination(beta, self.velocity, 1.0, mean)
+        z = combination(1.0, mean, beta, self.velocity)
         ritz = self.tracked()
         values = ritz.values
         along = self.rate * np.abs(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qnewton_mpi.core.kernels import combination
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
@@ -60,8 +61,9 @@ class Momentum(Probing[MomentumSettings]):
         beta = self.settings.momentum
         if self.adaptive:
             self.adapt_to_probes(loss_and_gradient, loss, mean, beta)
-        self.velocity = beta * self.velocity + mean
-        return mean, mean + beta * self.velocity if self.settings.nesterov else self.velocity, {"loss": loss}
+        self.velocity = combination(beta, self.velocity, 1.0, mean)
+        d = combination(1.0, mean, beta, self.velocity) if self.settings.nesterov else self.velocity
+        return mean, d, {"loss": loss}
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Adam(Optimizer[AdamSettings]):
         gradients, loss = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(gradients)
         s, t = self.settings, self.steps
-        self.first = s.beta1 * self.first + (1 - s.beta1) * mean
-        self.second = s.beta2 * self.second + (1 - s.beta2) * mean * mean
+        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean)
+        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean)
         scale = (self.second / (1 - s.beta2**t)) ** 0.5 + s.epsilon
         if s.nesterov:
             now, coming = (s.beta1 * (1 - 0.5 * 0.96 ** (k * s.momentum_decay)) for k in (t, t + 1))

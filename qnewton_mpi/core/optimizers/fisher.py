@@ -59,7 +59,7 @@ class Fisher(NaturalGradient[FisherSettings]):
 
     def start(self) -> None:
         super().start()
-        self.factor = self.xp.zeros((0, *self.held.shape), dtype=self.held.dtype)
+        self.factor = self.held[None, :][:0, :]
         self.eigenvalues = np.zeros(0)  # λ, on the host, descending
 
     def update_is_due(self) -> bool:

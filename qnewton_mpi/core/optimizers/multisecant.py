@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from array_api_compat import device
+
 from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
@@ -46,9 +48,8 @@ class Multisecant(Optimizer[MultisecantSettings]):
 
     def start(self) -> None:
         self.spread = POLICIES[self.settings.spread](self.settings.spread_scale, self.draw)
-        self.displacements = self.spread.start(
-            self.xp.zeros((self.exchange.replicas, *self.held.shape), dtype=self.held.dtype)
-        )
+        shape = self.exchange.replicas, *self.held.shape
+        self.displacements = self.spread.start(self.xp.zeros(shape, dtype=self.held.dtype, device=device(self.held)))
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         W = self.displacements

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+from qnewton_mpi.core.kernels import combination
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
@@ -69,8 +70,9 @@ class NaturalGradient(Optimizer[S]):
 
         beta, t, clip = self.settings.momentum, self.steps, self.clip(mean)
         g = clip * mean if clip < 1 else mean
-        self.moment = beta * self.moment + (1 - beta) * g
-        z = (beta * self.moment + (1 - beta) * g) / (1 - beta ** (t + 1))
+        self.moment = combination(beta, self.moment, 1 - beta, g)
+        unbiased = 1 / (1 - beta ** (t + 1))
+        z = combination(beta * unbiased, self.moment, (1 - beta) * unbiased, g)
         d = self.apply_inverse(z)
         dz, known = self.product_and_known(d, z)
         if self.adaptive:
