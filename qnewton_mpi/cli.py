@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
-    """Return the command, for `train` with its resolved `config`; None when help was asked for. Local."""
+def build_parser() -> Parser:
+    """Return the parser of the command line; the options of `train` are those of the settings. Local."""
     parser = Parser(prog="qnewton-mpi", description="Data-parallel quasi-Newton training over MPI.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"qnewton-mpi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -117,8 +117,13 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
     spectral.add_argument("--overwrite", action="store_true", help="replace an earlier spectrum")
 
     commands.add_parser("info", help="MPI library, ranks and nodes, threads, devices", allow_abbrev=False)
+    return parser
+
+
+def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
+    """Return the command, for `train` with its resolved `config`; None when help was asked for. Local."""
     try:
-        command = parser.parse_args(arguments)
+        command = build_parser().parse_args(arguments)
     except SystemExit:  # --help and --version have printed what was asked for
         return None
     if command.command == "train":
