@@ -198,7 +198,7 @@ def mutate(number: int, folder: Path, references: dict[int, dict[str, np.ndarray
     damage(target, choice)
     ranks = 2 if number % 10 == 0 else 1  # on one rank the mutations are many times faster, and rounding is another
     again = mpiexec(ranks, "-m", "qnewton_mpi", *OPTIONS, "--output", path, "--checkpoint", checkpoints, "--resume")
-    told = re.search(r"passed over [^:]*: (.*)", again.stderr)
+    told = re.search(r"passed over [^:]*: (.*)", again.stderr.replace(f"{newest}/", ""))
     clear = again.returncode == 0 and told is not None and "Traceback" not in again.stderr
     tolerance = 0.0 if ranks == 2 else 1e-3
     equal = again.returncode == 0 and all(
@@ -216,14 +216,14 @@ def main() -> int:
     trial: Callable[..., tuple[list[object], bool]]
     header: tuple[str, ...]
     if what == "kills":
-        trial = kill
+        trial, title = kill, "Ranks killed at random"
         header = ("kill", "ranks", "rank", "step from", "phase", "s to the end", "newest sound", "bitwise equal")
     else:
-        trial = mutate
+        trial, title = mutate, "Checkpoints damaged at random"
         header = ("mutation", "damage", "file", "ranks", "told", "goes on to the same result")
     if not table.exists():
-        table.write_text("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|\n")
-    done = len(table.read_text().splitlines()) - 2
+        table.write_text(f"# {title}\n\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|\n")
+    done = sum(line.startswith("| ") for line in table.read_text().splitlines()) - 1
     references: dict[int, dict[str, np.ndarray]] = {}
     bad = 0
     with tempfile.TemporaryDirectory() as base:
