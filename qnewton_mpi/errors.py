@@ -22,6 +22,10 @@ class NonFiniteGradientError(UserError):
         Index of the first offending replica, from 0.
     loss, squared_norm : float
         The replica's loss and the squared 2-norm of its gradient.
+
+    Attributes
+    ----------
+    step, replica : int
     """
 
     def __init__(self, step: int, replica: int, loss: float, squared_norm: float) -> None:

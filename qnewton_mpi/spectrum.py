@@ -77,6 +77,15 @@ class HessianProduct:
     communicator : Communicator
     tell : callable, optional
         Called after each direction, as for a progress bar.
+
+    Examples
+    --------
+    Of ¼ Σ w⁴, H = diag(3 w²):
+
+    >>> import numpy as np
+    >>> product = HessianProduct(lambda w: w**3, np.array([1.0, 2.0]), Communicator())
+    >>> product(np.array([[1.0, 1.0]])).tolist()
+    [[3.0, 12.0]]
     """
 
     def __init__(
@@ -165,6 +174,19 @@ def spectrum_of(
         As for `train`.
     tell : callable, optional
         Called after each product with a direction.
+
+    Raises
+    ------
+    UserError
+        On all ranks, for data that cannot be had.
+
+    Examples
+    --------
+    >>> from qnewton_mpi.data.datasets import EMBEDDED
+    >>> start = Convnet((1, 28, 28), "tanh").initial_parameters(seed=0).astype(float)
+    >>> spectrum = spectrum_of(Iterate(start, EMBEDDED, "tanh"), Communicator(), count=2, samples=8)
+    >>> spectrum.pairs.vectors.shape
+    (2, 15924)
     """
     dataset = communicator.together(lambda: datasets.load(iterate.data, data_dir, dtype=np.float64))
     network = Convnet(dataset.input_shape, iterate.activation, dtype=np.complex128)

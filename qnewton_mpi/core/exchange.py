@@ -66,6 +66,19 @@ class Exchange(ABC):
         n ranks (bandwidth-optimal algorithm), otherwise what is not yet where it has to be.
     bytes_sent_by_replicas : int
         The same if every replica were on a rank of its own, n = M.
+
+    Examples
+    --------
+    On one rank, whose rows are the replicas of all:
+
+    >>> import numpy as np
+    >>> exchange = SlicedExchange(Communicator(), replicas=2, size=3)
+    >>> rows = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    >>> exchange.held, exchange.mean(rows).tolist()
+    (slice(0, 3, None), [2.0, 2.0, 2.0])
+    >>> mean, G = exchange.centred(rows)
+    >>> exchange.gram(G, G).tolist()
+    [[2.0, -2.0], [-2.0, 2.0]]
     """
 
     held: slice

@@ -77,6 +77,18 @@ class Inverse(ABC):
         ------
         UserError
             On all ranks, where a direction of no positive curvature is met.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from qnewton_mpi.core.exchange import AllgatherExchange
+        >>> from qnewton_mpi.parallel.communicator import Communicator
+        >>> curvatures = np.array([100.0, 2.0, 1.0])
+        >>> W = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
+        >>> inverse = InverseHessian(AllgatherExchange(Communicator(), 2, 3), W, W * curvatures, 1e-6)
+        >>> solution = inverse.solve(lambda q: curvatures * q, np.ones(3))
+        >>> solution.x.round(6).tolist(), solution.products  # the first is deflated: two eigenvalues are left
+        ([0.01, 0.5, 1.0], 2)
         """
         xp, dots = array_namespace(z), self.exchange.dots
         x, r = xp.zeros_like(z), z
@@ -125,6 +137,24 @@ class RitzInverse(Inverse):
     ritz : RitzPairs
     bulk : float, optional
         ν > 0, what curvature is taken for off the span; the smallest |λ_k| by default.
+
+    Raises
+    ------
+    UserError
+        On all ranks, where neither `bulk` nor the values give a ν > 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> curvatures = np.array([10.0, -5.0, 2.0, 2.0])
+    >>> exchange = AllgatherExchange(Communicator(), replicas=2, size=4)
+    >>> pairs = RitzPairs(exchange, np.random.default_rng(0).standard_normal((2, 4)))
+    >>> for _ in range(30):
+    ...     pairs.update(pairs.directions * curvatures)
+    >>> RitzInverse(pairs, bulk=2.0).apply(np.ones((1, 4))).round(6).tolist()
+    [[0.1, 0.2, 0.5, 0.5]]
     """
 
     def __init__(self, ritz: RitzPairs, bulk: float | None = None) -> None:

@@ -65,6 +65,18 @@ def noise_limited_rate(trend: LossTrend, noise: float) -> float:
     trend : LossTrend
     noise : float
         tr(P⁻¹C), C the covariance of the mean gradient.
+
+    Returns
+    -------
+    float
+        Infinite without noise.
+
+    Examples
+    --------
+    >>> trend = LossTrend()
+    >>> trend.add(1.0)  # a single loss has no slope: 2% of it
+    >>> round(noise_limited_rate(trend, noise=0.28), 6)
+    0.2
     """
     gain = max(trend.slope, LEAST_SLOPE * abs(trend.level))  # a loss may be negative, a rate may not
     return 4 * NOISE_SHARE * gain / noise if noise > 0 else float("inf")

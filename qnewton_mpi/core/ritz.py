@@ -43,9 +43,24 @@ class RitzPairs:
     values : (M,) float64
         Λ, ascending; none before the first update.
     vectors : (M, held)
-        R.
+        R, in the order of the values.
     residuals : (M,) float64
         ‖H r_k − λ_k r_k‖ of the last products.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> curvatures = np.array([10.0, -5.0, 1.0, 0.5])
+    >>> exchange = AllgatherExchange(Communicator(), replicas=2, size=4)
+    >>> pairs = RitzPairs(exchange, np.random.default_rng(0).standard_normal((2, 4)))
+    >>> for _ in range(30):
+    ...     pairs.update(pairs.directions * curvatures)
+    >>> pairs.values.round(6).tolist()
+    [-5.0, 10.0]
+    >>> pairs.apply(1 / pairs.values, np.ones(4)).round(6).tolist()  # H⁻¹ on their span, the identity off it
+    [0.1, -0.2, 1.0, 1.0]
     """
 
     state: ClassVar = {
@@ -98,6 +113,19 @@ def orthonormal(exchange: Exchange, rows: Array) -> Array:
     exchange : Exchange
     rows : (k, held)
         Linearly independent, to rounding. The result has no free signs, unlike that of an eigensolver.
+
+    Returns
+    -------
+    (k, held)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> rows = orthonormal(AllgatherExchange(Communicator(), 2, 3), np.array([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))
+    >>> rows.round(6).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     """
     for _ in range(2):
         squares, vectors = np.linalg.eigh(exchange.gram(rows, rows))

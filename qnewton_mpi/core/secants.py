@@ -112,6 +112,13 @@ def leading_eigenpairs(gram: Matrix, count: int) -> tuple[Matrix, Matrix]:
         Clipped at zero: a Gram matrix has no negative ones but for rounding.
     eigenvectors : (n, k) float64
         Orthonormal columns. Signs are fixed by making the entry of largest magnitude positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> values, vectors = leading_eigenpairs(np.diag([1.0, 9.0, 4.0]), 2)
+    >>> values.tolist(), vectors.T.tolist()
+    ([9.0, 4.0], [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     """
     values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]

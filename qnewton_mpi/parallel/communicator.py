@@ -42,6 +42,15 @@ class Communicator:
         Time spent in collectives on buffers, waiting included.
     notes : (2,) float64, optional
         Where this rank notes when it began its present phase, and which, for `Watchdog`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> communicator = Communicator()
+    >>> communicator.allreduce(np.full(2, 1.5)).tolist() == [1.5 * communicator.size] * 2
+    True
+    >>> communicator.from_root(lambda: "of rank 0")  # on every rank
+    'of rank 0'
     """
 
     def __init__(self, parent: MPI.Comm | None = None) -> None:

@@ -45,7 +45,10 @@ S = TypeVar("S", bound=Settings)
 
 
 class Optimizer(ABC, Generic[S]):
-    """One step at a time: `figures = optimizer.step(loss_and_gradient)`. Collective.
+    """One step at a time: `figures = optimizer.step(loss_and_gradient)`.
+
+    Building one is collective, and so are its methods but for `pieces`, `fixed_rate` and `normal`, and those that say
+    local.
 
     Parameters
     ----------
@@ -146,6 +149,12 @@ class Optimizer(ABC, Generic[S]):
     def step(self, loss_and_gradient: LossAndGradient) -> Figures:
         """Do one step.
 
+        Parameters
+        ----------
+        loss_and_gradient : LossAndGradient
+            Called for each replica of this rank, in their order, or its `at_once` for all; by methods that probe once
+            more, at other parameters.
+
         Returns
         -------
         dict
@@ -182,6 +191,17 @@ class Optimizer(ABC, Generic[S]):
         """Evaluate this rank's replicas at w̄ + their displacements; return their gradients (R, N) and the mean loss.
 
         The array of the gradients is used again at the next evaluation.
+
+        Parameters
+        ----------
+        loss_and_gradient : LossAndGradient
+        displacements : (R, N), optional
+            Of this rank's replicas.
+
+        Raises
+        ------
+        NonFiniteGradientError
+            On every rank.
         """
         local = self.exchange.local
         self.evaluations += self.exchange.replicas

@@ -66,6 +66,20 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
     ------
     UserError
         Where the replicas' losses differ at the same parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> curvatures = np.geomspace(1, 1000, 12)
+    >>> exchange = AllgatherExchange(Communicator(), replicas=4, size=12)
+    >>> optimizer = BlockBFGS(BlockBFGS.settings_type(), np.ones(12), exchange)
+    >>> def loss_and_gradient(w, replica):  # the same for all replicas
+    ...     return float(w @ (curvatures * w)) / 2, curvatures * w
+    >>> losses = [optimizer.step(loss_and_gradient)["loss"] for _ in range(12)]
+    >>> losses[-1] < 1e-6 * losses[0]
+    True
     """
 
     settings_type = BlockBFGSSettings

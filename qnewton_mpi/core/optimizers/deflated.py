@@ -35,6 +35,22 @@ class Deflated(Probing[DeflatedSettings]):
     with the Ritz pairs that the replicas track by probes. So w moves by α_N/|λ_k| along r_k: Newton's step where
     λ_k > 0, and away from the saddle where λ_k < 0 (Dauphin et al. 2014, arXiv 1406.2572). The rate "auto" is as for
     `momentum`, but that only curvature which is not deflated bounds it: 1/|λ| of the smallest Ritz value.
+
+    Examples
+    --------
+    The rate is far above the 2/100 at which descent along the first coordinate would diverge:
+
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> curvatures = np.array([100.0, 1.0, 1.0])
+    >>> exchange = AllgatherExchange(Communicator(), replicas=2, size=3)
+    >>> optimizer = Deflated(Deflated.settings_type(lr=0.1, probe_every=2), np.ones(3), exchange)
+    >>> def loss_and_gradient(w, replica):
+    ...     return float(w @ (curvatures * w)) / 2, curvatures * w
+    >>> figures = [optimizer.step(loss_and_gradient) for _ in range(100)]
+    >>> round(figures[-1]["largest_eigenvalue"], 1), figures[-1]["loss"] < 1e-3
+    (100.0, True)
     """
 
     settings_type = DeflatedSettings

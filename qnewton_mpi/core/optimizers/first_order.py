@@ -22,6 +22,17 @@ class SGD(Probing[SGDSettings]):
 
     The rate "auto" is that of `noise_limited_rate`, at most that of LeCun, Simard and Pearlmutter (1993), 1/λ_max, from
     probes. Only then are there any.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> exchange = AllgatherExchange(Communicator(), replicas=2, size=1)
+    >>> optimizer = SGD(SGD.settings_type(lr=0.5), np.array([1.0]), exchange)
+    >>> figures = optimizer.step(lambda w, replica: (float(w @ w) / 2, w + replica))  # gradients 1 and 2
+    >>> figures["loss"], optimizer.parameters.tolist()
+    (0.5, [0.25])
     """
 
     settings_type = SGDSettings
@@ -47,6 +58,17 @@ class Momentum(Probing[MomentumSettings]):
     """Heavy-ball momentum, v ← β v + ḡ, w ← w − α v; with `nesterov`, w ← w − α (ḡ + β v). As in PyTorch's SGD.
 
     The rate "auto" is as for SGD, but that the noise is that of α/(1 − β), at which the sum of the steps moves.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> exchange = AllgatherExchange(Communicator(), replicas=1, size=1)
+    >>> optimizer = Momentum(Momentum.settings_type(lr=0.1, momentum=0.5), np.array([0.0]), exchange)
+    >>> steps = [optimizer.step(lambda w, _: (float(w[0]), np.ones(1))) for _ in range(3)]  # down a slope of 1
+    >>> [round(figures["step_norm"], 3) for figures in steps]
+    [0.1, 0.15, 0.175]
     """
 
     settings_type = MomentumSettings
@@ -79,7 +101,22 @@ class AdamSettings(Settings):
 
 
 class Adam(Optimizer[AdamSettings]):
-    """Adam (Kingma and Ba 2015); with `nesterov`, NAdam (Dozat 2016), momentum schedule included, as in PyTorch."""
+    """Adam (Kingma and Ba 2015); with `nesterov`, NAdam (Dozat 2016), momentum schedule included, as in PyTorch.
+
+        m ← β₁ m + (1 − β₁) ḡ,   v ← β₂ v + (1 − β₂) ḡ²                 elementwise
+        w ← w − α [m/(1 − β₁ᵗ)]/[√(v/(1 − β₂ᵗ)) + ε]
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> exchange = AllgatherExchange(Communicator(), replicas=1, size=2)
+    >>> optimizer = Adam(Adam.settings_type(lr=0.1), np.zeros(2), exchange)
+    >>> figures = optimizer.step(lambda w, _: (0.0, np.array([100.0, -0.01])))
+    >>> optimizer.parameters.round(6).tolist()  # whatever the gradient's size
+    [-0.1, 0.1]
+    """
 
     settings_type = AdamSettings
     state: ClassVar = {**Optimizer.state, "first": Kind.HELD, "second": Kind.HELD, "product": Kind.SHARED}

@@ -34,6 +34,21 @@ class Fisher(NaturalGradient[FisherSettings]):
     L (rank × held) has the rows √λ_k u_k. The bulk, outside the span, moves at the rate α/ε. Where the replicas'
     gradients are all equal, F = 0 and the step is that of gradient descent at this rate. F is updated at every step
     until its rank is reached. Kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/method.md.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> x = np.random.default_rng(0).standard_normal((8, 32, 3)) * [1.0, 3.0, 10.0]
+    >>> def loss_and_gradient(w, replica):  # targets 1, of unit noise
+    ...     errors = x[replica] @ w - 1
+    ...     return float(errors @ errors) / 64, errors @ x[replica] / 32
+    >>> exchange = AllgatherExchange(Communicator(), replicas=8, size=3)
+    >>> optimizer = Fisher(Fisher.settings_type(rank=2), np.zeros(3), exchange, samples=32)
+    >>> figures = [optimizer.step(loss_and_gradient) for _ in range(20)]
+    >>> figures[-1]["kept_rank"], figures[-1]["loss"] < figures[0]["loss"]
+    (2, True)
     """
 
     settings_type = FisherSettings

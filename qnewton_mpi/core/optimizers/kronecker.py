@@ -58,6 +58,24 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     replicas: no products of activations, any layer whose parameters are a matrix, and F itself, where Shampoo and SOAP
     take a root of the second moment of the mean gradient. A numerical rate is meant for a batch of 256 and grows as
     √batch; "auto", the default, is `noise_limited_rate`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> random = np.random.default_rng(0)
+    >>> x, truth = random.standard_normal((8, 32, 3)), np.array([[1.0, 2.0, 3.0], [-1.0, 0.0, 1.0]])
+    >>> y = x @ truth.T + random.standard_normal((8, 32, 2))
+    >>> def loss_and_gradient(w, replica):  # a layer of 3 inputs and 2 outputs, targets of unit noise
+    ...     errors = x[replica] @ w.reshape(2, 3).T - y[replica]
+    ...     return float((errors**2).sum()) / 64, (errors.T @ x[replica] / 32).reshape(-1)
+    >>> exchange = AllgatherExchange(Communicator(), replicas=8, size=6)
+    >>> settings = Kronecker.settings_type(max_divergence=0.1)  # the default is for convnets
+    >>> optimizer = Kronecker(settings, np.zeros(6), exchange, samples=32, shapes=[(2, 3)])
+    >>> losses = [optimizer.step(loss_and_gradient)["loss"] for _ in range(50)]
+    >>> losses[0] > 9, losses[-1] < 1
+    (True, True)
     """
 
     settings_type = KroneckerSettings

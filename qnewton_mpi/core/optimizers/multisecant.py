@@ -35,6 +35,19 @@ class Multisecant(Optimizer[MultisecantSettings]):
 
     W = [w_i − w̄] and G = [g_i − ḡ] are the centred parameters and gradients of the replicas, GᵀG = V Σ² Vᵀ. Where the
     replicas span nothing (one replica, or all equal) the step is SGD's.
+
+    Examples
+    --------
+    Without noise, on the span of the displacements, the step of α = 1 is Newton's:
+
+    >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import AllgatherExchange
+    >>> from qnewton_mpi.parallel.communicator import Communicator
+    >>> settings = Multisecant.settings_type(lr=1.0, spread="random")
+    >>> optimizer = Multisecant(settings, np.array([3.0]), AllgatherExchange(Communicator(), replicas=2, size=1))
+    >>> figures = optimizer.step(lambda w, replica: (2 * float(w @ w), 4 * w))
+    >>> abs(optimizer.parameters.round(6).tolist()[0])
+    0.0
     """
 
     settings_type = MultisecantSettings
