@@ -27,7 +27,7 @@ export MPIEXEC
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: help run test test-slurm lint bench clean
+.PHONY: help run test test-slurm lint docs bench clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,11 +50,14 @@ lint: $(VENV)/.installed-dev  ## Check style (ruff) and types (mypy, strict)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## Build the documents as a site, docs/_build/html/index.html; a warning is an error
+	$(BIN)/python -m sphinx -E -n -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
+
 bench: $(VENV)/.installed-dev  ## Time steps against one Allreduce, the convnet's gradients beside PyTorch's
 	$(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi bench
 
-clean:  ## Remove the virtual environments and what the runs left
-	rm -rf .venv .venv-site $(RUNS)
+clean:  ## Remove the virtual environments, the built site, and what the runs left
+	rm -rf .venv .venv-site docs/_build $(RUNS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -67,4 +70,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),docs]'
 	touch $@

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from qnewton_mpi.cli import COMMANDS
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
@@ -50,6 +53,11 @@ def test_python_blocks_run_on_two_ranks(mpiexec, tmp_path, number):
     assert finished.returncode == 0, finished.stderr
     losses = [float(line) for line in finished.stdout.split()]
     assert losses[0] == losses[1] < 0.3
+
+
+def test_every_method_and_command_has_its_table_of_options():
+    tables = re.findall(r"```{options} (\S+)", (ROOT / "docs" / "options.md").read_text())
+    assert sorted(tables) == sorted([*OPTIMIZERS, *COMMANDS])
 
 
 def test_toml_example_is_accepted(qnewton, tmp_path):
