@@ -57,7 +57,7 @@ bench: $(VENV)/.installed-dev  ## Time steps against one Allreduce, the convnet'
 	$(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi bench
 
 clean:  ## Remove the virtual environments, the built site, and what the runs left
-	rm -rf .venv .venv-site docs/_build $(RUNS)
+	rm -rf .venv .venv-site .venv-gpu docs/_build $(RUNS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -159,14 +159,13 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     """
     training = config.training
     m = training.replicas or max(DEFAULT_REPLICAS, ranks)
-    auto = config.optimizer.lr == "auto"  # needs to see the noise
-    least = max(OPTIMIZERS[training.method].minimum_replicas, 2 if auto else 1)
+    least = OPTIMIZERS[training.method].least_replicas(config.optimizer)
     if m < ranks:
         raise UserError(
             f"{m} replicas on {ranks} ranks leave ranks idle: use --replicas {ranks} or more, or fewer ranks"
         )
     if m < least:
-        what = training.method + (" at the rate auto" if auto else "")
+        what = training.method + (" at the rate auto" if config.optimizer.lr == "auto" else "")
         raise UserError(f"{what} needs at least {least} replicas, not {m}: use --replicas {DEFAULT_REPLICAS}")
     if training.batch % m:
         nearest = max(m, round(training.batch / m) * m)

@@ -143,9 +143,9 @@ class QuasiNewton(torch.optim.Optimizer):
         replicas = replicas_per_rank * self.communicator.size
         if samples < 1 or replicas_per_rank < 1:
             raise UserError(f"samples={samples}, replicas_per_rank={replicas_per_rank}: both must be at least 1")
-        if replicas < kind.minimum_replicas:
+        if replicas < kind.least_replicas(options):
             raise UserError(
-                f"{method} needs {kind.minimum_replicas} replicas and has {replicas}: "
+                f"{method}, lr={options.lr}, needs {kind.least_replicas(options)} replicas and has {replicas}: "
                 "start more ranks with mpiexec, or say replicas_per_rank"
             )
         self._lr = 1.0 if isinstance(options.lr, str) else float(options.lr)

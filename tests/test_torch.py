@@ -143,7 +143,10 @@ def test_bad_use_is_told():
     several = {"samples": 16, "replicas_per_rank": 4}
     fails("no parameters", lambda: QuasiNewton([], **several))
     fails("start more ranks", lambda: QuasiNewton(model.parameters(), samples=16))
+    alone = {"samples": 16, "method": "sgd", "lr": "auto", "module": model}
+    fails("lr=auto, needs 2 replicas", lambda: QuasiNewton(model.parameters(), **alone))
     fails("must be one of", lambda: QuasiNewton(model.parameters(), method="newton", **several))
+    fails("for arrays on GPUs", lambda: QuasiNewton(model.parameters(), transport="nccl", **several))
     fails("unknown option 'dampening'", lambda: QuasiNewton(model.parameters(), dampening=1, **several))
     fails("pass module=model", lambda: QuasiNewton(model.parameters(), method="deflated", **several))
     fails("float16", lambda: QuasiNewton(perceptron().half().parameters(), **several))

@@ -122,6 +122,11 @@ class Optimizer(ABC, Generic[S]):
         return ()
 
     @classmethod
+    def least_replicas(cls, settings: S) -> int:
+        """Return how many replicas are needed; a rate "auto" sees their noise. Local."""
+        return max(cls.minimum_replicas, 2 if settings.lr == "auto" else 1)
+
+    @classmethod
     def traffic(cls, settings: S) -> Traffic:
         """Return what a step moves besides the new parameters. Local."""
         return Traffic()
