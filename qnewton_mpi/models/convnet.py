@@ -41,6 +41,8 @@ class Convnet:
     ----------
     size : int
         N, the number of parameters: 15,924 or 16,154.
+    parameter_shapes : list of tuple of int
+        Of the weights and biases that the flat parameters are made of, in their order.
 
     Examples
     --------
@@ -63,13 +65,10 @@ class Convnet:
         widths = (prod(second.output_shape), *DENSE_WIDTHS[input_shape], CLASSES)
         dense = [DenseShape(m, n, activated=n != CLASSES) for m, n in itertools.pairwise(widths)]
         self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *dense]
-        self.size = sum(prod(s.weight_shape) + s.output_shape[0] for s in self.shapes)
+        self.parameter_shapes = [shape for s in self.shapes for shape in (s.weight_shape, s.output_shape[:1])]
+        self.bounds = list(itertools.accumulate((prod(shape) for shape in self.parameter_shapes), initial=0))
+        self.size = self.bounds[-1]
         self._layers: dict[tuple[int, int], list[ConvPool | Dense]] = {}
-
-    @property
-    def parameter_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the weights and biases that the flat parameters are made of, in their order."""
-        return [shape for s in self.shapes for shape in (s.weight_shape, s.output_shape[:1])]
 
     def initial_parameters(self, seed: int) -> Array:
         """Return (N,): weights normal with variance 1/fan-in, biases zero.
@@ -116,19 +115,20 @@ class Convnet:
         """
         xp, (replicas, count) = self.xp, labels.shape
         losses, gradients = xp.zeros(replicas), xp.zeros((replicas, self.size), self.dtype)
-        part = xp.empty_like(gradients)  # of one block of samples
         every = parameters.reshape(-1, self.size)
         # As many replicas at a time as their samples make a block.
         for some in self._blocks(replicas, count):
-            weights, parts = self._unflatten(every[some] if len(every) > 1 else every), self._unflatten(part[some])
+            weights = self._unflatten(every[some] if len(every) > 1 else every)
             for block in self._blocks(count):
                 layers, logits = self._forward(weights, images[some, block])
                 nll, probabilities, hot = self._softmax(logits, labels[some, block])
                 losses[some] += xp.sum(nll, axis=1).real
                 d = (probabilities - hot) / count
                 for k in reversed(range(len(layers))):
-                    d = layers[k].backward(d, weights[k][0], *parts[k], need_dx=k > 0)
-                gradients[some] += part[some]
+                    d = layers[k].backward(d, weights[k][0], need_dx=k > 0)
+                parts = [part for layer in layers for part in (layer.dweight, layer.dbias)]
+                for part, (start, stop) in zip(parts, itertools.pairwise(self.bounds), strict=True):
+                    gradients[some, start:stop] += part.reshape(len(part), -1)
         return losses / count, gradients
 
     def evaluate(self, parameters: Array, images: Array, labels: Array) -> tuple[float, int]:
@@ -175,11 +175,9 @@ class Convnet:
         return self._layers[sizes]
 
     def _unflatten(self, flat: Array) -> list[tuple[Array, Array]]:
-        """Return views (R, …) of each layer's weight and bias in flat vectors (R, N)."""
-        views, start = [], 0
-        for shape in self.shapes:
-            middle = start + prod(shape.weight_shape)
-            stop = middle + shape.output_shape[0]
-            views.append((flat[:, start:middle].reshape(-1, *shape.weight_shape), flat[:, middle:stop]))
-            start = stop
-        return views
+        """Return each layer's weight and bias, (R, …), of flat vectors (R, N)."""
+        parts = [
+            flat[:, start:stop].reshape(-1, *shape)
+            for shape, (start, stop) in zip(self.parameter_shapes, itertools.pairwise(self.bounds), strict=True)
+        ]
+        return list(itertools.pairwise(parts))[::2]

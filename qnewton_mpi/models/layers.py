@@ -3,8 +3,9 @@
 So elementwise work runs over long rows, and a product of matrices is R products, one for each replica's samples, whose
 weight gradients stay apart. Weights are (R, …), or (1, …) for all replicas.
 
-A layer keeps the buffers of one R and B and reuses them; `forward` must precede `backward`. Written for NumPy and CuPy
-alike through one namespace `xp`, with `out=` wherever both have it. Arrays returned are the layer's own buffers.
+A layer keeps the buffers of one R and B and reuses them; `forward` must precede `backward`, which leaves the gradients
+of the weights in `dweight` and `dbias`. Written for NumPy and CuPy alike through one namespace `xp`, with `out=` wherever
+both have it. Arrays returned are the layer's own buffers.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class Dense:
         self.a = xp.empty((replicas, shape.outputs, batch), dtype)
         self.work = xp.empty_like(self.a)
         self.dx = xp.empty((replicas, shape.inputs, batch), dtype)
+        self.dweight = xp.empty((replicas, *shape.weight_shape), dtype)
+        self.dbias = xp.empty((replicas, shape.outputs), dtype)
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
         self.x = x.reshape(self.dx.shape)
@@ -109,12 +112,12 @@ class Dense:
             self.activation.apply(self.a)
         return self.a
 
-    def backward(self, da: Array, weight: Array, dweight: Array, dbias: Array, need_dx: bool) -> Array | None:
+    def backward(self, da: Array, weight: Array, need_dx: bool) -> Array | None:
         da = da.reshape(self.a.shape)
         if self.shape.activated:
             self.activation.pull_back(self.a, da, self.work)
-        self.xp.matmul(da, transposed(self.x), out=dweight)
-        self.xp.sum(da, axis=-1, out=dbias)
+        self.xp.matmul(da, transposed(self.x), out=self.dweight)
+        self.xp.sum(da, axis=-1, out=self.dbias)
         return self.xp.matmul(transposed(weight), da, out=self.dx) if need_dx else None
 
 
@@ -145,6 +148,8 @@ class ConvPool:
         self.work = xp.empty((replicas, filters, positions), dtype)
         self.mask = xp.empty((replicas, filters, positions), bool)
         self.dx = xp.zeros((replicas, channels, height, width, batch), dtype)
+        self.dweight = xp.empty((replicas, *shape.weight_shape), dtype)
+        self.dbias = xp.empty((replicas, filters), dtype)
 
     def forward(self, x: Array, weight: Array, bias: Array) -> Array:
         xp = self.xp
@@ -161,11 +166,11 @@ class ConvPool:
         self.activation.apply(a)
         return self.a
 
-    def backward(self, da: Array, weight: Array, dweight: Array, dbias: Array, need_dx: bool) -> Array | None:
+    def backward(self, da: Array, weight: Array, need_dx: bool) -> Array | None:
         xp, outputs, pairs = self.xp, self.outputs, self.pairs
         da = da.reshape(self.work.shape)
         self.activation.pull_back(self.a.reshape(self.work.shape), da, self.work)
-        xp.sum(da, axis=-1, out=dbias)
+        xp.sum(da, axis=-1, out=self.dbias)
         # The gradient goes to the first of the four that attains the maximum, as in other libraries.
         xp.greater_equal(outputs[:, 0], outputs[:, 1], out=self.mask)
         first_of_top = self.mask.copy()
@@ -179,9 +184,9 @@ class ConvPool:
             xp.subtract(pairs[:, pair], outputs[:, 2 * pair], out=outputs[:, 2 * pair + 1])
         doutputs = self._output_rows()
         xp.matmul(doutputs, transposed(self._patch_rows()), out=self._as_matrices(self.dfilters))
-        dweight[...] = 0
+        self.dweight[...] = 0
         for shifted, dy, dx in self._shifts(self.dfilters):
-            dweight += shifted[..., dy : dy + self.shape.kernel, dx : dx + self.shape.kernel]
+            self.dweight += shifted[..., dy : dy + self.shape.kernel, dx : dx + self.shape.kernel]
         if not need_dx:
             return None
         # The patches are no longer needed: their buffer takes their gradient.

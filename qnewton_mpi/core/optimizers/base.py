@@ -210,17 +210,17 @@ class Optimizer(ABC, Generic[S]):
         """
         local = self.exchange.local
         self.evaluations += self.exchange.replicas
-        points = self.parameters if displacements is None else self.parameters + displacements
         at_once = getattr(loss_and_gradient, "at_once", None)
         self.exchange.communicator.enter("gradient")
         started = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told below, once
             if at_once:
+                points = self.parameters if displacements is None else self.parameters + displacements
                 losses, self.gradients[...] = at_once(points, local)
             else:
                 losses = np.empty(len(local))
                 for r, replica in enumerate(local):
-                    point = points if displacements is None else points[r, :]
+                    point = self.parameters if displacements is None else self.parameters + displacements[r, :]
                     losses[r], gradient = loss_and_gradient(point, replica)
                     if gradient is not self.rows[r]:
                         self.gradients[r, :] = gradient
