@@ -23,7 +23,7 @@ from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 FIRST_UPDATES = 10
-LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, the damping stays as if the loss were this
+LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, damping and bound stay as if the loss were this
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 
 
@@ -34,7 +34,7 @@ class KroneckerSettings(NaturalGradientSettings):
     lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
     damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
-    max_divergence: float = setting(0.0003, DIVERGENCE_HELP, POSITIVE)
+    max_divergence: float = setting(0.0003, f"for each nat of the loss, {DIVERGENCE_HELP}", POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)
 
 
@@ -71,7 +71,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     ...     errors = x[replica] @ w.reshape(2, 3).T - y[replica]
     ...     return float((errors**2).sum()) / 64, (errors.T @ x[replica] / 32).reshape(-1)
     >>> exchange = AllgatherExchange(Communicator(), replicas=8, size=6)
-    >>> settings = Kronecker.settings_type(max_divergence=0.1)  # the default is for convnets
+    >>> settings = Kronecker.settings_type(max_divergence=0.1)  # the default is for deep networks
     >>> optimizer = Kronecker(settings, np.zeros(6), exchange, samples=32, shapes=[(2, 3)])
     >>> losses = [optimizer.step(loss_and_gradient)["loss"] for _ in range(50)]
     >>> losses[0] > 9, losses[-1] < 1
@@ -104,7 +104,17 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     @property
     def damping(self) -> float:
         """ε, relative to the recent loss: F, a covariance of gradients, shrinks as the loss does."""
-        return self.settings.damping * max(self.trend.level, LEAST_LOSS)
+        return super().damping * self.level
+
+    @property
+    def divergence(self) -> float:
+        """δ, relative to the recent loss: where ε is, so that √(2δ/ε), the longest step off F's span, stays the same."""
+        return super().divergence * self.level
+
+    @property
+    def level(self) -> float:
+        """The recent loss, in nats."""
+        return max(self.trend.level, LEAST_LOSS)
 
     def fixed_rate(self, rate: float) -> float:
         return rate * math.sqrt(self.batch / BATCH)

@@ -77,8 +77,7 @@ class NaturalGradient(Optimizer[S]):
         dz, known = self.product_and_known(d, z)
         if self.adaptive:
             self.adapt(known / self.batch)
-        divergence = self.settings.max_divergence * math.sqrt(self.batch / BATCH)
-        bound = math.sqrt(2 * divergence / dz) if dz > 0 else 0.0
+        bound = math.sqrt(2 * self.divergence / dz) if dz > 0 else 0.0
         wanted, self.rate = self.rate, min(self.rate, bound)
         figures = {
             "loss": loss,
@@ -105,6 +104,11 @@ class NaturalGradient(Optimizer[S]):
     def damping(self) -> float:
         """ε of this step."""
         return self.settings.damping
+
+    @property
+    def divergence(self) -> float:
+        """δ, the bound of this step's predicted KL divergence in nats."""
+        return self.settings.max_divergence * math.sqrt(self.batch / BATCH)
 
     @property
     def batch(self) -> int:
