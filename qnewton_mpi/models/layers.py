@@ -4,8 +4,8 @@ So elementwise work runs over long rows, and a product of matrices is R products
 weight gradients stay apart. Weights are (R, …), or (1, …) for all replicas.
 
 A layer keeps the buffers of one R and B and reuses them; `forward` must precede `backward`, which leaves the gradients
-of the weights in `dweight` and `dbias`. Written for NumPy and CuPy alike through one namespace `xp`, with `out=` wherever
-both have it. Arrays returned are the layer's own buffers.
+of the weights in `dweight` and `dbias`. Written for NumPy and CuPy alike through one namespace `xp`, with `out=`
+wherever both have it. Arrays returned are the layer's own buffers.
 """
 
 from __future__ import annotations

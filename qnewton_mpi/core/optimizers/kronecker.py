@@ -108,7 +108,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     @property
     def divergence(self) -> float:
-        """δ, relative to the recent loss: where ε is, so that √(2δ/ε), the longest step off F's span, stays the same."""
+        """δ, relative to the recent loss, as ε is: so √(2δ/ε), the longest step off F's span, stays the same."""
         return super().divergence * self.level
 
     @property
