@@ -147,6 +147,21 @@ def test_fisher_bounds_the_divergence_of_a_step(communicator):
     np.testing.assert_allclose(steps[1], steps[2], rtol=1e-6)
 
 
+@pytest.mark.parametrize("loss", [1e-5, 0.2, 20.0])
+def test_kronecker_bounds_the_divergence_relative_to_the_loss(communicator, loss):
+    """½ Δwᵀ (F + ε I) Δw = −½ α Δwᵀḡ without momentum; ε and the bound are in proportion, down to a thousandth of a nat."""
+    problem = Quadratic(SIZE, REPLICAS)
+    options = {"lr": 1e6, "momentum": 0.0, "max_divergence": 3e-4, "damping": 7e-3}
+    optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, **options)
+    figures = optimizer.step(lambda w, replica: (loss, problem(w, replica)[1]))
+    mean = np.mean([problem(problem.start, i)[1] for i in range(REPLICAS)], axis=0)
+    step = np.array(optimizer.parameters) - problem.start
+    level = max(loss, 1e-3)
+    assert figures["shrink"] < 1
+    assert figures["rate"] * -(step @ mean) / 2 == pytest.approx(3e-4 * level * np.sqrt(4 * REPLICAS / 256))
+    assert figures["damping"] == pytest.approx(7e-3 * level)
+
+
 def test_kronecker_is_its_equation(communicator):
     """One layer of 3 × (3 + bias); statistics in the old bases, which then take a step of orthogonal iteration."""
     problem = Quadratic(SIZE, REPLICAS)
