@@ -89,6 +89,9 @@ def build_parser() -> Parser:
     comparing.add_argument(
         "--ranks-per-run", type=int, default=1, metavar="N", help="the ranks of each run (default 1)"
     )
+    comparing.add_argument(
+        "--again", default="", metavar="PATTERN", help="run the rows of such names once more, as 'kronecker*'"
+    )
 
     reporting = commands.add_parser("report", help="the table (.md) and figure (.png) of a study", allow_abbrev=False)
     reporting.add_argument("study", metavar="STUDY.h5")
@@ -205,7 +208,7 @@ def compare_command(command: argparse.Namespace, communicator: Communicator) -> 
     """Run a study."""
     from qnewton_mpi.studies.compare import compare
 
-    compare(command.plan, Path(command.output), command.ranks_per_run, communicator)
+    compare(command.plan, Path(command.output), command.ranks_per_run, communicator, command.again)
     if communicator.rank == 0:
         print(f"written to {command.output}; next: qnewton-mpi report {command.output}", flush=True)
 

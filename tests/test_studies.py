@@ -138,6 +138,13 @@ def test_a_study_cut_off_goes_on_to_the_same_content(mpiexec, tmp_path):
     assert len(told) == 2
     assert all("fisher replicas=8" in line for line in told)
 
+    before = contents(tmp_path / "cut.h5")
+    once_more = mpiexec(2, *command("cut.h5"), "--again", "fisher*=8")
+    assert once_more.returncode == 0, once_more.stderr
+    assert len(once_more.stderr.splitlines()) == 2
+    assert "fisher replicas=8" in once_more.stderr.splitlines()[0]
+    assert before.keys() == contents(tmp_path / "cut.h5").keys()
+
     results = {result.name: result for result in read_results(tmp_path / "cut.h5")}
     assert set(results) == {"SGD", "diverges", "fisher replicas=2", "fisher replicas=8"}
     assert results["diverges"].diverged == 2

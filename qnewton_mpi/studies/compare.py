@@ -18,7 +18,7 @@ from qnewton_mpi.training.loop import load_data, train
 from qnewton_mpi.training.runfile import rate_text
 
 
-def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator) -> None:
+def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator, again: str = "") -> None:
     """Run what is missing of a study and write its file. Collective.
 
     Parameters
@@ -29,13 +29,15 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator)
     ranks_per_run : int
         The world is cut into groups of so many ranks, each doing a run at a time.
     world : Communicator
+    again : str, optional
+        Rows whose names fit this pattern are run once more, as after a change of their method.
 
     Raises
     ------
     UserError
         On every rank, for data that cannot be had and files that cannot be written.
     """
-    store = Store(output)
+    store = Store(output, again)
     world.from_root(store.open)
     for data in {(row.options.get("data"), row.options.get("data_dir")) for row in study.rows}:
         options = dict(zip(("data", "data_dir"), data, strict=True))

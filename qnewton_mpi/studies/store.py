@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ class Store:
     ----------
     output : Path
         STUDY.h5: a group for each run, with its attributes and its /epochs.
+    again : str, optional
+        Of rows whose names fit this pattern (as a shell's), the runs in STUDY.h5 count as not there.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
+    def __init__(self, output: Path, again: str = "") -> None:
+        self.output, self.again = output, again
         self.folder = output.with_suffix(".runs")
 
     def open(self) -> None:
@@ -111,7 +114,9 @@ class Store:
         if not self.output.exists():
             return None
         with h5py.File(self.output) as file:
-            return Run.of_group(self.output, file[name]) if name in file else None
+            if name not in file or fnmatchcase(file[name].attrs["row"], self.again):
+                return None
+            return Run.of_group(self.output, file[name])
 
 
 def read_runs(path: Path) -> list[Run]:
