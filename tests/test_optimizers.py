@@ -149,7 +149,7 @@ def test_fisher_bounds_the_divergence_of_a_step(communicator):
 
 @pytest.mark.parametrize("loss", [1e-5, 0.2, 20.0])
 def test_kronecker_bounds_the_divergence_relative_to_the_loss(communicator, loss):
-    """½ Δwᵀ (F + ε I) Δw = −½ α Δwᵀḡ without momentum; ε and the bound are in proportion, down to a thousandth of a nat."""
+    """½ Δwᵀ (F + ε I) Δw = −½ α Δwᵀḡ without momentum; ε and bound are in proportion to the loss from 0.001 nats on."""
     problem = Quadratic(SIZE, REPLICAS)
     options = {"lr": 1e6, "momentum": 0.0, "max_divergence": 3e-4, "damping": 7e-3}
     optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, **options)
