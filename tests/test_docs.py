@@ -1,5 +1,6 @@
 """What the README and the documents show runs."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -24,6 +25,8 @@ DOCUMENTS = [(path.name, k) for path in sorted((ROOT / "docs").glob("*.md")) for
 def test_blocks_of_documents_run_on_two_ranks(mpiexec, qnewton, tmp_path, name, number):
     block, program = blocks_of(ROOT / "docs" / name)[number], tmp_path / "block.py"
     program.write_text(block)
+    if "import jax" in block and importlib.util.find_spec("jax") is None:
+        pytest.skip("needs jax")
     if "runs/kronecker.h5" in block:  # of `make run`
         qnewton(1, "train", "--steps", "2", "--output", "runs/kronecker.h5", cwd=tmp_path)
     finished = mpiexec(2, program, cwd=tmp_path)
@@ -40,6 +43,24 @@ def test_example_with_a_transformer(mpiexec):
     finished = mpiexec(2, ROOT / "examples" / "characters.py", "--steps", "50")
     assert finished.returncode == 0, finished.stderr
     assert float(re.search(r"step 50: ([\d.]+) nats", finished.stdout)[1]) < 4.0  # of equal probabilities: 4.6
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_example_with_gradients_in_numpy(mpiexec, ranks):
+    finished = mpiexec(ranks, ROOT / "examples" / "logistic_regression.py", "60", "kronecker")
+    assert finished.returncode == 0, finished.stderr
+    first, last = map(float, re.findall(r"\d\.\d+", finished.stdout))
+    assert last < 0.25 * first
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_example_with_a_differential_equation(mpiexec, ranks):
+    finished = mpiexec(ranks, ROOT / "examples" / "pde_fit.py")
+    assert finished.returncode == 0, finished.stderr
+    first, last, error = map(float, re.findall(r"\d+\.\d+", finished.stdout))
+    assert first > 2
+    assert abs(last - 0.497025) < 1e-6  # the minimum
+    assert error < 2.5  # %
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
