@@ -1,6 +1,7 @@
 """What the README and the documents show runs."""
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def test_example_with_a_differential_equation(mpiexec, ranks):
     assert first > 2
     assert abs(last - 0.497025) < 1e-6  # the minimum
     assert error < 2.5  # %
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_example_of_an_autoencoder(mpiexec, ranks):
+    arguments = "--method", "adam", "--lr", "0.01", "--widths", "32", "8", "--steps", "50"
+    finished = mpiexec(ranks, ROOT / "examples" / "autoencoder.py", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert float(re.search(r"test ([\d.]+)", finished.stdout)[1]) < 0.65 * 784 * math.log(2)  # of grey pixels
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
