@@ -62,7 +62,7 @@ def victim(rank: int, step: int, phase: str, started: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    call, one_step, sync = loop.ReplicaLoss.__call__, loop.Run.step, checkpoint._sync
+    call, one_step, sync = loop.ReplicaLoss.at_once, loop.Run.step, checkpoint._sync
 
     def gradient(self: loop.ReplicaLoss, *arguments: object) -> object:
         here["step"] = self.step + 1
@@ -81,7 +81,7 @@ def victim(rank: int, step: int, phase: str, started: Path) -> None:
             die("save: renamed")
         sync(path)
 
-    loop.ReplicaLoss.__call__ = gradient  # type: ignore[assignment,method-assign]
+    loop.ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
     loop.Run.step = whole_step  # type: ignore[method-assign]
     checkpoint._sync = syncing
     before(loop.Run, "evaluate", "evaluation")

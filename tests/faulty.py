@@ -19,11 +19,11 @@ from mpi4py import MPI  # noqa: E402
 from qnewton_mpi import cli  # noqa: E402
 from qnewton_mpi.training.loop import ReplicaLoss, Run  # noqa: E402
 
-gradient, check = ReplicaLoss.__call__, Run.check_replicas
+gradients, check = ReplicaLoss.at_once, Run.check_replicas
 
 
-def faulty_gradient(self, parameters, replica):
-    loss, found = gradient(self, parameters, replica)
+def faulty_gradients(self, parameters, replicas):
+    losses, found = gradients(self, parameters, replicas)
     if fault == "sleep" and rank == 1 and self.step == 6:
         time.sleep(60)
     if rank == 0 and self.step == 6 and fault == "stop-in-collective":
@@ -31,7 +31,7 @@ def faulty_gradient(self, parameters, replica):
     if rank == 1 and self.step == 6 and fault.startswith("stop"):
         threading.Timer(0.3 * (fault != "stop"), os.kill, (os.getpid(), signal.SIGSTOP)).start()
         time.sleep(0.1 * (fault == "stop"))
-    return loss, found * (np.nan if fault == "nan" and rank == 1 and self.step == 6 else 1)
+    return losses, found * (np.nan if fault == "nan" and rank == 1 and self.step == 6 else 1)
 
 
 def drifting_check(self):
@@ -42,5 +42,5 @@ def drifting_check(self):
 
 if __name__ == "__main__":
     fault, rank = sys.argv[1], MPI.COMM_WORLD.rank
-    ReplicaLoss.__call__, Run.check_replicas = faulty_gradient, drifting_check
+    ReplicaLoss.at_once, Run.check_replicas = faulty_gradients, drifting_check
     sys.exit(cli.run(sys.argv[2:]))
