@@ -177,7 +177,7 @@ class Optimizer(ABC, Generic[S]):
         mean, direction, figures = self.direction(loss_and_gradient)
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
-        gg, dd, gd = self.exchange.dots((mean, mean), (direction, direction), (mean, direction))
+        gg, dd, gd = self.products(mean, direction)
         norms = math.sqrt(gg * dd)
         cosine = gd / norms if norms > 0 else math.nan
         return {
@@ -187,6 +187,11 @@ class Optimizer(ABC, Generic[S]):
             "rate": self.rate,
             **figures,
         }
+
+    def products(self, mean: Array, direction: Array) -> tuple[float, float, float]:
+        """Return ḡᵀḡ, dᵀd and ḡᵀd of this step. Collective."""
+        gg, dd, gd = self.exchange.dots((mean, mean), (direction, direction), (mean, direction))
+        return gg, dd, gd
 
     @abstractmethod
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
@@ -237,9 +242,9 @@ class Optimizer(ABC, Generic[S]):
         self.square = float(everyone[:, 1].mean())  # of a gradient's norm, mean over the replicas
         return self.gradients, float(everyone[:, 0].mean())
 
-    def noise(self, mean: Array) -> float:
-        """Return tr C, C the covariance of the mean gradient ḡ, from the M replicas that were evaluated last."""
-        return (self.square - self.exchange.dots((mean, mean))[0]) / (self.exchange.replicas - 1)
+    def noise(self, gg: float) -> float:
+        """Return tr C, C the covariance of the mean gradient, from ḡᵀḡ and the M replicas that were evaluated last."""
+        return (self.square - gg) / (self.exchange.replicas - 1)
 
     def normal(self, step: int) -> Array:
         """Return standard normal numbers (M, held) from the seed and the step alone."""

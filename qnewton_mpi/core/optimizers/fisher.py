@@ -97,6 +97,8 @@ class Fisher(NaturalGradient[FisherSettings]):
         values = values[values > n * float(self.xp.finfo(G.dtype).eps) * values[0]]
         self.eigenvalues = values
         self.factor = to_device(vectors[:, : len(values)].T, G) @ columns
+        rest = max(0.0, self.trace - float(values.sum()))  # what the rank cuts off, in the bulk
+        self.known = float((values / (values + self.damping)).sum()) + rest / self.damping
         return mean
 
     def apply_inverse(self, z: Array) -> Array:
@@ -104,11 +106,6 @@ class Fisher(NaturalGradient[FisherSettings]):
         projections = self.exchange.gram(self.factor, z[None, :])[:, 0]
         coefficients = to_device(projections / (self.eigenvalues + damping), z)
         return (z - coefficients @ self.factor) / damping
-
-    def product_and_known(self, d: Array, z: Array) -> tuple[float, float]:
-        rest = max(0.0, self.trace - float(self.eigenvalues.sum()))
-        known = float((self.eigenvalues / (self.eigenvalues + self.damping)).sum()) + rest / self.damping
-        return self.exchange.dots((d, z))[0], known
 
     def spectrum(self) -> Figures:
         values = self.eigenvalues

@@ -24,6 +24,8 @@ from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 FIRST_UPDATES = 10
 LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, damping and bound stay as if the loss were this
+DAMPING_SHARE = 0.3  # of a layer's mean V: more would hide the layer's curvature
+LEAST_DAMPING = 1e-3  # of ε, for a layer whose gradients vanish
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 
 
@@ -32,9 +34,9 @@ class KroneckerSettings(NaturalGradientSettings):
     """Settings of `kronecker`."""
 
     lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
-    damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss", POSITIVE)
+    damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss; at most 0.3 of a layer's mean V", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
-    max_divergence: float = setting(0.0003, f"for each nat of the loss, {DIVERGENCE_HELP}", POSITIVE)
+    max_divergence: float = setting(0.00015, f"for each nat of the loss, {DIVERGENCE_HELP}", POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)
 
 
@@ -46,7 +48,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         A = Σ_i X_iᵀ X_i,  Q_A ← qr((A + ρ I) Q_A)     running means, and their eigenbases by
         B = Σ_i X_i X_iᵀ,  Q_B ← qr((B + ρ I) Q_B)     orthogonal iteration
         V = Σ_i (Q_Bᵀ X_i Q_A)²                        elementwise: F's diagonal in this basis
-        (F + ε I)⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + ε)] Q_Aᵀ
+        (F + ε I)⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + min(ε, 0.3 mean V))] Q_Aᵀ
 
     Where all ranks hold everything, no columns cross the network: each rank keeps running sums over its own replicas, V
     is added up by an Allreduce at an update, A and B only when the bases move. Where each rank holds some of the
@@ -79,7 +81,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     """
 
     settings_type = KroneckerSettings
-    state: ClassVar = {**NaturalGradient.state, "variances": Kind.HELD, "largest": Kind.SHARED}
+    state: ClassVar = {**NaturalGradient.state, "inverse": Kind.HELD, "largest": Kind.SHARED}
     figures = (*Optimizer.figures, "damping", "clip", "shrink", "largest_eigenvalue")
 
     @classmethod
@@ -95,7 +97,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         held = self.exchange.held
         inside = [shape for shape in layer_shapes(self.shapes) if held.start <= shape.start and shape.stop <= held.stop]
         self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
-        self.variances = self.xp.zeros_like(self.held)
+        self.inverse = self.xp.zeros_like(self.held)  # 1/(V + ε), as of the last update
         self.largest = 0.0  # of V
 
     def parts(self) -> Mapping[str, Any]:
@@ -131,19 +133,21 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
             for layer in self.layers:
                 layer.renew_bases(self.exchange.total)
         own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
-        self.variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
-        self.trace = self.exchange.dots((self.variances, self.xp.ones_like(self.variances)))[0]
-        self.largest = self.exchange.largest(float(self.xp.max(self.variances)) if own else 0.0)
+        variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
+        inverses = [1 / (v + self.least(v)) for v in (variances[layer.span] for layer in self.layers)]
+        self.inverse = self.xp.concat([self.held[:0], *inverses])
+        ones = self.xp.ones_like(variances)
+        self.trace, self.known = self.exchange.dots((variances, ones), (variances, self.inverse))
+        self.largest = self.exchange.largest(float(self.xp.max(variances)) if own else 0.0)
         return mean
 
+    def least(self, variances: Array) -> Array:
+        """Return what is added to V of a layer: ε, at most a share of the mean of V."""
+        return self.xp.clip(DAMPING_SHARE * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
+
     def apply_inverse(self, z: Array) -> Array:
-        self.inverse = 1 / (self.variances + self.damping)
         parts = [layer.scale(z[layer.span], self.inverse[layer.span]) for layer in self.layers]
         return self.xp.concat([z[:0], *parts])
-
-    def product_and_known(self, d: Array, z: Array) -> tuple[float, float]:
-        dz, known = self.exchange.dots((d, z), (self.variances, self.inverse))
-        return dz, known
 
     def spectrum(self) -> Figures:
         return {"largest_eigenvalue": self.largest}

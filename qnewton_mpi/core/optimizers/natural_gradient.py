@@ -52,12 +52,14 @@ class NaturalGradient(Optimizer[S]):
         "moment": Kind.HELD,
         "updates": Kind.SHARED,
         "trace": Kind.SHARED,
+        "known": Kind.SHARED,
     }
 
     def start(self) -> None:
         self.moment = self.xp.zeros_like(self.held)
         self.updates = 0
         self.trace = 0.0  # of F
+        self.known = 0.0  # tr((F + ε I)⁻¹F), as of the last update: the noise of one sample
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         gradients, loss = self.evaluate(loss_and_gradient)
@@ -68,15 +70,17 @@ class NaturalGradient(Optimizer[S]):
         else:
             mean = self.exchange.mean(gradients)
 
-        beta, t, clip = self.settings.momentum, self.steps, self.clip(mean)
+        gg = self.exchange.dots((mean, mean))[0]
+        beta, t, clip = self.settings.momentum, self.steps, self.clip(gg)
         g = clip * mean if clip < 1 else mean
         self.moment = combination(beta, self.moment, 1 - beta, g)
         unbiased = 1 / (1 - beta ** (t + 1))
         z = combination(beta * unbiased, self.moment, (1 - beta) * unbiased, g)
         d = self.apply_inverse(z)
-        dz, known = self.product_and_known(d, z)
+        dz, dd, gd = self.exchange.dots((d, z), (d, d), (mean, d))
+        self.norms = gg, dd, gd
         if self.adaptive:
-            self.adapt(known / self.batch)
+            self.adapt(self.known / self.batch)
         bound = math.sqrt(2 * self.divergence / dz) if dz > 0 else 0.0
         wanted, self.rate = self.rate, min(self.rate, bound)
         figures = {
@@ -88,14 +92,18 @@ class NaturalGradient(Optimizer[S]):
         }
         return mean, d, figures
 
-    def clip(self, mean: Array) -> float:
+    def products(self, mean: Array, direction: Array) -> tuple[float, float, float]:
+        """Return ḡᵀḡ, dᵀd and ḡᵀd of this step, which are known. Local."""
+        return self.norms
+
+    def clip(self, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
 
         F is a mean over the past. Where nearly all samples are learnt, it is far below the gradient of a batch with one
-        that is not, and a step along that would be as much too long, and those of the momentum after it. Collective.
+        that is not, and a step along that would be as much too long, and those of the momentum after it. Local.
         """
-        noise = self.noise(mean)
-        rounding = 100 * float(self.xp.finfo(mean.dtype).eps) * self.square
+        noise = self.noise(gg)
+        rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * self.square
         if self.trace == 0 or noise <= rounding:
             return 1.0
         return min(1.0, math.sqrt(OUTLIER * self.trace / (self.batch * noise)))
@@ -131,15 +139,11 @@ class NaturalGradient(Optimizer[S]):
 
     @abstractmethod
     def update(self, gradients: Array) -> Array:
-        """Take this rank's gradients, (R, N), into F; return the mean gradient, (held,). Collective."""
+        """Take this rank's gradients, (R, N), into F, set `trace` and `known`; return ḡ, (held,). Collective."""
 
     @abstractmethod
     def apply_inverse(self, z: Array) -> Array:
         """Return (F + ε I)⁻¹ z for a held vector. Collective."""
-
-    @abstractmethod
-    def product_and_known(self, d: Array, z: Array) -> tuple[float, float]:
-        """Return dᵀz and tr((F + ε I)⁻¹F), the directions that F knows: the noise of one sample. Collective."""
 
     @abstractmethod
     def spectrum(self) -> Figures:

@@ -73,7 +73,7 @@ class Probing(Optimizer[S]):
     ) -> None:
         """Probe if it is due, then set the rate to min((1 − β) α_noise, 1/|λ|), for a momentum β and the chosen |λ|."""
         self.trend.add(loss)
-        noise = self.noise(mean)
+        noise = self.noise(self.exchange.dots((mean, mean))[0])
         self.probe_if_due(loss_and_gradient)
         self.adapt(noise / (1 - momentum), 1 / self.curvature(choose))
 
