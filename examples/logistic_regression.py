@@ -7,13 +7,10 @@ import sys
 
 import numpy as np
 
-from qnewton_mpi.core.exchange import AllgatherExchange
-from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.core.settings import build
+from qnewton_mpi.core.create import create
 from qnewton_mpi.data import datasets
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 
-steps, method, *settings = sys.argv[1:] or ["200", "kronecker"]
+steps, method, *words = sys.argv[1:] or ["200", "kronecker"]
 train, samples, replicas = datasets.load(datasets.EMBEDDED, None).train, 64, 8
 
 
@@ -29,10 +26,8 @@ def loss_and_gradient(w, replica):
     return -logp[range(samples), labels].mean(), (residuals.T @ inputs / samples).ravel()
 
 
-abort_on_exception(communicator := Communicator())
-kind, exchange = OPTIMIZERS[method], AllgatherExchange(communicator, replicas, size=7850)
-options = build(kind.settings_type, dict(setting.split("=") for setting in settings))
-optimizer = kind(options, np.zeros(7850, np.float32), exchange, samples, shapes=[(10, 785)])
+settings, start = dict(word.split("=") for word in words), np.zeros(7850, np.float32)
+optimizer = create(method, start, replicas, samples, shapes=[(10, 785)], **settings)
 losses = [optimizer.step(loss_and_gradient)["loss"] for _ in range(int(steps))]
-if communicator.rank == 0:
+if optimizer.exchange.communicator.rank == 0:
     print(f"loss {losses[0]:.4f}, mean of the last 20 steps {np.mean(losses[-20:]):.4f}")

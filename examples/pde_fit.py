@@ -7,12 +7,9 @@ import sys
 
 import numpy as np
 
-from qnewton_mpi.core.exchange import AllgatherExchange
-from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.core.settings import build
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.core.create import create
 
-steps, method, *settings = sys.argv[1:] or ["200", "kronecker", "max_divergence=0.1"]
+steps, method, *words = sys.argv[1:] or ["200", "kronecker", "max_divergence=0.1"]
 random, x, noise = np.random.default_rng(0), np.linspace(0, 1, 41), 0.2
 truth, D = np.exp(np.sin(6 * x) + np.cos(5 * x) / 2), 41 * (np.eye(41, 40) - np.eye(41, 40, -1))  # u = 0 at both ends
 L = np.column_stack([np.ones(41), 0.1 * np.tri(41)[:, 1:]])  # log k = L w: for normal w a random walk along x
@@ -36,10 +33,8 @@ def loss_and_gradient(w, replica):
 
 starts = np.sin(np.pi * np.outer(x[1:], range(1, 9))) @ random.standard_normal((8, 64))
 observed = solve(truth, starts)[1] + noise * random.standard_normal((10, 40, 64))
-abort_on_exception(communicator := Communicator())
-kind, exchange = OPTIMIZERS[method], AllgatherExchange(communicator, replicas=8, size=41)
-optimizer = kind(build(kind.settings_type, dict(s.split("=") for s in settings)), np.zeros(41), exchange, samples=3200)
+optimizer = create(method, np.zeros(41), 8, samples=3200, **dict(word.split("=") for word in words))
 losses = [optimizer.step(loss_and_gradient)["loss"] for _ in range(int(steps))]
-if communicator.rank == 0:
+if optimizer.exchange.communicator.rank == 0:
     error = np.linalg.norm(np.exp(L @ optimizer.parameters) - truth) / np.linalg.norm(truth)
     print(f"loss {losses[0]:.4f}, last {losses[-1]:.8f}, error of k {error:.2%}")

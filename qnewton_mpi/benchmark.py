@@ -15,8 +15,8 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer
 from qnewton_mpi.core.secants import multisecant
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
@@ -185,16 +185,12 @@ class StepCase(Case):
         start: Array | None = None,
     ) -> None:
         super().__init__(self.steps)
-        kind = OPTIMIZERS[method]
         self.loss_and_gradient, self.communicator = loss_and_gradient, communicator
         tracemalloc.start()  # NumPy tells it of its arrays
         parameters = np.zeros(size, np.float32) if start is None else start
-        self.optimizer: Optimizer[Any] = kind(
-            kind.settings_type(),
-            parameters,
-            EXCHANGES[exchange](communicator, replicas, size),
-            max(1, BATCH // replicas),
-            shapes=shapes,
+        samples = max(1, BATCH // replicas)
+        self.optimizer = create(
+            method, parameters, replicas, samples, shapes=shapes, exchange=exchange, communicator=communicator
         )
         for _ in range(WARM_UP + (RANK // (replicas - 1) if method == "fisher" else 0)):
             self.optimizer.step(loss_and_gradient)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,15 +13,11 @@ import numpy as np
 import torch
 
 from qnewton_mpi.core import state
-from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.create import create, method_settings
 from qnewton_mpi.core.optimizers.probing import Probing
-from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array, to_host
-from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
 
 Closure = Callable[[], Any]
 FLOATS = (torch.float32, torch.float64)
@@ -125,30 +120,14 @@ class QuasiNewton(torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         self.communicator = Communicator() if communicator is None else communicator
-        if sys.excepthook is sys.__excepthook__:
-            abort_on_exception(self.communicator)
+        abort_on_exception(self.communicator)
         if self.communicator.size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
 
-        known = {
-            "method": (method, OPTIMIZERS),
-            "exchange": (exchange, {"auto", *EXCHANGES}),
-            "transport": (transport, TRANSPORTS),
-        }
-        for name, (value, values) in known.items():
-            if value not in values:
-                raise UserError(f"{name}={value!r}: must be one of {', '.join(sorted(values))}")
-        kind = OPTIMIZERS[method]
-        options = build(kind.settings_type, settings)
-        replicas = replicas_per_rank * self.communicator.size
         if samples < 1 or replicas_per_rank < 1:
             raise UserError(f"samples={samples}, replicas_per_rank={replicas_per_rank}: both must be at least 1")
-        if replicas < kind.least_replicas(options):
-            raise UserError(
-                f"{method}, lr={options.lr}, needs {kind.least_replicas(options)} replicas and has {replicas}: "
-                "start more ranks with mpiexec, or say replicas_per_rank"
-            )
-        self._lr = 1.0 if isinstance(options.lr, str) else float(options.lr)
+        lr = method_settings(method, **settings).lr
+        self._lr = 1.0 if isinstance(lr, str) else float(lr)
         groups = list(params)
         if not groups:
             raise UserError("the optimizer was given no parameters")
@@ -157,12 +136,18 @@ class QuasiNewton(torch.optim.Optimizer):
         flat = self.communicator.together(self._flattened)
         self._agree(flat)
 
-        if exchange == "auto":
-            exchange = cost.choose(kind.traffic(options), self.communicator.size, replicas, flat.numel())
-        carrier = open_transport(transport, flat.device.type, self.communicator)
-        mover = EXCHANGES[exchange](self.communicator, replicas, flat.numel(), carrier)
-        shapes = [tuple(p.shape) or (1,) for p in self._tensors]
-        self.core = kind(options, _array(flat), mover, samples, seed, shapes)
+        self.core = create(
+            method,
+            _array(flat),
+            replicas_per_rank * self.communicator.size,
+            samples,
+            shapes=[tuple(p.shape) or (1,) for p in self._tensors],
+            exchange=exchange,
+            transport=transport,
+            communicator=self.communicator,
+            seed=seed,
+            **settings,
+        )
         self.figures: dict[str, float] = {}
         self._gradient_views = [self._views(_tensor(row)) for row in self.core.rows]
         self._module = module

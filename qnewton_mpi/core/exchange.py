@@ -81,6 +81,7 @@ class Exchange(ABC):
     [[2.0, -2.0], [-2.0, 2.0]]
     """
 
+    name: ClassVar[str]
     held: slice
     state: ClassVar = {"bytes_sent": Kind.SHARED, "bytes_sent_by_replicas": Kind.SHARED}
 
@@ -222,6 +223,8 @@ class Exchange(ABC):
 class AllgatherExchange(Exchange):
     """Every rank holds everything: means by Allreduce, columns by Allgather. No server, no state that differs."""
 
+    name = "allgather"
+
     def divide(self, pieces: Sequence[int]) -> None:
         self.held = slice(0, self.size)
 
@@ -264,6 +267,8 @@ class SlicedExchange(Exchange):
     Columns come by Alltoall, means by Reduce_scatter, the new parameters go out by Allgather. So a step receives what
     one Allreduce does, and the state of the optimizers is N/n numbers where it is N elsewhere.
     """
+
+    name = "sliced"
 
     def divide(self, pieces: Sequence[int]) -> None:
         self.bounds = self._bounds(pieces)
@@ -344,12 +349,10 @@ class SlicedExchange(Exchange):
 class ServerExchange(SlicedExchange):
     """Rank 0 holds everything and sends back the result: the parameter-server layout, as a baseline only."""
 
+    name = "server"
+
     def _bounds(self, pieces: Sequence[int]) -> list[int]:
         return [0] + [self.size] * self.communicator.size
 
 
-EXCHANGES: dict[str, type[Exchange]] = {
-    "allgather": AllgatherExchange,
-    "sliced": SlicedExchange,
-    "server": ServerExchange,
-}
+EXCHANGES: dict[str, type[Exchange]] = {kind.name: kind for kind in (AllgatherExchange, SlicedExchange, ServerExchange)}

@@ -157,8 +157,10 @@ def abort_on_exception(communicator: Communicator) -> None:
     """Make an uncaught exception on any rank end the whole job: traceback on stderr, then MPI_Abort. Local.
 
     Without it the other ranks would wait for ever in their next collective. Of a `UserError` one line is printed, and
-    the exit code is 2; where all ranks have it, rank 0 speaks.
+    the exit code is 2; where all ranks have it, rank 0 speaks. A program that has an `excepthook` of its own keeps it.
     """
+    if sys.excepthook is not sys.__excepthook__:
+        return
 
     def report_and_abort(kind: type[BaseException], error: BaseException, trace: Any) -> NoReturn:
         sys.stdout.flush()

@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.config import RunConfig
-from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.create import create
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError
 from qnewton_mpi.models.convnet import Convnet
-from qnewton_mpi.parallel import cost, partition
+from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
 from qnewton_mpi.parallel.log import LOG, logging_to
-from qnewton_mpi.parallel.transport import open_transport
 from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
@@ -103,23 +101,23 @@ class Run:
         self.steps = training.steps or (training.epochs or 0) * self.order.steps_per_epoch
         self.loss = ReplicaLoss(network, self.dataset.train, self.order)
 
-        kind, name = OPTIMIZERS[training.method], training.exchange
-        if name == "auto":
-            name = cost.choose(kind.traffic(config.optimizer), communicator.size, config.replicas, network.size)
-        transport = open_transport(training.transport, training.device, communicator)
-        self.exchange = EXCHANGES[name](communicator, config.replicas, network.size, transport)
-        self.optimizer = kind(
-            config.optimizer,
+        self.optimizer = create(
+            training.method,
             network.initial_parameters(training.seed),
-            self.exchange,
+            config.replicas,
             self.order.share,
-            training.seed,
-            network.parameter_shapes,
+            shapes=network.parameter_shapes,
+            exchange=training.exchange,
+            transport=training.transport,
+            communicator=communicator,
+            seed=training.seed,
+            **asdict(config.optimizer),
         )
+        self.exchange = self.optimizer.exchange
         self.averages = Averages(self.optimizer.parameters, self.steps, training.ema)
         self.position = Position(skipped=np.zeros(0, np.int64))
         machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
-        self.attributes = {**config.flat(), **machine, "exchange": name, **labels}
+        self.attributes = {**config.flat(), **machine, "exchange": self.exchange.name, **labels}
 
     def go(self) -> None:
         """Do all steps that are left, evaluate and save between them."""

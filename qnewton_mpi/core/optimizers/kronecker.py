@@ -34,7 +34,7 @@ class KroneckerSettings(NaturalGradientSettings):
     """Settings of `kronecker`."""
 
     lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
-    damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss; at most 0.3 of a layer's mean V", POSITIVE)
+    damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss; at most 0.3 mean V", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
     max_divergence: float = setting(0.00015, f"for each nat of the loss, {DIVERGENCE_HELP}", POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)

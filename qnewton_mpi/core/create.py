@@ -1,0 +1,109 @@
+"""An optimizer by its method's name: settings checked, exchange chosen, transport opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from array_api_compat import is_cupy_array
+
+from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
+from qnewton_mpi.core.settings import build
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel import cost
+from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.device import Array
+from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
+
+
+def method_settings(method: str, **settings: Any) -> Settings:
+    """Return the settings of a method; those not given have their defaults. Local.
+
+    Raises
+    ------
+    UserError
+        For a method, a setting or a value that does not exist.
+    """
+    if method not in OPTIMIZERS:
+        raise UserError(f"method={method!r}: must be one of {', '.join(OPTIMIZERS)}")
+    return build(OPTIMIZERS[method].settings_type, settings)
+
+
+def create(
+    method: str,
+    parameters: Array,
+    replicas: int,
+    samples: int = 1,
+    *,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    exchange: str = "auto",
+    transport: str = "auto",
+    communicator: Communicator | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Optimizer[Any]:
+    """Return an optimizer. Collective.
+
+    An exception that no one catches ends all ranks from here on (`abort_on_exception`), unless the program has an
+    `excepthook` of its own.
+
+    Parameters
+    ----------
+    method : str
+        A key of `OPTIMIZERS`.
+    parameters : (N,) float32 or float64
+        The same on every rank; copied.
+    replicas : int
+        M, over all ranks.
+    samples : int
+        b, how many samples each replica's loss is the mean of.
+    shapes : sequence of tuple of int, optional
+        Of the tensors that the parameters are the concatenation of, for methods that know layers; default: one vector.
+    exchange : str
+        A key of `EXCHANGES`; "auto" is what should take the least time.
+    transport : str
+        One of `TRANSPORTS`: how arrays on GPUs cross the network.
+    communicator : Communicator, optional
+        Of all ranks by default.
+    seed : int
+        For what a method draws at random.
+    **settings
+        Of the method, as lr, damping: numbers, or words as on the command line.
+
+    Raises
+    ------
+    UserError
+        On every rank, for any of these that cannot be used.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> centres = np.random.default_rng(0).standard_normal((4, 10))
+    >>> def loss_and_gradient(w, replica):
+    ...     return np.sum((w - centres[replica]) ** 2) / 2, w - centres[replica]
+    >>> optimizer = create("momentum", np.zeros(10), replicas=4, lr=0.1)
+    >>> for _ in range(100):
+    ...     figures = optimizer.step(loss_and_gradient)
+    >>> bool(np.allclose(optimizer.parameters, centres.mean(axis=0), atol=0.01))
+    True
+    """
+    communicator = Communicator() if communicator is None else communicator
+    abort_on_exception(communicator)
+    options = method_settings(method, **settings)
+    for name, value, known in (("exchange", exchange, ["auto", *EXCHANGES]), ("transport", transport, TRANSPORTS)):
+        if value not in known:
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+    kind = OPTIMIZERS[method]
+    if replicas < kind.least_replicas(options):
+        raise UserError(
+            f"{method}, lr={options.lr}, needs {kind.least_replicas(options)} replicas and has {replicas}: start "
+            "more ranks with mpiexec, or have more replicas a rank"
+        )
+    if exchange == "auto":
+        exchange = cost.choose(kind.traffic(options), communicator.size, replicas, len(parameters))
+    device = "cuda" if is_cupy_array(parameters) else "cpu"
+    mover = EXCHANGES[exchange](
+        communicator, replicas, len(parameters), open_transport(transport, device, communicator)
+    )
+    return kind(options, parameters, mover, samples, seed, shapes)
