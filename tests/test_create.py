@@ -1,0 +1,50 @@
+"""Optimizers by name: what is chosen, and what is refused in one line."""
+
+import numpy as np
+import pytest
+
+from qnewton_mpi.core.create import create
+from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.communicator import Communicator
+
+
+@pytest.fixture(scope="module")
+def communicator():
+    return Communicator()
+
+
+@pytest.mark.parametrize("method", OPTIMIZERS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_builds_what_was_named(communicator, method, exchange):
+    words = {"lr": "0.25"}
+    optimizer = create(method, np.ones(6), 4, 3, exchange=exchange, communicator=communicator, seed=7, **words)
+    assert type(optimizer) is OPTIMIZERS[method]
+    assert type(optimizer.exchange) is EXCHANGES[exchange]
+    assert (optimizer.settings.lr, optimizer.samples, optimizer.seed, optimizer.exchange.replicas) == (0.25, 3, 7, 4)
+    assert optimizer.exchange.communicator is communicator
+
+
+def test_shapes_are_layers_and_the_exchange_is_chosen():
+    optimizer = create("kronecker", np.zeros(8), replicas=2, shapes=[(2, 3), (2,)])
+    assert [layer.variances.shape for layer in optimizer.layers] == [(2, 4)]
+    assert optimizer.exchange.name == "allgather"  # nothing to save on one rank
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "newton"}, "must be one of kronecker"),
+        ({"exchange": "ring"}, "must be one of auto, allgather"),
+        ({"transport": "pigeon"}, "must be one of auto, host"),
+        ({"transport": "cuda"}, "for arrays on GPUs"),
+        ({"replicas": 1}, "kronecker, lr=auto, needs 2 replicas and has 1: start more ranks"),
+        ({"damping": 0}, "must be greater than 0"),
+        ({"rank": 3}, "unknown option 'rank'"),
+    ],
+)
+def test_refuses_what_cannot_be_used(communicator, wrong, message):
+    options = {"method": "kronecker", "parameters": np.zeros(4), "replicas": 2, "communicator": communicator, **wrong}
+    with pytest.raises(UserError, match=message):
+        create(**options)
