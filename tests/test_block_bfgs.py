@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import BlockBFGS
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import to_host
 
@@ -87,6 +87,31 @@ def test_a_step_too_long_is_shortened():
     assert min(lengths) < 1
     assert (np.diff(losses) <= 0).all()
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_step_out_of_the_domain_is_shortened(wrong):
+    """A barrier that is not finite beyond 1, an optimum next to it, and a step that would lead far beyond."""
+    start, calls = np.zeros(6), []
+
+    def barrier(w, replica):
+        inside = bool((np.abs(w) < 1).all())
+        calls.append(inside)
+        if not inside:
+            return wrong, np.full(6, wrong)
+        return float(-np.log1p(-w).sum() - 40 * w.sum()), 1 / (1 - w) - 40
+
+    optimizer = optimizer_of(start, 4, lr=300.0)
+    losses = [optimizer.step(barrier)["loss"] for _ in range(40)]
+    assert not all(calls)
+    assert np.isfinite(losses).all()
+    assert (np.diff(losses) <= 0).all()
+    np.testing.assert_allclose(optimizer.parameters, 1 - 1 / 40, atol=1e-4)
+
+
+def test_a_start_that_is_not_finite_is_refused():
+    with pytest.raises(NonFiniteGradientError):
+        optimizer_of(np.ones(3), 3).step(lambda w, replica: (np.nan, w))
 
 
 def test_goes_back_where_no_length_helps():

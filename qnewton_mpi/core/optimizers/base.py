@@ -197,7 +197,9 @@ class Optimizer(ABC, Generic[S]):
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         """Return ḡ and d, both (held,), of the step w ← w − α d, and the figures that only this method has."""
 
-    def evaluate(self, loss_and_gradient: LossAndGradient, displacements: Array | None = None) -> tuple[Array, float]:
+    def evaluate(
+        self, loss_and_gradient: LossAndGradient, displacements: Array | None = None, trial: bool = False
+    ) -> tuple[Array, float]:
         """Evaluate this rank's replicas at w̄ + their displacements; return their gradients (R, N) and the mean loss.
 
         The array of the gradients is used again at the next evaluation.
@@ -207,11 +209,14 @@ class Optimizer(ABC, Generic[S]):
         loss_and_gradient : LossAndGradient
         displacements : (R, N), optional
             Of this rank's replicas.
+        trial : bool
+            Whether the step may be too long: a replica with a loss or gradient that is not finite then has the loss ∞
+            in `losses`, and the gradient zero.
 
         Raises
         ------
         NonFiniteGradientError
-            On every rank.
+            On every rank, unless it is a trial.
         """
         local = self.exchange.local
         self.evaluations += self.exchange.replicas
@@ -233,8 +238,12 @@ class Optimizer(ABC, Generic[S]):
         self.gradient_seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
         everyone = self.exchange.share(np.stack([to_host(losses), squares], axis=1, dtype=np.float64))
-        finite = np.isfinite(everyone).all(axis=1)
-        if not finite.all():
+        finite = np.logical_and.reduce(np.isfinite(everyone), axis=1)
+        if trial:
+            everyone[~finite] = np.inf, 0
+            for row in np.flatnonzero(~finite[list(local)]):
+                self.gradients[int(row), ...] = 0
+        elif not finite.all():
             self.steps -= 1
             first = int(np.argmin(finite))
             raise NonFiniteGradientError(self.steps + 1, first, *everyone[first])

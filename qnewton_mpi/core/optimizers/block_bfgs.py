@@ -59,8 +59,9 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
     1603.09649); for one secant it is BFGS. The blocks of probes come after those of the steps. The next directions are
     block Krylov: of the products and of the gradient, what is orthogonal to the directions kept.
 
-    A step that does not lessen the loss enough costs one more round, in which the replicas try M shorter ones at once;
-    the next step is then at most twice as long as the best of these, relative to the quasi-Newton step.
+    A step that does not lessen the loss enough, or leads to where it is not finite, costs one more round, in which the
+    replicas try M shorter ones at once; the next step is then at most twice as long as the best of these, relative to
+    the quasi-Newton step.
 
     Raises
     ------
@@ -96,7 +97,9 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         if self.before is None:
             self.first_directions(loss_and_gradient)
         columns = self.columns_at(loss_and_gradient, self.settings.probe_scale * self.with_zero(self.directions))
-        gradient, loss, length = columns[0, :], float(self.losses[0]), self.trial
+        # Not finite at a probe: too long a step as well.
+        loss = float(self.losses[0]) if np.isfinite(self.losses).all() else np.inf
+        gradient, length = columns[0, :], self.trial
         if self.before is not None and self.fails(loss):
             gradient, loss, length = self.shorten(loss_and_gradient)
         else:
@@ -121,7 +124,7 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
 
     def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Array) -> Array:
         """Return all replicas' gradients at their displacements, (M, held), in an array of their own; one round."""
-        gradients, _ = self.evaluate(loss_and_gradient, self.exchange.rows(displacements))
+        gradients, _ = self.evaluate(loss_and_gradient, self.exchange.rows(displacements), self.before is not None)
         return self.xp.asarray(self.exchange.columns(gradients), copy=True)
 
     def with_zero(self, directions: Array) -> Array:
