@@ -78,12 +78,12 @@ class RitzPairs:
         self.vectors = directions[:0, :]
         self._rayleigh: Matrix | None = None
 
-    def update(self, products: Array) -> None:
-        """Take the products H q_k, (M, held), of the current directions."""
+    def update(self, products: Array, first: bool = False) -> None:
+        """Take the products H q_k, (M, held), of the current directions; for `first` as if there were none before."""
         Q, Y = self.directions, products
         fresh = self.exchange.gram(Q, Y)
         fresh = (fresh + fresh.T) / 2
-        s, before = (0.0, fresh) if self._rayleigh is None else (self.smoothing, self._rayleigh)
+        s, before = (0.0, fresh) if first or self._rayleigh is None else (self.smoothing, self._rayleigh)
         T = s * before + (1 - s) * fresh
         self.values, V = np.linalg.eigh(T)
         self.vectors = to_device(V.T, Q) @ Q

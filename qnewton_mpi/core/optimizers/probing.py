@@ -14,6 +14,8 @@ from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.parallel.device import Array
 
+FIRST_PROBES = 6
+
 
 @dataclass(frozen=True)
 class ProbingSettings(Settings):
@@ -54,14 +56,16 @@ class Probing(Optimizer[S]):
     def probe_if_due(self, loss_and_gradient: LossAndGradient) -> None:
         """Have each replica multiply its direction by the Hessian of its batch, every few steps from the first on.
 
-        The replicas have evaluated their gradients at w before.
+        The replicas have evaluated their gradients at w before. Where the rate depends on it, the first directions,
+        which are random, go through several power iterations at once: their curvature is far below the largest.
         """
         if (self.steps - 1) % self.settings.probe_every:
             return
         ritz, scale = self.tracked(), self.settings.probe_scale
         base = self.xp.asarray(self.gradients, copy=True)
-        displaced, _ = self.evaluate(loss_and_gradient, self.exchange.rows(scale * ritz.directions))
-        ritz.update(self.exchange.columns((displaced - base) / scale))
+        for _ in range(FIRST_PROBES if self.steps == 1 and self.adaptive else 1):
+            displaced, _ = self.evaluate(loss_and_gradient, self.exchange.rows(scale * ritz.directions))
+            ritz.update(self.exchange.columns((displaced - base) / scale), first=self.steps == 1)
 
     def adapt_to_probes(
         self,
