@@ -134,15 +134,15 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
                 layer.renew_bases(self.exchange.total)
         own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
         variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
-        inverses = [1 / (v + self.least(v)) for v in (variances[layer.span] for layer in self.layers)]
+        inverses = [1 / (v + self.layer_damping(v)) for v in (variances[layer.span] for layer in self.layers)]
         self.inverse = self.xp.concat([self.held[:0], *inverses])
         ones = self.xp.ones_like(variances)
         self.trace, self.known = self.exchange.dots((variances, ones), (variances, self.inverse))
         self.largest = self.exchange.largest(float(self.xp.max(variances)) if own else 0.0)
         return mean
 
-    def least(self, variances: Array) -> Array:
-        """Return what is added to V of a layer: ε, at most a share of the mean of V."""
+    def layer_damping(self, variances: Array) -> Array:
+        """Return what is added to the V of a layer: ε, but at most a share of the mean of V. Local."""
         return self.xp.clip(DAMPING_SHARE * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
 
     def apply_inverse(self, z: Array) -> Array:
