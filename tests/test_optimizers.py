@@ -323,7 +323,7 @@ def test_noise_of_a_step_is_the_trace_of_the_equation(communicator, variant, dam
     )
     optimizer.step(problem)
     inverse = np.array([optimizer.apply_inverse(e) for e in np.eye(SIZE)])
-    # One layer of `kronecker`, all of 1/(V + ε) known: V's mean bounds ε, and V is what the inverses leave of it.
+    # `kronecker` has one layer here, whose mean V bounds ε.
     least = optimizer.damping
     if variant == "kronecker":
         least = min(least, 0.3 * optimizer.trace / SIZE)
