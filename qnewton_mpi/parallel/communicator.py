@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 import traceback
@@ -19,6 +20,8 @@ from qnewton_mpi.errors import UserError
 T = TypeVar("T")
 HostArray = NDArray[Any]
 COMMUNICATION = "communication"
+GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
+LAST_WORDS = 0.3  # seconds from an error's text to MPI_Abort: launchers drop what they have not read by then
 PHASES = ("algebra", "gradient", COMMUNICATION, "evaluation", "checkpoint")
 
 
@@ -140,6 +143,14 @@ class Communicator:
             raise failure
         return result  # type: ignore[no-any-return]
 
+    def abort(self, text: str, code: int) -> NoReturn:
+        """Print `text` to stderr and end the job, all its ranks, with exit code `code`. Local."""
+        print(text, file=sys.stderr, flush=True)
+        time.sleep(LAST_WORDS)
+        self.mpi.Abort(code)
+        time.sleep(GRACE)
+        os._exit(code)
+
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
         """Count the time that the context lasts as communication, in which this rank may wait for others. Local."""
@@ -167,12 +178,9 @@ def abort_on_exception(communicator: Communicator) -> None:
         if isinstance(error, UserError):
             if communicator.rank > 0:
                 time.sleep(1)  # in which rank 0 ends the job, if it has the error too
-            print(f"qnewton-mpi: {error}", file=sys.stderr, flush=True)
-            communicator.mpi.Abort(2)
-        lines = "".join(traceback.format_exception(kind, error, trace))
-        print(f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}", file=sys.stderr, end="")
-        sys.stderr.flush()
-        communicator.mpi.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
-        raise SystemExit(1)  # not reached: Abort does not return
+            communicator.abort(f"qnewton-mpi: {error}", code=2)
+        lines = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+        text = f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}"
+        communicator.abort(text, code=130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     sys.excepthook = report_and_abort

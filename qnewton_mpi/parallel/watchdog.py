@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import time
 
@@ -12,8 +10,6 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi.parallel.communicator import COMMUNICATION, PHASES, Communicator
-
-GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
 
 
 class Watchdog:
@@ -74,15 +70,12 @@ class Watchdog:
                 continue
             # One speaks: the first that is not stalled, of those alive.
             if self._node.rank == np.lexsort((stalled, ~alive))[0]:
-                self._tell(ages, stalled)
-                self._communicator.mpi.Abort(1)
-                time.sleep(GRACE)
-                os._exit(1)
+                self._communicator.abort(self._verdict(ages, stalled), code=1)
 
-    def _tell(self, ages: NDArray[np.float64], stalled: NDArray[np.bool_]) -> None:
+    def _verdict(self, ages: NDArray[np.float64], stalled: NDArray[np.bool_]) -> str:
         who = [
             f"rank {self._ranks[k]} has been in phase {PHASES[int(self._notes[k, 1])]!r} for {ages[k]:.0f} s"
             for k in np.flatnonzero(stalled)
         ]
         text = "; ".join(who) or f"all ranks of {MPI.Get_processor_name()} wait for a rank of another node"
-        print(f"qnewton-mpi: stalled: {text}; the job is ended (--stall-timeout)", file=sys.stderr, flush=True)
+        return f"qnewton-mpi: stalled: {text}; the job is ended (--stall-timeout)"

@@ -12,10 +12,16 @@ import time
 import pytest
 from mpi4py import MPI
 
-from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.communicator import LAST_WORDS, Communicator
 
 MEETING_SECONDS = 5.0
 MUTED = pytest.StashKey()
+
+
+def abort(text, code):
+    os.write(sys.__stderr__.fileno(), text.encode())  # pytest holds sys.stderr
+    time.sleep(LAST_WORDS)
+    MPI.COMM_WORLD.Abort(code)
 
 
 @pytest.hookimpl(trylast=True)  # after the terminal reporter is there
@@ -30,8 +36,7 @@ def pytest_unconfigure(config):
 
 
 def pytest_internalerror(excrepr):
-    os.write(sys.__stderr__.fileno(), f"rank {MPI.COMM_WORLD.rank}: {excrepr}\n".encode())
-    MPI.COMM_WORLD.Abort(3)
+    abort(f"rank {MPI.COMM_WORLD.rank}: {excrepr}\n", 3)
 
 
 def pytest_report_header(config):
@@ -46,8 +51,7 @@ def pytest_runtest_makereport(item, call):
         while not meeting.Test():
             if report.failed and time.monotonic() - started > MEETING_SECONDS:
                 text = f"\nrank {MPI.COMM_WORLD.rank} failed {item.nodeid}; others wait:\n{report.longreprtext}\n"
-                os.write(sys.__stderr__.fileno(), text.encode())
-                MPI.COMM_WORLD.Abort(1)
+                abort(text, 1)
             time.sleep(0.001)
         failed = MPI.COMM_WORLD.allgather(report.failed)
         if any(failed) and not report.failed:
