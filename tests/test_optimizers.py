@@ -404,6 +404,28 @@ def test_an_outlier_among_the_gradients_is_clipped(communicator, variant):
     assert max(figures["step_norm"] for figures in (outlier, *after)) < 5 * usual
 
 
+@pytest.mark.parametrize(("variant", "options"), [("kronecker", {}), ("fisher", {"rank": SIZE - 2})])
+def test_a_step_off_the_span_is_no_leap(communicator, variant, options):
+    """Nearly all is learnt, but what a batch then brings is not, in directions where F and ε are as good as nothing."""
+    random = np.random.default_rng(0)
+    problem = Quadratic(SIZE, REPLICAS)
+    options = {"max_divergence": 1e9, "lr": 0.1, "damping": 1e-9, **options}
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, **options)
+    scales = np.where(np.arange(SIZE) < SIZE - 2, 1e-3, 1e-7)
+
+    def noise(w, replica):
+        return 1e-6, scales * random.standard_normal(SIZE)
+
+    before = [optimizer.step(noise)["step_norm"] for _ in range(1000)]  # the first, of an F without rank, are long
+    while optimizer.steps % 4:  # so that the next step does not update F
+        optimizer.step(noise)
+    scales[-2:] = 1e-3  # the same size as the others: no outlier
+    leap = optimizer.step(noise)
+    assert leap["clip"] == 1
+    assert leap["shrink"] < 0.1
+    assert leap["step_norm"] < 3 * max(before[-50:])
+
+
 @pytest.mark.parametrize("method", ["sgd", "momentum", "deflated"])
 def test_auto_rate_knows_the_largest_curvature_from_the_first_step_on(communicator, method):
     """One large eigenvalue among 500: of it random directions alone see a small part, and the first steps diverge."""
@@ -419,6 +441,24 @@ def test_auto_rate_knows_the_largest_curvature_from_the_first_step_on(communicat
     figures = optimizer.step(loss_and_gradient)
     assert optimizer.curvature(np.max) == pytest.approx(300, rel=0.05)
     assert max(optimizer.step(loss_and_gradient)["loss"] for _ in range(10)) < figures["loss"]
+
+
+@pytest.mark.parametrize("floor", [1e-5, -3.0])
+def test_the_trend_starts_anew_after_a_rise(floor):
+    random = np.random.default_rng(0)
+    trend = LossTrend()
+    for _ in range(4000):
+        trend.add(floor + abs(floor) * 0.3 * random.standard_normal())
+    trend.add(floor + 100 * abs(floor))
+    for _ in range(5):
+        trend.add(floor)
+    assert trend.steps == 4006  # a single batch is no rise
+    rise = [floor + 5 * abs(floor) * (1 + t) ** -0.25 * random.uniform(0.9, 1.1) for t in range(60)]
+    for loss in rise:
+        trend.add(loss)
+    assert trend.steps < 60
+    assert trend.level == pytest.approx(np.mean(rise[-15:]), abs=0.2 * abs(floor))
+    assert trend.slope > 0
 
 
 @pytest.mark.parametrize("variant", ["kronecker", "fisher"])

@@ -10,14 +10,20 @@ from qnewton_mpi.core.state import Kind
 NOISE_SHARE = 0.7
 # Where the loss has stopped falling, as if it still fell by this part of itself.
 LEAST_SLOPE = 0.02
+# The run has been thrown back when of its last 1/RECENT losses, or so, this share is beyond twice the level.
+RECENT = 1 / 16
+THROWN_BACK = 0.75
 
 
 class LossTrend:
-    """Where the loss is, and how fast it falls, from noisy values at steps 1, 2, …; no memory but two running means.
+    """Where the loss is, and how fast it falls, from noisy values at steps 1, 2, …; no memory but running means.
 
     L̃_c is the mean of the losses so far with weights that grow as t^(c−1) (polynomial-decay averaging, Shamir and
     Zhang 2013, arXiv 1212.1824), kept as L̃_c ← L̃_c + c/(t + c − 1) (L − L̃_c). For L = L_∞ + a t⁻ᵖ it is
     L_∞ + c/(c − p) a t⁻ᵖ, so 4 (L̃₂ − L̃₄) = 8/((2 − p)(4 − p)) · p a t⁻ᵖ, which is about −t dL/dt.
+
+    These means reach back as far as a share of the run. So where the loss has risen to more than twice the level, and
+    stays there for some 20 steps, it starts anew with t = 1: a rise is not a loss that has stopped falling.
 
     Attributes
     ----------
@@ -35,14 +41,19 @@ class LossTrend:
     (0.26, 1.22)
     """
 
-    state: ClassVar = {"steps": Kind.SHARED, "long": Kind.SHARED, "level": Kind.SHARED}
+    state: ClassVar = {"steps": Kind.SHARED, "long": Kind.SHARED, "level": Kind.SHARED, "risen": Kind.SHARED}
 
     def __init__(self) -> None:
         self.steps = 0
         self.long = self.level = 0.0
+        self.risen = 0.0  # the share of the recent losses that are beyond twice the level; a single one is no rise
 
     def add(self, loss: float) -> None:
         """Take in the loss of the next step."""
+        if self.steps > 0:
+            self.risen += RECENT * ((loss > self.level + abs(self.level)) - self.risen)
+        if self.risen > THROWN_BACK:
+            self.steps, self.risen = 0, 0.0
         self.steps += 1
         self.long += 2 / (self.steps + 1) * (loss - self.long)
         self.level += 4 / (self.steps + 3) * (loss - self.level)

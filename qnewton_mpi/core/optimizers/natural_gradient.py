@@ -17,6 +17,9 @@ from qnewton_mpi.parallel.device import Array
 BATCH = 256
 # The replicas' covariance may be this many times what F makes expect before the gradient counts as an outlier.
 OUTLIER = 10.0
+# A step may be this many times as long as those before it, by a running mean of their squares with this weight.
+LONGEST = 3.0
+STEP_WEIGHT = 0.02
 DIVERGENCE_HELP = f"bound of a step's predicted KL divergence (nats) at a batch of {BATCH}; it grows as √batch"
 
 
@@ -43,7 +46,8 @@ class NaturalGradient(Optimizer[S]):
 
     A step d of rate α changes the model's distribution by a KL divergence of about α²/2 dᵀ(F + ε I)d = α²/2 dᵀz, which
     is bounded: α is shrunk to it. This matters in the first steps, before F has seen the large directions, and keeps a
-    rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017).
+    rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017). Nor is a step more than three times as long
+    as those before it.
     """
 
     minimum_replicas = 2
@@ -53,6 +57,7 @@ class NaturalGradient(Optimizer[S]):
         "updates": Kind.SHARED,
         "trace": Kind.SHARED,
         "known": Kind.SHARED,
+        "square_step": Kind.SHARED,
     }
 
     def start(self) -> None:
@@ -60,6 +65,7 @@ class NaturalGradient(Optimizer[S]):
         self.updates = 0
         self.trace = 0.0  # of F
         self.known = 0.0  # tr((F + ε I)⁻¹F), as of the last update: the noise of one sample
+        self.square_step = 0.0  # ‖Δw‖², running mean
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         gradients, loss = self.evaluate(loss_and_gradient)
@@ -81,8 +87,8 @@ class NaturalGradient(Optimizer[S]):
         self.norms = gg, dd, gd
         if self.adaptive:
             self.adapt(self.known / self.batch)
-        bound = math.sqrt(2 * self.divergence / dz) if dz > 0 else 0.0
-        wanted, self.rate = self.rate, min(self.rate, bound)
+        wanted, self.rate = self.rate, min(self.rate, self.bound(dz, dd))
+        self.square_step += max(1 / self.steps, STEP_WEIGHT) * (self.rate**2 * dd - self.square_step)
         figures = {
             "loss": loss,
             "damping": self.damping,
@@ -95,6 +101,17 @@ class NaturalGradient(Optimizer[S]):
     def products(self, mean: Array, direction: Array) -> tuple[float, float, float]:
         """Return ḡᵀḡ, dᵀd and ḡᵀd of this step, which are known. Local."""
         return self.norms
+
+    def bound(self, dz: float, dd: float) -> float:
+        """Return the largest rate of a step: of KL divergence δ, and three times as long as those before. Local.
+
+        The second is for where nearly all samples are learnt. What one that is not asks for is then off F's span, where
+        δ allows steps hundreds of times as long as usual.
+        """
+        bound = math.sqrt(2 * self.divergence / dz) if dz > 0 else 0.0
+        if self.square_step > 0 and dd > 0:
+            bound = min(bound, LONGEST * math.sqrt(self.square_step / dd))
+        return bound
 
     def clip(self, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
