@@ -46,8 +46,8 @@ class NaturalGradient(Optimizer[S]):
 
     A step d of rate α changes the model's distribution by a KL divergence of about α²/2 dᵀ(F + ε I)d = α²/2 dᵀz, which
     is bounded: α is shrunk to it. This matters in the first steps, before F has seen the large directions, and keeps a
-    rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017). Nor is a step more than three times as long
-    as those before it.
+    rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017). Nor is a step more than three times as
+    long as those before it.
     """
 
     minimum_replicas = 2
