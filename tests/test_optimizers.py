@@ -164,44 +164,74 @@ def test_kronecker_bounds_the_divergence_relative_to_the_loss(communicator, loss
 
 @pytest.mark.parametrize("damping", [0.01, 10.0])
 def test_kronecker_is_its_equation(communicator, damping):
-    """One layer of 3 × (3 + bias); statistics in the old bases, which then take a step of orthogonal iteration."""
+    """Two layers, 2 × (2 + bias) and 2 × 3; statistics in the old bases, which then take a step of iteration."""
     problem = Quadratic(SIZE, REPLICAS)
     options = {"decay": 0.7, "damping": damping, "momentum": 0.6, "basis_every": 100, "lr": 0.2, "max_divergence": 1e9}
     settings = build(OPTIMIZERS["kronecker"].settings_type, options)
     exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
-    optimizer = OPTIMIZERS["kronecker"](settings, problem.start, exchange, samples=4, shapes=[(3, 3), (3,)])
+    optimizer = OPTIMIZERS["kronecker"](settings, problem.start, exchange, samples=4, shapes=[(2, 2), (2,), (2, 3)])
     trend = LossTrend()
-
-    def as_matrices(flat):
-        return np.concatenate([flat[:, :9].reshape(-1, 3, 3), flat[:, 9:, None]], axis=2)
-
-    w, m, V, A, B = np.array(problem.start), np.zeros(SIZE), 0, 0, 0
-    basis_a, basis_b = np.eye(4), np.eye(3)
+    # Of the parameters in order: weights, then biases as a last column.
+    layers = [np.array([[0, 1, 4], [2, 3, 5]]), np.arange(6, 12).reshape(2, 3)]
 
     def iterated(factor, basis):
         return np.linalg.qr((factor + 1e-3 * np.trace(factor) / len(factor) * np.eye(len(factor))) @ basis)[0]
 
+    w, m = np.array(problem.start), np.zeros(SIZE)
+    optimizer.noise_share = noise_share = 0.9  # it would be 0.02 at the end, and nothing flattened
+    V, A, B = ([0, 0] for _ in range(3))
+    Q_A, Q_B = [np.eye(3)] * 2, [np.eye(2)] * 2
     for t in range(1, 8):
         problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
         losses, gradients = map(np.array, zip(*(problem(w, i) for i in range(REPLICAS)), strict=True))
         trend.add(losses.mean())
-        X = as_matrices((gradients - gradients.mean(axis=0)) * np.sqrt(4 / (REPLICAS - 1)))
-        gamma = (1 - 0.7) / (1 - 0.7**t)
-        A = (1 - gamma) * A + gamma * np.einsum("rij,rik->jk", X, X)
-        B = (1 - gamma) * B + gamma * np.einsum("rij,rkj->ik", X, X)
-        before = (basis_a, basis_b)
-        V = (1 - gamma) * V + gamma * ((before[1].T @ X @ before[0]) ** 2).sum(axis=0)
-        basis_a, basis_b = iterated(A, basis_a), iterated(B, basis_b)
-        V = ((before[1].T @ basis_b) ** 2).T @ V @ (before[0].T @ basis_a) ** 2
+        epsilon, flatness, gamma = damping * trend.level, noise_share**2, (1 - 0.7) / (1 - 0.7**t)
+        scales = []
+        for k, indices in enumerate(layers):
+            X = (gradients - gradients.mean(axis=0))[:, indices] * np.sqrt(4 / (REPLICAS - 1))
+            A[k] = (1 - gamma) * A[k] + gamma * np.einsum("rij,rik->jk", X, X)
+            B[k] = (1 - gamma) * B[k] + gamma * np.einsum("rij,rkj->ik", X, X)
+            old = Q_A[k], Q_B[k]
+            V[k] = (1 - gamma) * V[k] + gamma * ((old[1].T @ X @ old[0]) ** 2).sum(axis=0)
+            Q_A[k], Q_B[k] = iterated(A[k], old[0]), iterated(B[k], old[1])
+            V[k] = ((old[1].T @ Q_B[k]) ** 2).T @ V[k] @ (old[0].T @ Q_A[k]) ** 2
+            share = 0.3 * 0.1**flatness
+            assert (epsilon < share * V[k].mean()) == (damping < 1)
+            P = V[k] + min(epsilon, share * V[k].mean())
+            noise = (V[k] * P ** (flatness / 4 - 1)).sum()
+            scales.append((P ** (flatness / 4 - 1) * noise ** (-flatness / 4), V[k] / P))
+        newton = sum(n.sum() for _, n in scales)
+        flattened = sum((v * s).sum() for v, (s, _) in zip(V, scales, strict=True))
         m = 0.6 * m + 0.4 * gradients.mean(axis=0)
-        z = as_matrices(((0.6 * m + 0.4 * gradients.mean(axis=0)) / (1 - 0.6 ** (t + 1)))[None])[0]
-        epsilon = damping * trend.level
-        assert (epsilon < 0.3 * V.mean()) == (damping < 1)
-        d = basis_b @ ((basis_b.T @ z @ basis_a) / (V + min(epsilon, 0.3 * V.mean()))) @ basis_a.T
-        w = w - 0.2 * np.sqrt(4 * REPLICAS / 256) * np.concatenate([d[:, :3].ravel(), d[:, 3]])
+        z = (0.6 * m + 0.4 * gradients.mean(axis=0)) / (1 - 0.6 ** (t + 1))
+        d = np.zeros(SIZE)
+        for k, indices in enumerate(layers):
+            rotated = Q_B[k].T @ z[indices] @ Q_A[k]
+            d[indices] = Q_B[k] @ (rotated * scales[k][0] * newton / flattened) @ Q_A[k].T
+        w = w - 0.2 * np.sqrt(4 * REPLICAS / 256) * d
+        weights = [0.4 * (0.6 ** (j + 1) + (j == 0)) / (1 - 0.6 ** (t + 1)) for j in range(t)]
+        noise = newton / (4 * REPLICAS) * np.square(weights).sum()
+        noise_share += 0.1 * (min(1, noise / (d @ z)) - noise_share)
         figures = optimizer.step(problem)
         np.testing.assert_allclose(optimizer.parameters, w, rtol=1e-9)
         assert figures["damping"] == pytest.approx(epsilon)
+        assert figures["noise_share"] == pytest.approx(noise_share)
+
+
+@pytest.mark.parametrize("variant", ["kronecker", "fisher"])
+def test_share_of_noise(communicator, variant):
+    """Gradients of noise alone, of covariance F: ν goes to 1; of a large mean besides, to a few hundredths."""
+    random = np.random.default_rng(0)
+    shares = []
+    for mean in (0.0, 5.0):
+        exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
+        optimizer = OPTIMIZERS[variant](OPTIMIZERS[variant].settings_type(), np.zeros(SIZE), exchange, samples=4)
+        for _ in range(300):
+            draws = mean + random.standard_normal((REPLICAS, SIZE))
+            figures = optimizer.step(lambda w, i, draws=draws: (1.0, draws[i]))
+        shares.append(figures["noise_share"])
+    assert shares[0] > 0.7
+    assert shares[1] < 0.05
 
 
 def test_kronecker_bases_become_eigenvectors(communicator):
@@ -328,7 +358,7 @@ def test_noise_of_a_step_is_the_trace_of_the_equation(communicator, variant, dam
     if variant == "kronecker":
         least = min(least, 0.3 * optimizer.trace / SIZE)
         assert (least < optimizer.damping) == (damping == 1.0)
-    expected = SIZE - least * np.trace(inverse)
+    expected = SIZE - least * np.trace(inverse)  # nothing is flattened in the first step
     if variant == "fisher":
         gradients = np.array([problem(problem.start, i)[1] for i in range(REPLICAS)])
         whole = 4 / (REPLICAS - 1) * ((gradients - gradients.mean(axis=0)) ** 2).sum()

@@ -62,6 +62,7 @@ class Fisher(NaturalGradient[FisherSettings]):
         "damping",
         "clip",
         "shrink",
+        "noise_share",
         "kept_rank",
         "captured",
         "largest_eigenvalue",

@@ -25,6 +25,9 @@ from qnewton_mpi.parallel.device import Array, to_device, to_host
 FIRST_UPDATES = 10
 LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, damping and bound stay as if the loss were this
 DAMPING_SHARE = 0.3  # of a layer's mean V: more would hide the layer's curvature
+NOISE_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
+FLATTENING = 0.25  # of V's exponent, and of the layers' noise, where a step is all noise
+LEAST_NOISE = 1e-3  # of a layer, for one without
 LEAST_DAMPING = 1e-3  # of ε, for a layer whose gradients vanish
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 
@@ -36,7 +39,7 @@ class KroneckerSettings(NaturalGradientSettings):
     lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
     damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss; at most 0.3 mean V", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
-    max_divergence: float = setting(0.00015, f"for each nat of the loss, {DIVERGENCE_HELP}", POSITIVE)
+    max_divergence: float = setting(0.0001, f"for each nat of the loss, {DIVERGENCE_HELP}", POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)
 
 
@@ -49,6 +52,14 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         B = Σ_i X_i X_iᵀ,  Q_B ← qr((B + ρ I) Q_B)     orthogonal iteration
         V = Σ_i (Q_Bᵀ X_i Q_A)²                        elementwise: F's diagonal in this basis
         (F + ε I)⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + min(ε, 0.3 mean V))] Q_Aᵀ
+
+    That is for steps of signal alone. With ν the share of noise in a step's dᵀz and φ = ν², the last line is
+
+        P⁻¹ Z = c Q_B [(Q_Bᵀ Z Q_A) n^(−φ/4) (V + min(ε, 0.3 · 10^(−φ) mean V))^(φ/4 − 1)] Q_Aᵀ
+
+    where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and c leaves the noise of all layers, tr(P⁻¹F), as it would be
+    with φ = 0. Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
+    full whitening, the other extreme, the exponent would be −½.
 
     Where all ranks hold everything, no columns cross the network: each rank keeps running sums over its own replicas, V
     is added up by an Allreduce at an update, A and B only when the bases move. Where each rank holds some of the
@@ -82,7 +93,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     settings_type = KroneckerSettings
     state: ClassVar = {**NaturalGradient.state, "inverse": Kind.HELD, "largest": Kind.SHARED}
-    figures = (*Optimizer.figures, "damping", "clip", "shrink", "largest_eigenvalue")
+    figures = (*Optimizer.figures, "damping", "clip", "shrink", "noise_share", "largest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: KroneckerSettings) -> Traffic:
@@ -97,7 +108,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         held = self.exchange.held
         inside = [shape for shape in layer_shapes(self.shapes) if held.start <= shape.start and shape.stop <= held.stop]
         self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
-        self.inverse = self.xp.zeros_like(self.held)  # 1/(V + ε), as of the last update
+        self.inverse = self.xp.zeros_like(self.held)  # of V + ε, flattened, as of the last update
         self.largest = 0.0  # of V
 
     def parts(self) -> Mapping[str, Any]:
@@ -134,16 +145,31 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
                 layer.renew_bases(self.exchange.total)
         own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
         variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
-        inverses = [1 / (v + self.layer_damping(v)) for v in (variances[layer.span] for layer in self.layers)]
-        self.inverse = self.xp.concat([self.held[:0], *inverses])
-        ones = self.xp.ones_like(variances)
-        self.trace, self.known = self.exchange.dots((variances, ones), (variances, self.inverse))
+        layers = [variances[layer.span] for layer in self.layers]
+        newton = self.xp.concat([self.held[:0], *(1 / self.damped(v) for v in layers)])
+        flattened = self.xp.concat([self.held[:0], *(self.flattened(v) for v in layers)])
+        pairs = [(variances, other) for other in (self.xp.ones_like(variances), newton, flattened)]
+        self.trace, self.known, noise = self.exchange.dots(*pairs)
+        self.inverse = flattened * (self.known / noise) if noise > 0 else newton
         self.largest = self.exchange.largest(float(self.xp.max(variances)) if own else 0.0)
         return mean
 
-    def layer_damping(self, variances: Array) -> Array:
-        """Return what is added to the V of a layer: ε, but at most a share of the mean of V. Local."""
-        return self.xp.clip(DAMPING_SHARE * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
+    def damped(self, variances: Array) -> Array:
+        """Return V + ε of a layer, where ε is at most a share of the mean of V. Local."""
+        share = DAMPING_SHARE * NOISE_SHARE**self.flatness
+        return variances + self.xp.clip(share * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
+
+    def flattened(self, variances: Array) -> Array:
+        """Return n^(−φ/4) (V + ε)^(φ/4 − 1) of a layer, n = Σ V (V + ε)^(φ/4 − 1) its noise. Local."""
+        exponent = FLATTENING * self.flatness
+        scales = self.damped(variances) ** (exponent - 1)
+        noise = self.xp.clip(self.xp.sum(variances * scales), LEAST_NOISE, None)
+        return scales * noise**-exponent
+
+    @property
+    def flatness(self) -> float:
+        """φ = ν², ν the share of noise in the recent steps."""
+        return self.noise_share**2
 
     def apply_inverse(self, z: Array) -> Array:
         parts = [layer.scale(z[layer.span], self.inverse[layer.span]) for layer in self.layers]
