@@ -88,8 +88,10 @@ class NaturalGradient(Optimizer[S]):
         d = self.apply_inverse(z)
         dz, dd, gd = self.exchange.dots((d, z), (d, d), (mean, d))
         self.norms = gg, dd, gd
-        share = self.known / self.batch * momentum_noise(beta, t) / dz if dz > 0 else 1.0
-        self.noise_share += NOISE_WEIGHT * (min(1.0, share) - self.noise_share)
+        noise = self.known / self.batch * momentum_noise(beta, t)
+        # dᵀz far below the noise: there is none, as where the batch is all there is. Then nearer to 0 again.
+        share = min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0
+        self.noise_share += NOISE_WEIGHT * (share - self.noise_share)
         if self.adaptive:
             self.adapt(self.known / self.batch)
         wanted, self.rate = self.rate, min(self.rate, self.bound(dz, dd))
