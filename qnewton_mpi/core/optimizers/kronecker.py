@@ -25,7 +25,7 @@ from qnewton_mpi.parallel.device import Array, to_device, to_host
 FIRST_UPDATES = 10
 LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, damping and bound stay as if the loss were this
 DAMPING_SHARE = 0.3  # of a layer's mean V: more would hide the layer's curvature
-NOISE_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
+FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
 FLATTENING = 0.25  # of V's exponent, and of the layers' noise, where a step is all noise
 LEAST_NOISE = 1e-3  # of a layer, for one without
 LEAST_DAMPING = 1e-3  # of ε, for a layer whose gradients vanish
@@ -156,7 +156,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     def damped(self, variances: Array) -> Array:
         """Return V + ε of a layer, where ε is at most a share of the mean of V. Local."""
-        share = DAMPING_SHARE * NOISE_SHARE**self.flatness
+        share = DAMPING_SHARE * FLAT_SHARE**self.flatness
         return variances + self.xp.clip(share * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
 
     def flattened(self, variances: Array) -> Array:
