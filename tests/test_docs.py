@@ -48,7 +48,7 @@ def test_example_with_a_transformer(mpiexec):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_example_with_gradients_in_numpy(mpiexec, ranks):
-    finished = mpiexec(ranks, ROOT / "examples" / "logistic_regression.py", "60", "kronecker")
+    finished = mpiexec(ranks, ROOT / "examples" / "logistic_regression.py", "100", "kronecker")
     assert finished.returncode == 0, finished.stderr
     first, last = map(float, re.findall(r"\d\.\d+", finished.stdout))
     assert last < 0.25 * first

@@ -57,8 +57,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
         P⁻¹ Z = c Q_B [(Q_Bᵀ Z Q_A) n^(−φ/4) (V + min(ε, 0.3 · 10^(−φ) mean V))^(φ/4 − 1)] Q_Aᵀ
 
-    where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and c leaves the noise of all layers, tr(P⁻¹F), as it would be
-    with φ = 0. Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
+    where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and c leaves the noise of all layers, tr(P⁻¹F), as it is with
+    1/(V + ε). Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
     full whitening, the other extreme, the exponent would be −½.
 
     Where all ranks hold everything, no columns cross the network: each rank keeps running sums over its own replicas, V
