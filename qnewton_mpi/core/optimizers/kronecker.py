@@ -146,8 +146,9 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
         variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
         layers = [variances[layer.span] for layer in self.layers]
-        newton = self.xp.concat([self.held[:0], *(1 / self.damped(v) for v in layers)])
-        flattened = self.xp.concat([self.held[:0], *(self.flattened(v) for v in layers)])
+        damped = [self.damped(v) for v in layers]
+        newton = 1 / self.xp.concat([self.held[:0], *damped])
+        flattened = self.xp.concat([self.held[:0], *map(self.flattened, layers, damped)])
         pairs = [(variances, other) for other in (self.xp.ones_like(variances), newton, flattened)]
         self.trace, self.known, noise = self.exchange.dots(*pairs)
         self.inverse = flattened * (self.known / noise) if noise > 0 else newton
@@ -159,10 +160,10 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         share = DAMPING_SHARE * FLAT_SHARE**self.flatness
         return variances + self.xp.clip(share * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
 
-    def flattened(self, variances: Array) -> Array:
+    def flattened(self, variances: Array, damped: Array) -> Array:
         """Return n^(−φ/4) (V + ε)^(φ/4 − 1) of a layer, n = Σ V (V + ε)^(φ/4 − 1) its noise. Local."""
         exponent = FLATTENING * self.flatness
-        scales = self.damped(variances) ** (exponent - 1)
+        scales = damped ** (exponent - 1)
         noise = self.xp.clip(self.xp.sum(variances * scales), LEAST_NOISE, None)
         return scales * noise**-exponent
 
