@@ -32,6 +32,7 @@ SIDE = 128  # of the square layers that the N parameters are taken for
 WARM_UP = 16  # steps: `kronecker` does all its work in the first ten
 RANK = 64  # of `fisher`, which updates at every step until it is reached
 BATCH = 256
+IMAGES = (1, 28, 28)
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 
@@ -83,7 +84,11 @@ def bench(
         Of a case and round, about.
     """
     m = replicas or max(2, communicator.size)
-    tables = [steps(sizes, m, rounds, communicator, seconds), training(max(8, m), rounds, communicator, seconds)]
+    tables = [steps(sizes, m, rounds, communicator, seconds)]
+    tables.append(training(Convnet(IMAGES, "tanh"), METHODS[1:], max(8, m), rounds, communicator, seconds))
+    wide = Convnet(IMAGES, "tanh", filters=(32, 64), dense=(900, 80))
+    if max(sizes) >= wide.size:
+        tables.append(training(wide, METHODS[-1:], max(8, m), rounds, communicator, seconds))
     if communicator.rank == 0:
         tables += [solves(rounds), *gradients(rounds), *adapter(rounds)]
     return tables
@@ -242,17 +247,23 @@ def time_in_turn(cases: Sequence[Case], rounds: int, communicator: Communicator,
             case.times.append(float(communicator.allgather(mine, [1] * communicator.size).max()))
 
 
-def training(replicas: int, rounds: int, communicator: Communicator, seconds: float) -> Table:
-    """Time whole training steps on the convnet, gradients included, against those of SGD."""
+def training(
+    network: Convnet,
+    methods: Sequence[str],
+    replicas: int,
+    rounds: int,
+    communicator: Communicator,
+    seconds: float,
+) -> Table:
+    """Time whole training steps, gradients included, against those of SGD."""
     table = Table(
-        f"training steps of the convnet, {communicator.size} ranks, M = {replicas}, batch {BATCH}",
+        f"training steps of the convnet, N = {network.size}, {communicator.size} ranks, M = {replicas}, batch {BATCH}",
         ("method", "exchange", "ms", "ms/SGD"),
     )
     dataset = datasets.load(datasets.EMBEDDED, None)
-    network = Convnet(dataset.input_shape, "tanh")
     order = BatchOrder(len(dataset.train), BATCH, replicas, seed=0)
     loss = ReplicaLoss(network, dataset.train, order)
-    names = [("sgd", "allgather"), *((m, e) for m in METHODS[1:] for e in ("allgather", "sliced"))]
+    names = [("sgd", "allgather"), *((m, e) for m in methods for e in ("allgather", "sliced"))]
     start, shapes = network.initial_parameters(0), network.parameter_shapes
     cases = [StepCase(m, e, network.size, shapes, replicas, loss, communicator, start) for m, e in names]
     time_in_turn(cases, rounds, communicator, seconds)

@@ -39,9 +39,12 @@ def test_gradient_is_pytorchs(shape, activation, count):
     np.testing.assert_allclose(gradient, other, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("widths", [{}, {"filters": (3, 5), "dense": (7, 4)}])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradient_is_the_finite_difference(shape):
-    network = Convnet(shape, "tanh", dtype=np.float64)
+def test_gradient_is_the_finite_difference(shape, widths):
+    network = Convnet(shape, "tanh", dtype=np.float64, **widths)
+    if widths:
+        assert network.parameter_shapes[::2][1:] == [(5, 3, 5, 5), (7, network.shapes[2].inputs), (4, 7), (10, 4)]
     w, data = parameters(network), batch(shape, 5)
     gradient = network.loss_and_gradient(w, *data)[1]
     random = np.random.default_rng(3)

@@ -36,11 +36,14 @@ class Convnet:
     dtype : optional
         float32; float64 (tests); complex128 for derivatives of the gradient by complex steps: everything here is
         analytic but for comparisons, which go by the real part.
+    filters : (int, int), optional
+    dense : (int, int), optional
+        Widths of the two hidden dense layers.
 
     Attributes
     ----------
     size : int
-        N, the number of parameters: 15,924 or 16,154.
+        N, the number of parameters: 15,924 or 16,154, unless filters and widths are given.
     parameter_shapes : list of tuple of int
         Of the weights and biases that the flat parameters are made of, in their order.
 
@@ -56,15 +59,22 @@ class Convnet:
     """
 
     def __init__(
-        self, input_shape: tuple[int, int, int], activation: str, xp: ModuleType = np, dtype: Any = np.float32
+        self,
+        input_shape: tuple[int, int, int],
+        activation: str,
+        xp: ModuleType = np,
+        dtype: Any = np.float32,
+        filters: tuple[int, int] = FILTERS,
+        dense: tuple[int, int] | None = None,
     ) -> None:
         self.xp, self.dtype, self.input_shape = xp, dtype, input_shape
         self.activation = Activation(xp, activation)
-        first = ConvPoolShape(input_shape, FILTERS[0], KERNEL)
-        second = ConvPoolShape(first.output_shape, FILTERS[1], KERNEL)
-        widths = (prod(second.output_shape), *DENSE_WIDTHS[input_shape], CLASSES)
-        dense = [DenseShape(m, n, activated=n != CLASSES) for m, n in itertools.pairwise(widths)]
-        self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *dense]
+        first = ConvPoolShape(input_shape, filters[0], KERNEL)
+        second = ConvPoolShape(first.output_shape, filters[1], KERNEL)
+        hidden = [prod(second.output_shape), *(dense or DENSE_WIDTHS[input_shape])]
+        full = [DenseShape(m, n) for m, n in itertools.pairwise(hidden)]
+        last = DenseShape(hidden[-1], CLASSES, activated=False)
+        self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *full, last]
         self.parameter_shapes = [shape for s in self.shapes for shape in (s.weight_shape, s.output_shape[:1])]
         self.bounds = list(itertools.accumulate((prod(shape) for shape in self.parameter_shapes), initial=0))
         self.size = self.bounds[-1]
