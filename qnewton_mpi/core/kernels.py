@@ -1,4 +1,4 @@
-"""Linear combinations and inner products: one pass over memory on a GPU, plain array code elsewhere. Local."""
+"""Linear combinations and inner products, in one pass over memory where that can be had. Local."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 from array_api_compat import array_namespace, is_cupy_array
 
 from qnewton_mpi.parallel.device import Array
+
+# Numbers at a time: few enough to stay in a core's cache until they are added.
+PIECE = 1 << 16
 
 
 def combination(a: float, x: Array, b: float, y: Array, out: Array | None = None) -> Array:
@@ -28,12 +31,13 @@ def combination(a: float, x: Array, b: float, y: Array, out: Array | None = None
     """
     if is_cupy_array(x):
         return _kernels()[0](a, x, b, y) if out is None else _kernels()[0](a, x, b, y, out)
-    scaled = b * y
-    if out is None:
-        out = a * x
-    elif out is not x or a != 1:
-        out[...] = a * x
-    out += scaled
+    out = array_namespace(x).empty_like(x) if out is None else out
+    for start in range(0, x.shape[0], PIECE):
+        piece = slice(start, min(start + PIECE, x.shape[0]))
+        scaled = b * y[piece, ...]
+        if out is not x or a != 1:
+            out[piece, ...] = a * x[piece, ...]
+        out[piece, ...] += scaled
     return out
 
 

@@ -74,7 +74,7 @@ class Deflated(Probing[DeflatedSettings]):
         else:
             self.probe_if_due(loss_and_gradient)
 
-        self.velocity = combination(beta, self.velocity, 1.0, mean)
+        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.velocity)
         z = combination(1.0, mean, beta, self.velocity)
         ritz = self.tracked()
         values = ritz.values

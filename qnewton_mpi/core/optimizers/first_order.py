@@ -83,7 +83,7 @@ class Momentum(Probing[MomentumSettings]):
         beta = self.settings.momentum
         if self.adaptive:
             self.adapt_to_probes(loss_and_gradient, loss, mean, beta)
-        self.velocity = combination(beta, self.velocity, 1.0, mean)
+        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.velocity)
         d = combination(1.0, mean, beta, self.velocity) if self.settings.nesterov else self.velocity
         return mean, d, {"loss": loss}
 
@@ -130,8 +130,8 @@ class Adam(Optimizer[AdamSettings]):
         gradients, loss = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(gradients)
         s, t = self.settings, self.steps
-        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean)
-        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean)
+        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean, out=self.first)
+        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean, out=self.second)
         scale = (self.second / (1 - s.beta2**t)) ** 0.5 + s.epsilon
         if s.nesterov:
             now, coming = (s.beta1 * (1 - 0.5 * 0.96 ** (k * s.momentum_decay)) for k in (t, t + 1))

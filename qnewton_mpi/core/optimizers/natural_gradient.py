@@ -82,7 +82,7 @@ class NaturalGradient(Optimizer[S]):
         gg = self.exchange.dots((mean, mean))[0]
         beta, t, clip = self.settings.momentum, self.steps, self.clip(gg)
         g = clip * mean if clip < 1 else mean
-        self.moment = combination(beta, self.moment, 1 - beta, g)
+        self.moment = combination(beta, self.moment, 1 - beta, g, out=self.moment)
         unbiased = 1 / (1 - beta ** (t + 1))
         z = combination(beta * unbiased, self.moment, (1 - beta) * unbiased, g)
         d = self.apply_inverse(z)
