@@ -173,6 +173,28 @@ def test_arrays_outside_host_memory_cross_the_network(communicator, variant, nam
     np.testing.assert_allclose(*points, rtol=1e-9)
 
 
+class BuffersOnly:
+    """Refuses mpi4py's lower-case methods, which pickle."""
+
+    def __init__(self, mpi):
+        self.mpi = mpi
+
+    def __getattr__(self, name):
+        assert name[0].isupper(), f"{name} pickles"
+        return getattr(self.mpi, name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_pickles_nothing(communicator, variant, name, monkeypatch):
+    problem = Quadratic(SIZE, 4)
+    optimizer = make_optimizer(variant, problem, communicator, 4, exchange=name)
+    monkeypatch.setattr(communicator, "mpi", BuffersOnly(communicator.mpi))
+    with pytest.raises(AssertionError, match="allgather pickles"):
+        communicator.mpi.allgather(0)
+    for _ in range(4):
+        optimizer.step(problem)
+
+
 def test_one_bad_replica_is_told_on_every_rank(communicator):
     replicas = 2 * communicator.size
     problem = Quadratic(SIZE, replicas)
