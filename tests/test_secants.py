@@ -28,6 +28,18 @@ def test_never_keeps_all_directions():
     assert multisecant(np.eye(4), tolerance=0.0).rank == 3
 
 
+@given(replicas=st.integers(3, 12), rank=st.integers(1, 4), seed=st.integers(0, 99))
+def test_rounding_is_no_direction(replicas, rank, seed):
+    """Dependent columns: what rounding leaves of the zero eigenvalues is dropped even at tolerance 0."""
+    rank = min(rank, replicas - 2)
+    random = np.random.default_rng(seed)
+    G = random.standard_normal((replicas, rank)) @ random.standard_normal((rank, 40))
+    G -= G.mean(axis=0)
+    singular = np.linalg.svd(G, compute_uv=False)
+    fit = multisecant(G @ G.T, tolerance=0.0)
+    assert fit.rank == np.count_nonzero(singular > 1e-6 * singular[0])
+
+
 def test_repeated_eigenvalues_give_one_matrix():
     # I − 11ᵀ/M has the eigenvalue 1 three times: any rotation of the eigenvectors must give the same inverse.
     gram = np.eye(4) - 0.25

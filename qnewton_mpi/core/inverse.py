@@ -183,7 +183,8 @@ class InverseHessian(Inverse):
     displacements, gradients : (M, held)
         W and G, centred over the M replicas; not copied.
     tolerance : float
-        Directions with σ ≤ tolerance · σ_max are dropped, and always the structural zero of centring.
+        Directions with σ ≤ tolerance · σ_max are dropped, and always the structural zero of centring and what is
+        rounding of the Gram matrix, σ ≤ √(4 M ε) σ_max (8e-8 σ_max for M = 8).
     tikhonov : float, optional
         Damping relative to σ_max².
 

@@ -66,7 +66,8 @@ def multisecant(gram: Matrix, tolerance: float, damping: float = 0.0) -> Secants
     gram : (M, M) float64
         S, finite; only its symmetric part is used.
     tolerance : float
-        Directions with σ ≤ tolerance · σ_max are dropped.
+        Directions with σ ≤ tolerance · σ_max are dropped. S squares the singular values and is known to rounding only:
+        what does not reach σ² = 4 M ε σ_max², ε = 2.2e-16, is dropped whatever the tolerance.
     damping : float, optional
         Tikhonov damping relative to σ_max²: μ = damping · σ_max².
 
@@ -88,8 +89,9 @@ def multisecant(gram: Matrix, tolerance: float, damping: float = 0.0) -> Secants
     """
     replicas = len(gram)
     squared, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    least = max(tolerance**2, 4 * replicas * np.finfo(np.float64).eps)
     # The smallest of the M eigenvalues is the structural zero; what is left of a zero matrix is not positive.
-    kept = (np.arange(replicas) > 0) & (squared > tolerance**2 * squared[-1]) & (squared > 0)
+    kept = (np.arange(replicas) > 0) & (squared > least * squared[-1]) & (squared > 0)
     squared, vectors = squared[kept], vectors[:, kept]
     if not len(squared):
         return Secants(np.zeros((replicas, replicas)), squared)
