@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from qnewton_mpi.core.state import Kind
 
-# κ: how much of the loss that the last stretch of the run gained may be given back as noise.
-NOISE_SHARE = 0.7
+# κ: how much of the loss that the last stretch of the run gained may be given back as noise, by preconditioned steps.
+GAIN_SHARE = 0.7
 # Where the loss has stopped falling, as if it still fell by this part of itself.
 LEAST_SLOPE = 0.02
 # The run has been thrown back when of its last 1/RECENT losses, or so, this share is beyond twice the level.
@@ -63,7 +63,7 @@ class LossTrend:
         return 4 * (self.long - self.level)
 
 
-def noise_limited_rate(trend: LossTrend, noise: float) -> float:
+def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE) -> float:
     """Return α = 4 κ (−t dL/dt)/tr(P⁻¹C), the rate whose noise is in balance with what the run gains.
 
     Steps w ← w − α P⁻¹(∇L + noise of covariance C) keep the loss above the minimum of its bowl by α tr(P⁻¹C)/4 (from
@@ -76,6 +76,8 @@ def noise_limited_rate(trend: LossTrend, noise: float) -> float:
     trend : LossTrend
     noise : float
         tr(P⁻¹C), C the covariance of the mean gradient.
+    share : float
+        κ.
 
     Returns
     -------
@@ -90,4 +92,4 @@ def noise_limited_rate(trend: LossTrend, noise: float) -> float:
     0.2
     """
     gain = max(trend.slope, LEAST_SLOPE * abs(trend.level))  # a loss may be negative, a rate may not
-    return 4 * NOISE_SHARE * gain / noise if noise > 0 else float("inf")
+    return 4 * share * gain / noise if noise > 0 else float("inf")

@@ -14,7 +14,7 @@ from array_api_compat import array_namespace, device
 
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import combination
-from qnewton_mpi.core.rate import LossTrend, noise_limited_rate
+from qnewton_mpi.core.rate import GAIN_SHARE, LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import NonFiniteGradientError
@@ -84,6 +84,7 @@ class Optimizer(ABC, Generic[S]):
 
     settings_type: ClassVar[type[Settings]]
     minimum_replicas: ClassVar[int] = 1
+    gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
     state: ClassVar[Mapping[str, Kind]] = {"held": Kind.HELD, "steps": Kind.SHARED, "evaluations": Kind.SHARED}
     figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate")
 
@@ -142,7 +143,7 @@ class Optimizer(ABC, Generic[S]):
 
     def adapt(self, noise: float, bound: float = math.inf) -> None:
         """Set the rate of this step to that of `noise_limited_rate`, at most `bound`; noise is tr(P⁻¹C). Local."""
-        self.rate = self.rate_factor * min(noise_limited_rate(self.trend, noise), bound)
+        self.rate = self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
 
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Collective, once `steps` is what it was."""

@@ -20,8 +20,10 @@ class SGDSettings(ProbingSettings):
 class SGD(Probing[SGDSettings]):
     """Synchronous stochastic gradient descent: w ← w − α ḡ.
 
-    The rate "auto" is that of `noise_limited_rate`, at most that of LeCun, Simard and Pearlmutter (1993), 1/λ_max, from
-    probes. Only then are there any.
+    The rate "auto" is that of `noise_limited_rate` with κ = 0.2, at most 1.8/λ_max, with λ_max from probes as in LeCun,
+    Simard and Pearlmutter (1993). Only then are there any. Their 1/λ_max is best on a quadratic, where steps diverge
+    beyond 2/λ_max. But a network's λ_max rises until that is the rate (Cohen et al. 2021, arXiv 2103.00065): a bound
+    far below follows it down.
 
     Examples
     --------
@@ -36,6 +38,8 @@ class SGD(Probing[SGDSettings]):
     """
 
     settings_type = SGDSettings
+    gain_share = 0.2  # less than where steps are preconditioned: near 2/λ noise along λ counts 1/(1 − αλ/2) times
+    curvature_factor = 1.8
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
         gradients, loss = self.evaluate(loss_and_gradient)
@@ -57,7 +61,8 @@ class MomentumSettings(ProbingSettings):
 class Momentum(Probing[MomentumSettings]):
     """Heavy-ball momentum, v ← β v + ḡ, w ← w − α v; with `nesterov`, w ← w − α (ḡ + β v). As in PyTorch's SGD.
 
-    The rate "auto" is as for SGD, but that the noise is that of α/(1 − β), at which the sum of the steps moves.
+    The rate "auto" is that of `noise_limited_rate` with κ = 0.35 and the noise of α/(1 − β), at which the sum of steps
+    moves, at most 1/λ_max.
 
     Examples
     --------
@@ -72,6 +77,7 @@ class Momentum(Probing[MomentumSettings]):
     """
 
     settings_type = MomentumSettings
+    gain_share = 0.35
     state: ClassVar = {**Probing.state, "velocity": Kind.HELD}
 
     def start(self) -> None:

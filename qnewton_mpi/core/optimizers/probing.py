@@ -41,6 +41,7 @@ class Probing(Optimizer[S]):
 
     ritz: RitzPairs | None = None  # from the first probe on: without any, there is nothing to hold
     always_probes: ClassVar[bool] = False
+    curvature_factor: ClassVar[float] = 1.0  # times 1/|λ| is the largest rate "auto"
 
     def parts(self) -> Mapping[str, Any]:
         if self.steps and (self.adaptive or self.always_probes):
@@ -75,11 +76,14 @@ class Probing(Optimizer[S]):
         momentum: float = 0.0,
         choose: Callable[[Matrix], float] = np.max,
     ) -> None:
-        """Probe if it is due, then set the rate to min((1 − β) α_noise, 1/|λ|), for a momentum β and the chosen |λ|."""
+        """Probe if it is due, then set the rate to min((1 − β) α_noise, c/|λ|), for a momentum β and the chosen |λ|.
+
+        c is `curvature_factor`.
+        """
         self.trend.add(loss)
         noise = self.noise(self.exchange.dots((mean, mean))[0])
         self.probe_if_due(loss_and_gradient)
-        self.adapt(noise / (1 - momentum), 1 / self.curvature(choose))
+        self.adapt(noise / (1 - momentum), self.curvature_factor / self.curvature(choose))
 
     def curvature(self, choose: Callable[[Matrix], float]) -> float:
         """Return one of the |λ| of the Ritz values, as `min` or `max`; not zero, so that it can be divided by."""
