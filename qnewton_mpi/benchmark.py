@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import h5py
@@ -16,7 +17,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi.core.create import create
-from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.exchange import EXCHANGES, AllgatherExchange
+from qnewton_mpi.core.kernels import combination, inner
+from qnewton_mpi.core.optimizers.kronecker import Layer, LayerShape
 from qnewton_mpi.core.secants import multisecant
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
@@ -33,8 +36,10 @@ WARM_UP = 16  # steps: `kronecker` does all its work in the first ten
 RANK = 64  # of `fisher`, which updates at every step until it is reached
 BATCH = 256
 IMAGES = (1, 28, 28)
+SIDES = (128, 1024)  # of the layers whose products are timed
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
+Clock = Callable[[Callable[[], object]], float]  # seconds of an action
 
 
 @dataclass
@@ -90,6 +95,12 @@ def bench(
     if max(sizes) >= wide.size:
         tables.append(training(wide, METHODS[-1:], max(8, m), rounds, communicator, seconds))
     if communicator.rank == 0:
+
+        def clock(action: Callable[[], object]) -> float:
+            return statistics.median(_seconds(action, 1, rounds))
+
+        # No larger than `fisher` is timed at: its rows are these.
+        tables.append(algebra(np, min(max(sizes), LARGEST["fisher"]), clock))
         tables += [solves(rounds), *gradients(rounds), *adapter(rounds)]
     return tables
 
@@ -270,6 +281,88 @@ def training(
     for (method, name), case in zip(names, cases, strict=True):
         ratio = statistics.median(a / b for a, b in zip(case.times, cases[0].times, strict=True))
         table.rows.append((method, name, statistics.median(case.times) * 1e3, ratio))
+    return table
+
+
+def algebra(xp: ModuleType, size: int, clock: Clock, replicas: int = 8, rank: int = RANK, side: int = 1024) -> Table:
+    """Time what steps are made of against a copy and sgemm of the same run, one of which bounds it. Local.
+
+    Parameters
+    ----------
+    xp : module
+        NumPy or CuPy.
+    size : int
+        N; two arrays of (M + rank) N numbers are needed.
+    clock : callable
+        Seconds of an action.
+    replicas, rank : int
+    side : int
+        Of the square matrices whose product sgemm's rate is that of.
+
+    Returns
+    -------
+    Table
+        Bytes are those that have to move at least, operations the multiplications and additions of products.
+    """
+    exchange = AllgatherExchange(Communicator(MPI.COMM_SELF), replicas, size)
+    random = np.random.default_rng(0)
+
+    def numbers(*shape: int) -> Array:
+        return xp.asarray(random.standard_normal(shape, np.float32))
+
+    x, y, rows = numbers(size), numbers(size), numbers(replicas + rank, size)
+    new, kept, out, square = rows[:replicas, :], rows[:rank, :], xp.empty_like(rows), numbers(side, side)
+    coefficients, weights = numbers(rank, replicas + rank), numbers(rank)
+
+    def copy() -> None:
+        out[...] = rows
+
+    m, r = replicas, rank
+    cases: dict[str, tuple[Callable[[], object], float, float]] = {
+        "copy": (copy, 8 * (m + r) * size, 0),
+        "sgemm": (lambda: square @ square, 0, 2 * side**3),
+        "a x + b y": (lambda: combination(0.5, x, 0.5, y, out=out[0, :]), 12 * size, 0),
+        "Σ x y": (lambda: inner(x, y), 8 * size, 0),
+        f"Gram matrix, {m} rows": (lambda: exchange.gram(new, new), 4 * m * size, 2 * m * m * size),
+        f"Gram matrix, {m} rows with {m + r}": (
+            lambda: exchange.gram(new, rows, precise=False),
+            4 * (m + r) * size,
+            2 * m * (m + r) * size,
+        ),
+        f"{r} combinations of {m + r} rows": (
+            lambda: coefficients @ rows,
+            4 * (m + 2 * r) * size,
+            2 * r * (m + r) * size,
+        ),
+        f"products of {r} rows with one": (
+            lambda: exchange.gram(kept, x[None, :], precise=False),
+            4 * (r + 1) * size,
+            2 * r * size,
+        ),
+        f"a combination of {r} rows": (lambda: weights @ kept, 4 * (r + 1) * size, 2 * r * size),
+    }
+    for s in SIDES:
+        if s * s > size:
+            continue
+        layer, gradients, factors = Layer(x, LayerShape(0, s, s, False), 0, s), numbers(m, s * s), numbers(s * s)
+        words = 2 * s * s  # of V and Z, read and written; A, B and the bases besides
+        cases[f"A, B and V of a layer {s}×{s}, M = {m}"] = (
+            lambda layer=layer, gradients=gradients: layer.add(gradients, 0.1),  # type: ignore[misc]
+            4 * (m * s * s + words + 6 * s * s),
+            8 * m * s**3,
+        )
+        cases[f"F⁻¹ of a layer {s}×{s} times a vector"] = (
+            lambda layer=layer, z=gradients[0, :], factors=factors: layer.scale(z, factors),  # type: ignore[misc]
+            4 * (words + 3 * s * s),
+            8 * s**3,
+        )
+    seconds = {what: clock(action) for what, (action, _, _) in cases.items()}
+    bandwidth, arithmetic = 8 * (m + r) * size / seconds["copy"], 2 * side**3 / seconds["sgemm"]
+    table = Table(f"algebra, N = {size}", ("what", "ms", "GB/s", "Gflop/s", "of copy's rate", "of sgemm's rate"))
+    for what, (_, moved, operations) in cases.items():
+        rates = moved / seconds[what], operations / seconds[what]
+        shares = rates[0] / bandwidth, rates[1] / arithmetic
+        table.rows.append((what, seconds[what] * 1e3, rates[0] / 1e9, rates[1] / 1e9, *shares))
     return table
 
 

@@ -21,9 +21,8 @@ prepare()
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from qnewton_mpi.benchmark import BATCH, Table  # noqa: E402
+from qnewton_mpi.benchmark import BATCH, Table, algebra  # noqa: E402
 from qnewton_mpi.core.exchange import EXCHANGES  # noqa: E402
-from qnewton_mpi.core.kernels import combination, inner  # noqa: E402
 from qnewton_mpi.core.optimizers import OPTIMIZERS  # noqa: E402
 from qnewton_mpi.data import datasets  # noqa: E402
 from qnewton_mpi.data.order import BatchOrder  # noqa: E402
@@ -33,7 +32,7 @@ from qnewton_mpi.parallel.communicator import Communicator  # noqa: E402
 from qnewton_mpi.parallel.device import open_device  # noqa: E402
 from qnewton_mpi.training.loop import ReplicaLoss  # noqa: E402
 
-REPLICAS, RANK, SIDE = 8, 32, 2048
+REPLICAS, RANK, SIDE, PRODUCT = 8, 32, 2048, 4096
 ROUNDS = 7
 
 
@@ -46,8 +45,10 @@ def main() -> None:
     device = open_device("cpu" if arguments.cpu else "cuda", 0)
     print(f"{device.name}, N = {arguments.parameters:,}, M = {REPLICAS}\n")
     clock = Clock(device.xp)
-    for table in (algebra(device.xp, arguments.parameters, clock), training(device.xp, clock)):
-        print(table.text())
+    n = arguments.parameters
+    print(algebra(device.xp, n, clock, REPLICAS, RANK, PRODUCT).text())
+    print(steps(device.xp, n, clock).text())
+    print(training(device.xp, clock).text())
 
 
 class Clock:
@@ -70,34 +71,13 @@ class Clock:
         return statistics.median(times)
 
 
-def algebra(xp: ModuleType, size: int, clock: Clock) -> Table:
-    """Time a step's passes over memory against a copy on the device, and the Gram matrix against sgemm too."""
+def steps(xp: ModuleType, size: int, clock: Clock) -> Table:
+    """Time steps whose gradients cost nothing."""
     exchange = EXCHANGES["allgather"](Communicator(MPI.COMM_SELF), REPLICAS, size)
-    exchange.divide(())
-    x, y = (xp.asarray(np.random.default_rng(seed).standard_normal(size, np.float32)) for seed in (0, 1))
-    out, square = xp.empty_like(x), xp.ones((4096, 4096), xp.float32)
-    rows = xp.asarray(np.random.default_rng(2).standard_normal((REPLICAS + RANK, size), np.float32))
-
-    def copy() -> None:
-        out[...] = x
-
-    copied = 8 * size / clock(copy)
-    multiplied = 2 * len(square) ** 3 / clock(lambda: square @ square)
-    table = Table("passes over memory", ("what", "ms", "GB/s", "of a copy's", "of sgemm's flop/s"))
-    table.rows.append(("copy", 8e3 * size / copied, copied / 1e9, 1.0, "–"))
-    cases: dict[str, tuple[Callable[[], object], float, float]] = {
-        "a x + b y": (lambda: combination(0.5, x, 0.5, y, out=out), 12 * size, 0),
-        "Σ x y": (lambda: inner(x, y), 8 * size, 0),
-        f"Gram matrix of {REPLICAS} rows with {len(rows)}": (
-            lambda: exchange.gram(rows[:REPLICAS, :], rows),
-            4 * len(rows) * size,
-            2 * REPLICAS * len(rows) * size,
-        ),
-    }
-    for what, (action, moved, operations) in cases.items():
-        seconds = clock(action)
-        rate = operations / seconds / multiplied if operations else "–"
-        table.rows.append((what, seconds * 1e3, moved / seconds / 1e9, moved / seconds / copied, rate))
+    random = np.random.default_rng(0)
+    x = xp.asarray(random.standard_normal(size, np.float32))
+    rows = xp.asarray(random.standard_normal((REPLICAS, size), np.float32))
+    table = Table("steps, gradients for free", ("method", "ms"))
     shapes = [(SIDE, SIDE)] * (size // SIDE**2) + ([(size % SIDE**2,)] if size % SIDE**2 else [])
     for method in ("sgd", "momentum", "kronecker"):
         kind = OPTIMIZERS[method]
@@ -105,7 +85,7 @@ def algebra(xp: ModuleType, size: int, clock: Clock) -> Table:
         for _ in range(10):  # in which `kronecker` does all its work at every step
             optimizer.step(lambda w, replica: (1.0, rows[replica]))
         seconds = clock(lambda step=optimizer.step: step(lambda w, replica: (1.0, rows[replica])), 20)
-        table.rows.append((f"a step of {method}, gradients for free", seconds * 1e3, "–", "–", "–"))
+        table.rows.append((method, seconds * 1e3))
     return table
 
 

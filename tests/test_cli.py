@@ -270,6 +270,10 @@ def test_bench(qnewton, one_line_error, tmp_path):
         received = dict(zip(cases, table["received over Allreduce"][()], strict=True))
         assert list(table["N"]) == [16384] * len(received)
         assert list(file["M×M solve, float64/M"])[:2] == [8, 32]
+        algebra = file["algebra, N = 16384"]
+        rates = zip(*(algebra[f"of {name}'s rate"][()] for name in ("copy", "sgemm")), strict=True)
+        assert list(algebra["what"].asstr())[:2] == ["copy", "sgemm"]
+        np.testing.assert_allclose(list(rates)[:2], np.eye(2))
     for method in ("sgd", "kronecker"):
         assert received[method, "sliced"] == pytest.approx(1, abs=0.01)
     assert received["multisecant", "sliced"] == pytest.approx(1.5, abs=0.02)

@@ -24,19 +24,15 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_numpy_array
+from array_api_compat import array_namespace, device
 
-from qnewton_mpi.core.kernels import inner
+from qnewton_mpi.core.kernels import blockwise_products, double_products, inner
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, to_host
 from qnewton_mpi.parallel.transport import Transport
-
-# Coordinates are converted to float64 in pieces of this many entries: on a CPU so that a piece stays in a core's cache,
-# elsewhere so that it leaves room in memory.
-CPU_PIECE, PIECE = 1 << 16, 1 << 26
 
 
 class Exchange(ABC):
@@ -154,21 +150,23 @@ class Exchange(ABC):
         columns -= mean
         return mean, columns
 
-    def gram(self, a: Array, b: Array) -> Matrix:
+    def gram(self, a: Array, b: Array, precise: bool = True) -> Matrix:
         """Return A Bᵀ for held columns a (p, held) and b (q, held): (p, q), host float64, bitwise equal on all ranks.
 
         Each rank multiplies its coordinates in float64; the partial products are all-gathered and added in rank order,
         which an Allreduce does not promise.
+
+        Parameters
+        ----------
+        a, b : array
+        precise : bool, optional
+            False: blocks of 2¹⁴ coordinates are multiplied in the arrays' precision and only their products added in
+            float64. With float32 they are off by about 10⁻⁷ ‖a‖ ‖b‖, in a half to a third of the time.
         """
-        xp = array_namespace(a)
         part = self.summed()
-        piece = max(1, (CPU_PIECE if is_numpy_array(a) else PIECE) // (a.shape[0] + b.shape[0]))
-        partial = xp.zeros((a.shape[0], b.shape[0]), dtype=xp.float64, device=device(a))
-        for start in range(part.start, part.stop, piece):
-            block = slice(start, min(start + piece, part.stop))
-            left = xp.astype(a[:, block], xp.float64)
-            right = left if a is b else xp.astype(b[:, block], xp.float64)
-            partial += left @ right.T
+        left = a[:, part]
+        right = left if a is b else b[:, part]
+        partial = (double_products if precise else blockwise_products)(left, right)
         return self._added(to_host(partial)[None])
 
     def dots(self, *pairs: tuple[Array, Array]) -> list[float]:

@@ -1,16 +1,21 @@
-"""Linear combinations and inner products, in one pass over memory where that can be had. Local."""
+"""Linear combinations and inner products of long vectors, in one pass over memory where that can be had. Local."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-from array_api_compat import array_namespace, is_cupy_array
+from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array
 
 from qnewton_mpi.parallel.device import Array
 
 # Numbers at a time: few enough to stay in a core's cache until they are added.
 PIECE = 1 << 16
+# Numbers that are converted to float64 at a time: on a CPU few enough to stay in cache, in rows long enough for a fast
+# product; elsewhere few enough to leave room in memory.
+CPU_DOUBLES, DOUBLES = 1 << 18, 1 << 26
+# Coordinates whose products are added in the arrays' own precision, where that is precise enough.
+BLOCK = 1 << 14
 
 
 def combination(a: float, x: Array, b: float, y: Array, out: Array | None = None) -> Array:
@@ -42,11 +47,40 @@ def combination(a: float, x: Array, b: float, y: Array, out: Array | None = None
 
 
 def inner(x: Array, y: Array) -> Array:
-    """Return Σ x y over all entries, an array without axes, summed in float64."""
+    """Return Σ x y over all entries, an array without axes: float64, on a CPU the sum of `blockwise_products`."""
     if is_cupy_array(x):
         return _kernels()[1](x, y)
-    xp = array_namespace(x)
-    return xp.sum(x * y, dtype=xp.float64)
+    reshape = array_namespace(x).reshape
+    return blockwise_products(reshape(x, (1, -1)), reshape(y, (1, -1)))[0, 0]
+
+
+def double_products(a: Array, b: Array) -> Array:
+    """Return A Bᵀ of arrays (p, n) and (q, n), multiplied and added in float64."""
+    xp = array_namespace(a)
+    piece = max(1, (CPU_DOUBLES if is_numpy_array(a) else DOUBLES) // (a.shape[0] + b.shape[0]))
+    total = xp.zeros((a.shape[0], b.shape[0]), dtype=xp.float64, device=device(a))
+    for start in range(0, a.shape[1], piece):
+        block = slice(start, min(start + piece, a.shape[1]))
+        left = xp.astype(a[:, block], xp.float64)
+        right = left if a is b else xp.astype(b[:, block], xp.float64)
+        total += left @ right.T
+    return total
+
+
+def blockwise_products(a: Array, b: Array) -> Array:
+    """Return A Bᵀ of arrays (p, n) and (q, n), in float64 over blocks multiplied in the arrays' precision.
+
+    One product of stacks of matrices: a GPU is asked once, not once a block.
+    """
+    xp = array_namespace(a)
+    blocks = a.shape[1] // BLOCK
+    whole = blocks * BLOCK
+
+    def stack(rows: Array) -> Array:
+        return xp.permute_dims(xp.reshape(rows[:, :whole], (rows.shape[0], blocks, BLOCK)), (1, 0, 2))
+
+    products = stack(a) @ xp.matrix_transpose(stack(b))
+    return xp.sum(products, axis=0, dtype=xp.float64) + a[:, whole:] @ xp.matrix_transpose(b[:, whole:])
 
 
 @functools.cache

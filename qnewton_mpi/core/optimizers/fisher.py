@@ -91,7 +91,8 @@ class Fisher(NaturalGradient[FisherSettings]):
         S = np.zeros((n, n))
         # The kept rows are eigenvectors, orthogonal to rounding: their block of the Gram matrix is known.
         S[:kept, :kept] = np.diag((1 - weight) * self.eigenvalues)
-        S[kept:] = self.exchange.gram(G, columns)
+        # Their precision will do: what is below n ε λ_max is dropped.
+        S[kept:] = self.exchange.gram(G, columns, precise=False)
         S[:kept, kept:] = S[kept:, :kept].T
         self.trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
         values, vectors = leading_eigenpairs(S, self.settings.rank)
@@ -104,7 +105,7 @@ class Fisher(NaturalGradient[FisherSettings]):
 
     def apply_inverse(self, z: Array) -> Array:
         damping = self.damping
-        projections = self.exchange.gram(self.factor, z[None, :])[:, 0]
+        projections = self.exchange.gram(self.factor, z[None, :], precise=False)[:, 0]
         coefficients = to_device(projections / (self.eigenvalues + damping), z)
         return (z - coefficients @ self.factor) / damping
 
