@@ -145,6 +145,8 @@ class Checkpoints:
                 lambda: self._guard(step, lambda: self._finish(partial, final, entries, everyone or []))
             )
         except UserError:
+            with self.communicator.waiting():
+                self.communicator.mpi.Barrier()  # until no rank has a file in there
             if self.communicator.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise

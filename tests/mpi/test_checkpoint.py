@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.training import checkpoint
 from qnewton_mpi.training.checkpoint import SUMS, Checkpoints, Position, name_of, steps_in
+from qnewton_mpi.training.disk import reserved
 
 SIZE, REPLICAS, STEPS = 23, 8, 3
 
@@ -138,7 +141,8 @@ def test_damage_is_passed_over(communicator, folder):
         saved.load({"optimizer": optimizer})
 
 
-def test_what_cannot_be_written_leaves_the_earlier_ones(communicator, folder, monkeypatch):
+@pytest.mark.parametrize("failing", ["first", "last"])
+def test_what_cannot_be_written_leaves_the_earlier_ones(communicator, folder, monkeypatch, failing):
     optimizer = start("sgd", communicator, "sliced")
     saved = checkpoints(folder, optimizer)
     saved.prepare(resume=False, overwrite=False)
@@ -147,8 +151,18 @@ def test_what_cannot_be_written_leaves_the_earlier_ones(communicator, folder, mo
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    if communicator.rank == communicator.size - 1:
+    @contextlib.contextmanager
+    def slowly_given_back(folder, size):
+        with reserved(folder, size):
+            try:
+                yield
+            finally:
+                time.sleep(0.2)
+
+    if communicator.rank == (0 if failing == "first" else communicator.size - 1):
         monkeypatch.setattr("os.posix_fallocate", full)
+    else:
+        monkeypatch.setattr(checkpoint, "reserved", slowly_given_back)
     with pytest.raises(UserError, match=r"step 2 not written to .*: No space left on device"):
         saved.save(2, {"optimizer": optimizer})
     communicator.mpi.Barrier()
