@@ -161,7 +161,7 @@ class Exchange(ABC):
         a, b : array
         precise : bool, optional
             False: blocks of 2¹⁴ coordinates are multiplied in the arrays' precision and only their products added in
-            float64. With float32 they are off by about 10⁻⁷ ‖a‖ ‖b‖, in a half to a third of the time.
+            float64. With float32 they are off by about 10⁻⁷ ‖a‖ ‖b‖, in less than half of the time.
         """
         part = self.summed()
         left = a[:, part]
