@@ -186,6 +186,15 @@ def test_report_on_a_made_study(tmp_path):
     assert cells["B (baseline)"][-1] == "1.00"
 
 
+def test_seconds_of_a_suspended_machine_do_not_count(tmp_path):
+    make_study(tmp_path / "study.h5")
+    with h5py.File(tmp_path / "study.h5", "a") as file:
+        file.copy("B-0", "B-2")
+        file["B-2/epochs/wall_seconds"][...] *= 100
+    (result,) = (r for r in read_results(tmp_path / "study.h5") if r.name == "B")
+    assert list(result.curve("wall_seconds")) == [0.0, 10.0, 20.0]
+
+
 def test_reached_at():
     cost, nll = np.array([0.0, 10.0, 20.0]), np.array([1.0, 0.1, 0.01])
     assert reached_at(cost, nll, 0.1) == pytest.approx(10)

@@ -56,8 +56,12 @@ class Result:
         return f"{statistics.fmean(values):{layout}}{spread}"
 
     def curve(self, figure: str) -> NDArray[np.float64]:
-        """Return a figure of each evaluation, mean over the runs."""
-        return np.asarray(np.mean([run.epochs[figure] for run in self.runs], axis=0))
+        """Return a figure of each evaluation, mean over the runs.
+
+        Of seconds it is the median: a machine that is busy or suspended lengthens a run, nothing shortens one.
+        """
+        over_runs = np.median if figure == "wall_seconds" else np.mean
+        return np.asarray(over_runs([run.epochs[figure] for run in self.runs], axis=0))
 
     def cost_to(self, target: float, cost: str) -> float:
         """Return the cost at which the mean training NLL reaches a target; NaN if it does not, or a run diverged."""
@@ -85,7 +89,7 @@ def reached_at(cost: NDArray[np.float64], nll: NDArray[np.float64], target: floa
 
 
 def read_results(path: Path) -> list[Result]:
-    """Return the rows of a study's file.
+    """Return the rows of a study's file: baselines first, then by name.
 
     Raises
     ------
@@ -102,7 +106,7 @@ def read_results(path: Path) -> list[Result]:
         tried = sorted({float(run.attributes["lr"]) for run in members if run.attributes["stage"] == "tuning"})
         first = final[0].attributes
         results.append(Result(name, bool(first["baseline"]), first["lr"], tried, whole, len(final) - len(whole)))
-    return results
+    return sorted(results, key=lambda r: (not r.baseline, natural(r.name)))
 
 
 def best_baseline(results: Iterable[Result], figure: str) -> Result | None:
@@ -128,7 +132,6 @@ def markdown(results: list[Result]) -> str:
     "to its NLL" is the cost until the best baseline's final training NLL is reached, over the baseline's whole cost.
     """
     last, tail = (best_baseline(results, figure) for figure in ("train_nll", "tail_train_nll"))
-    ordered = sorted(results, key=lambda r: (not r.baseline, natural(r.name)))
 
     def ratio(value: float, base: float | None) -> str:
         return "–" if base is None or math.isnan(value) else f"{value / base:.2f}"
@@ -136,7 +139,7 @@ def markdown(results: list[Result]) -> str:
     def to_target(result: Result, cost: str) -> str:
         if last is None:
             return "–"
-        return ratio(result.cost_to(last.mean("train_nll"), cost), last.mean(cost))
+        return ratio(result.cost_to(last.mean("train_nll"), cost), float(last.curve(cost)[-1]))
 
     columns: dict[str, Callable[[Result], str]] = {
         "row": lambda r: r.name + (" (baseline)" if r.baseline else ""),
@@ -152,7 +155,7 @@ def markdown(results: list[Result]) -> str:
         "seconds to its NLL": lambda r: to_target(r, "wall_seconds"),
     }
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(cell(result) for cell in columns.values())} |" for result in ordered]
+    lines += [f"| {' | '.join(cell(result) for cell in columns.values())} |" for result in results]
     return "\n".join(lines) + "\n"
 
 
@@ -165,6 +168,8 @@ def draw(results: list[Result], target: Path) -> None:
         Without matplotlib.
     """
     plt = pyplot("report")
+    from matplotlib.ticker import EngFormatter
+
     figure, panels = plt.subplots(1, len(COSTS), figsize=(15, 5), sharey=True, layout="constrained")
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
         axes.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))  # the usual ten are soon used up
@@ -174,6 +179,7 @@ def draw(results: list[Result], target: Path) -> None:
             style, label_of = "--" if result.baseline else "-", f"{result.name}, {rate_text(result.rate)}"
             axes.plot(result.curve(cost), result.curve("train_nll"), style, label=label_of)
         axes.set(xlabel=label, yscale="log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 300k, not 300000: labels must not touch
         label_decades(axes)
         axes.grid(True, which="both", alpha=0.3)
     panels[0].set_ylabel("training NLL (nats), mean over seeds; baselines dashed")
