@@ -352,7 +352,7 @@ def algebra(xp: ModuleType, size: int, clock: Clock, replicas: int = 8, rank: in
             8 * m * s**3,
         )
         cases[f"F⁻¹ of a layer {s}×{s} times a vector"] = (
-            lambda layer=layer, z=gradients[0, :], factors=factors: layer.scale(z, factors),  # type: ignore[misc]
+            lambda layer=layer, z=gradients[0, :], factors=factors: layer.flat(layer.rotated(z) * factors),  # type: ignore[misc]
             4 * (words + 3 * s * s),
             8 * s**3,
         )

@@ -115,7 +115,7 @@ def test_fisher_is_its_equation(communicator):
     optimizer = make_optimizer("fisher", problem, communicator, REPLICAS, **options)
     w, F, m = np.array(problem.start), np.zeros((SIZE, SIZE)), np.zeros(SIZE)
     for t in range(1, 8):
-        problem.centres[:] = problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
+        problem.centres[:] = problem._centres[:] = 4 * np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
         gradients = np.array([problem(w, i)[1] for i in range(REPLICAS)])
         G = gradients - gradients.mean(axis=0)
         gamma = (1 - 0.7) / (1 - 0.7**t)
@@ -166,7 +166,8 @@ def test_kronecker_bounds_the_divergence_relative_to_the_loss(communicator, loss
 def test_kronecker_is_its_equation(communicator, damping):
     """Two layers, 2 × (2 + bias) and 2 × 3; statistics in the old bases, which then take a step of iteration."""
     problem = Quadratic(SIZE, REPLICAS)
-    options = {"decay": 0.7, "damping": damping, "momentum": 0.6, "basis_every": 100, "lr": 0.2, "max_divergence": 1e9}
+    options = {"decay": 0.7, "damping": damping, "momentum": 0.6, "lr": 0.2, "max_divergence": 1e9}
+    options |= {"update_every": 2, "basis_every": 3}
     settings = build(OPTIMIZERS["kronecker"].settings_type, options)
     exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
     optimizer = OPTIMIZERS["kronecker"](settings, problem.start, exchange, samples=4, shapes=[(2, 2), (2,), (2, 3)])
@@ -179,43 +180,61 @@ def test_kronecker_is_its_equation(communicator, damping):
 
     w, m = np.array(problem.start), np.zeros(SIZE)
     optimizer.noise_share = noise_share = 0.9  # it would be 0.02 at the end, and nothing flattened
-    V, A, B = ([0, 0] for _ in range(3))
+    V, A, B, S, N = ([0, 0] for _ in range(5))
     Q_A, Q_B = [np.eye(3)] * 2, [np.eye(2)] * 2
-    for t in range(1, 8):
-        problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
+    shares, updates = [], 0
+    for t in range(1, 28):
+        problem._centres[:] = 4 * np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
         losses, gradients = map(np.array, zip(*(problem(w, i) for i in range(REPLICAS)), strict=True))
         trend.add(losses.mean())
-        epsilon, flatness, gamma = damping * trend.level, noise_share**2, (1 - 0.7) / (1 - 0.7**t)
-        scales = []
-        for k, indices in enumerate(layers):
-            X = (gradients - gradients.mean(axis=0))[:, indices] * np.sqrt(4 / (REPLICAS - 1))
-            A[k] = (1 - gamma) * A[k] + gamma * np.einsum("rij,rik->jk", X, X)
-            B[k] = (1 - gamma) * B[k] + gamma * np.einsum("rij,rkj->ik", X, X)
-            old = Q_A[k], Q_B[k]
-            V[k] = (1 - gamma) * V[k] + gamma * ((old[1].T @ X @ old[0]) ** 2).sum(axis=0)
-            Q_A[k], Q_B[k] = iterated(A[k], old[0]), iterated(B[k], old[1])
-            V[k] = ((old[1].T @ Q_B[k]) ** 2).T @ V[k] @ (old[0].T @ Q_A[k]) ** 2
-            share = 0.3 * 0.1**flatness
-            assert (epsilon < share * V[k].mean()) == (damping < 1)
-            P = V[k] + min(epsilon, share * V[k].mean())
-            noise = (V[k] * P ** (flatness / 4 - 1)).sum()
-            scales.append((P ** (flatness / 4 - 1) * noise ** (-flatness / 4), V[k] / P))
-        newton = sum(n.sum() for _, n in scales)
-        flattened = sum((v * s).sum() for v, (s, _) in zip(V, scales, strict=True))
+        update = t <= 10 or t % 2 == 0
+        updates += update
+        epsilon, flatness, gamma = damping * trend.level, noise_share**2, (1 - 0.7) / (1 - 0.7**updates)
+        if update:
+            scales = []
+            for k, indices in enumerate(layers):
+                X = (gradients - gradients.mean(axis=0))[:, indices] * np.sqrt(4 / (REPLICAS - 1))
+                A[k] = (1 - gamma) * A[k] + gamma * np.einsum("rij,rik->jk", X, X)
+                B[k] = (1 - gamma) * B[k] + gamma * np.einsum("rij,rkj->ik", X, X)
+                old = Q_A[k], Q_B[k]
+                V[k] = (1 - gamma) * V[k] + gamma * ((old[1].T @ X @ old[0]) ** 2).sum(axis=0)
+                if updates <= 10 or updates % 3 == 0:
+                    Q_A[k], Q_B[k] = iterated(A[k], old[0]), iterated(B[k], old[1])
+                V[k], S[k], N[k] = (
+                    ((old[1].T @ Q_B[k]) ** 2).T @ (s + np.zeros((2, 3))) @ (old[0].T @ Q_A[k]) ** 2
+                    for s in (V[k], S[k], N[k])
+                )
+                share = 0.3 * 0.1**flatness
+                assert (epsilon < share * V[k].mean()) == (damping < 1)
+                P = V[k] + min(epsilon, share * V[k].mean())
+                noise = (V[k] * P ** (flatness / 4 - 1)).sum()
+                signal = np.ones((2, 3))
+                for depth in range(20) if t >= 20 else []:
+                    group = (V[k] <= V[k].max() / 4**depth) & (V[k] > V[k].max() / 4 ** (depth + 1))
+                    signal[group] = max(1 - N[k][group].sum() / S[k][group].sum(), 0.2) if group.any() else 1
+                shares.extend(signal.ravel())
+                scales.append((signal**noise_share * P ** (flatness / 4 - 1) * noise ** (-flatness / 4), V[k] / P))
+            newton = sum(n.sum() for _, n in scales)
+            flattened = sum((v * s).sum() for v, (s, _) in zip(V, scales, strict=True))
         m = 0.6 * m + 0.4 * gradients.mean(axis=0)
         z = (0.6 * m + 0.4 * gradients.mean(axis=0)) / (1 - 0.6 ** (t + 1))
+        weights = [0.4 * (0.6 ** (j + 1) + (j == 0)) / (1 - 0.6 ** (t + 1)) for j in range(t)]
         d = np.zeros(SIZE)
         for k, indices in enumerate(layers):
             rotated = Q_B[k].T @ z[indices] @ Q_A[k]
+            if update:
+                weight = max(0.04, 1 / updates)
+                S[k] = (1 - weight) * S[k] + weight * rotated**2 * 4 * REPLICAS / np.square(weights).sum()
+                N[k] = (1 - weight) * N[k] + weight * V[k]
             d[indices] = Q_B[k] @ (rotated * scales[k][0] * newton / flattened) @ Q_A[k].T
         w = w - 0.2 * np.sqrt(4 * REPLICAS / 256) * d
-        weights = [0.4 * (0.6 ** (j + 1) + (j == 0)) / (1 - 0.6 ** (t + 1)) for j in range(t)]
         noise = newton / (4 * REPLICAS) * np.square(weights).sum()
         noise_share += 0.1 * (min(noise / (d @ z), (d @ z) / noise) - noise_share)
         figures = optimizer.step(problem)
         np.testing.assert_allclose(optimizer.parameters, w, rtol=1e-9)
         assert figures["damping"] == pytest.approx(epsilon)
         assert figures["noise_share"] == pytest.approx(noise_share)
+    assert {0.2, 1.0} < set(shares)  # the least, the start, and others
 
 
 @pytest.mark.parametrize("variant", ["kronecker", "fisher"])
@@ -262,7 +281,7 @@ def test_kronecker_layers_cover_the_parameters(communicator):
     assert layers[0].left.basis.shape == (4, 4)
     z = np.random.default_rng(0).standard_normal(68)
     for layer in layers:
-        np.testing.assert_allclose(layer.scale(z[layer.span], np.full(len(z[layer.span]), 2.0)), 2 * z[layer.span])
+        np.testing.assert_allclose(layer.flat(2 * layer.rotated(z[layer.span])), 2 * z[layer.span])
 
 
 def test_fisher_with_equal_replicas_is_momentum(communicator):

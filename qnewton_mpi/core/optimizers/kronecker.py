@@ -16,6 +16,7 @@ from qnewton_mpi.core.optimizers.natural_gradient import (
     DIVERGENCE_HELP,
     NaturalGradient,
     NaturalGradientSettings,
+    momentum_noise,
 )
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
@@ -29,6 +30,10 @@ FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less d
 FLATTENING = 0.25  # of V's exponent, and of the layers' noise, where a step is all noise
 LEAST_NOISE = 1e-3  # of a layer, for one without
 LEAST_DAMPING = 1e-3  # of ε, for a layer whose gradients vanish
+FIRST_SHARES = 20  # steps, before which the shares of signal are not known well enough
+SHARE_WEIGHT = 0.04  # of an update in the means that they are known from
+LEAST_SHARE = 0.2  # of signal that a group of directions is taken to have
+GROUPS = 8  # of a layer's directions, by factors of 4 from its largest V on down
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 
 
@@ -55,11 +60,16 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     That is for steps of signal alone. With ν the share of noise in a step's dᵀz and φ = ν², the last line is
 
-        P⁻¹ Z = c Q_B [(Q_Bᵀ Z Q_A) n^(−φ/4) (V + min(ε, 0.3 · 10^(−φ) mean V))^(φ/4 − 1)] Q_Aᵀ
+        P⁻¹ Z = c Q_B [s^ν (Q_Bᵀ Z Q_A) n^(−φ/4) (V + min(ε, 0.3 · 10^(−φ) mean V))^(φ/4 − 1)] Q_Aᵀ
 
     where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and c leaves the noise of all layers, tr(P⁻¹F), as it is with
     1/(V + ε). Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
-    full whitening, the other extreme, the exponent would be −½.
+    full whitening, the other extreme, the exponent would be −½. From the 20th step on s, 1 before, is the share of
+    signal of a group of directions, those of a layer with V within the same factor of 4:
+
+        s = max(1 − Σ N/Σ S, 0.2),    S = ⟨b z̃²/Σ_k a_k²⟩,  N = ⟨V⟩,    z̃ = Q_Bᵀ Z Q_A,  z = Σ_k a_k ḡ_{t−k}
+
+    with running means ⟨ ⟩ over about 25 updates and b the samples of a step, so that S is V where all is noise.
 
     Where all ranks hold everything, no columns cross the network: each rank keeps running sums over its own replicas, V
     is added up by an Allreduce at an update, A and B only when the bases move. Where each rank holds some of the
@@ -108,7 +118,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         held = self.exchange.held
         inside = [shape for shape in layer_shapes(self.shapes) if held.start <= shape.start and shape.stop <= held.stop]
         self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
-        self.inverse = self.xp.zeros_like(self.held)  # of V + ε, flattened, as of the last update
+        self.inverse = self.xp.zeros_like(self.held)  # P⁻¹ as of the last update
         self.largest = 0.0  # of V
 
     def parts(self) -> Mapping[str, Any]:
@@ -145,10 +155,11 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
                 layer.renew_bases(self.exchange.total)
         own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
         variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
-        layers = [variances[layer.span] for layer in self.layers]
-        damped = [self.damped(v) for v in layers]
+        for layer in self.layers:
+            layer.total = variances[layer.span]
+        damped = [self.damped(layer.total) for layer in self.layers]
         newton = 1 / self.xp.concat([self.held[:0], *damped])
-        flattened = self.xp.concat([self.held[:0], *map(self.flattened, layers, damped)])
+        flattened = self.xp.concat([self.held[:0], *map(self.flattened, self.layers, damped)])
         pairs = [(variances, other) for other in (self.xp.ones_like(variances), newton, flattened)]
         self.trace, self.known, noise = self.exchange.dots(*pairs)
         self.inverse = flattened * (self.known / noise) if noise > 0 else newton
@@ -160,12 +171,13 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         share = DAMPING_SHARE * FLAT_SHARE**self.flatness
         return variances + self.xp.clip(share * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
 
-    def flattened(self, variances: Array, damped: Array) -> Array:
-        """Return n^(−φ/4) (V + ε)^(φ/4 − 1) of a layer, n = Σ V (V + ε)^(φ/4 − 1) its noise. Local."""
+    def flattened(self, layer: Layer, damped: Array) -> Array:
+        """Return s^ν n^(−φ/4) (V + ε)^(φ/4 − 1) of a layer, n = Σ V (V + ε)^(φ/4 − 1) its noise. Local."""
         exponent = FLATTENING * self.flatness
         scales = damped ** (exponent - 1)
-        noise = self.xp.clip(self.xp.sum(variances * scales), LEAST_NOISE, None)
-        return scales * noise**-exponent
+        noise = self.xp.clip(self.xp.sum(layer.total * scales), LEAST_NOISE, None)
+        scales = scales * noise**-exponent
+        return scales * layer.signal_shares() ** self.noise_share if self.steps >= FIRST_SHARES else scales
 
     @property
     def flatness(self) -> float:
@@ -173,8 +185,14 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return self.noise_share**2
 
     def apply_inverse(self, z: Array) -> Array:
-        parts = [layer.scale(z[layer.span], self.inverse[layer.span]) for layer in self.layers]
-        return self.xp.concat([z[:0], *parts])
+        noise = momentum_noise(self.settings.momentum, self.steps) / self.batch
+        parts = [z[:0]]
+        for layer in self.layers:
+            rotated = layer.rotated(z[layer.span])
+            if self.update_is_due():
+                layer.compare(rotated**2 / noise, max(SHARE_WEIGHT, 1 / self.updates))
+            parts.append(layer.flat(rotated * self.inverse[layer.span]))
+        return self.xp.concat(parts)
 
     def spectrum(self) -> Figures:
         return {"largest_eigenvalue": self.largest}
@@ -251,9 +269,13 @@ class Layer:
         B, Q_B and A, Q_A.
     variances : (outputs, inputs + bias)
         V over the columns that this rank takes into its sums.
+    total : (outputs · (inputs + bias),)
+        V over all columns, as of this step's update.
+    compared : (2, outputs, inputs + bias)
+        S and N: running means, over the same updates, of z̃² in units of its noise, and of V, which S is without signal.
     """
 
-    state: ClassVar = {"variances": Kind.PARTIAL}
+    state: ClassVar = {"variances": Kind.PARTIAL, "compared": Kind.OWNED}
 
     def __init__(self, like: Array, shape: LayerShape, origin: int, max_side: int) -> None:
         self.xp, self.outputs, self.inputs, self.bias = array_namespace(like), shape.outputs, shape.inputs, shape.bias
@@ -262,6 +284,8 @@ class Layer:
         sides = self.outputs, self.inputs + self.bias
         self.left, self.right = (Side(n, like, max_side) for n in sides)
         self.variances = to_device(np.zeros(sides), like)
+        self.total = self.variances
+        self.compared = to_device(np.zeros((2, *sides)), like)
 
     def parts(self) -> Mapping[str, Side]:
         """Return both sides."""
@@ -277,17 +301,37 @@ class Layer:
         self.variances = self.variances + weight * (squares - self.variances)
 
     def renew_bases(self, total: Callable[[Array], Array]) -> None:
-        """Renew both bases; carry V over by the squared overlaps of old and new directions. Collective, as `total`."""
+        """Renew both bases; carry V, S and N over by the squared overlaps (old, new). Collective, as `total`."""
         left, right = self.left.renew(total), self.right.renew(total)
         if left is not None:
-            self.variances = self.xp.matrix_transpose(left) @ self.variances
+            left = self.xp.matrix_transpose(left)
+            self.variances, self.compared = left @ self.variances, left @ self.compared
         if right is not None:
-            self.variances = self.variances @ right
+            self.variances, self.compared = self.variances @ right, self.compared @ right
 
-    def scale(self, flat: Array, factors: Array) -> Array:
-        """Return Q_B [(Q_Bᵀ Z Q_A) ∘ factors] Q_Aᵀ for the layer's part Z of a vector, and as many factors."""
-        scaled = self.rotate(self.matrices(flat[None, :])) * self.xp.reshape(factors, self.variances.shape)
-        matrix = self.rotate(scaled, back=True)[0, ...]
+    def compare(self, squares: Array, weight: float) -> None:
+        """Take z̃² of a step, in units of its noise, and V into S and N."""
+        new = self.xp.reshape(self.xp.stack([squares, self.total]), self.compared.shape)
+        self.compared = self.compared + weight * (new - self.compared)
+
+    def signal_shares(self) -> Array:
+        """Return s = 1 − Σ N/Σ S, at least a fifth, of each direction, the sums over those of about as large a V."""
+        xp, total = self.xp, self.total
+        tiny = float(xp.finfo(total.dtype).smallest_normal)
+        logarithms = xp.log2(xp.clip(total, tiny, None))
+        groups = xp.clip(xp.floor((xp.max(logarithms) - logarithms) / 2), 0, GROUPS - 1)
+        numbers = to_device(np.arange(GROUPS), groups)
+        inside = xp.astype(groups[None, :] == numbers[:, None], total.dtype)
+        sums = xp.reshape(self.compared, (2, -1)) @ xp.matrix_transpose(inside)
+        return xp.clip(1 - sums[1, :] / xp.clip(sums[0, :], tiny, None), LEAST_SHARE, None) @ inside
+
+    def rotated(self, flat: Array) -> Array:
+        """Return Z̃ = Q_Bᵀ Z Q_A, (span,), for the layer's part Z of a vector."""
+        return self.xp.reshape(self.rotate(self.matrices(flat[None, :])), (-1,))
+
+    def flat(self, rotated: Array) -> Array:
+        """Return the parameters Q_B Z̃ Q_Aᵀ, (span,)."""
+        matrix = self.rotate(self.xp.reshape(rotated, (1, *self.variances.shape)), back=True)[0, ...]
         weights = self.xp.reshape(matrix[:, : self.inputs], (-1,))
         return self.xp.concat([weights, matrix[:, self.inputs]]) if self.bias else weights
 
