@@ -6,7 +6,7 @@ from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.core.optimizers.kronecker import Layer, Side, layer_shapes
+from qnewton_mpi.core.optimizers.kronecker import Layer, LayerShape, Side, layer_shapes
 from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import NonFiniteGradientError
@@ -282,6 +282,18 @@ def test_kronecker_layers_cover_the_parameters(communicator):
     z = np.random.default_rng(0).standard_normal(68)
     for layer in layers:
         np.testing.assert_allclose(layer.flat(2 * layer.rotated(z[layer.span])), 2 * z[layer.span])
+
+
+@pytest.mark.parametrize("piece", [2, 1 << 16])
+def test_kronecker_shares_of_signal(monkeypatch, piece):
+    """By factors of 4 of V, all below 4⁻⁷ together; a fifth where there is no signal."""
+    monkeypatch.setattr("qnewton_mpi.core.optimizers.kronecker.PIECE", piece)
+    layer = Layer(np.zeros(1), LayerShape(0, 1, 7, False), 0, max_side=9)
+    layer.total = np.array([1.0, 0.2, 0.5, 0.05, 1e-6, 1e-9, 0.0])
+    layer.compared = np.array([[[8.0, 4, 2, 6, 3, 0, 0]], [[1.0, 0.4, 1, 6, 1, 0, 0.5]]])
+    np.testing.assert_allclose(layer.signal_shares(), [0.8, 0.9, 0.8, 0.2, 0.5, 0.5, 0.5])
+    layer.total, layer.compared = np.zeros(7), np.zeros((2, 1, 7))
+    np.testing.assert_allclose(layer.signal_shares(), np.ones(7))  # neither signal nor noise
 
 
 def test_fisher_with_equal_replicas_is_momentum(communicator):

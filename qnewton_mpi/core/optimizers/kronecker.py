@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from array_api_compat import array_namespace
 
+from qnewton_mpi.core.kernels import PIECE
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, Optimizer
 from qnewton_mpi.core.optimizers.natural_gradient import (
     BATCH,
@@ -316,14 +317,20 @@ class Layer:
 
     def signal_shares(self) -> Array:
         """Return s = 1 − Σ N/Σ S, at least a fifth, of each direction, the sums over those of about as large a V."""
-        xp, total = self.xp, self.total
-        tiny = float(xp.finfo(total.dtype).smallest_normal)
-        logarithms = xp.log2(xp.clip(total, tiny, None))
+        xp, size = self.xp, self.total.shape[0]
+        tiny = float(xp.finfo(self.total.dtype).smallest_normal)
+        logarithms = xp.log2(xp.clip(self.total, tiny, None))
         groups = xp.clip(xp.floor((xp.max(logarithms) - logarithms) / 2), 0, GROUPS - 1)
-        numbers = to_device(np.arange(GROUPS), groups)
-        inside = xp.astype(groups[None, :] == numbers[:, None], total.dtype)
-        sums = xp.reshape(self.compared, (2, -1)) @ xp.matrix_transpose(inside)
-        return xp.clip(1 - sums[1, :] / xp.clip(sums[0, :], tiny, None), LEAST_SHARE, None) @ inside
+        numbers = to_device(np.arange(GROUPS), groups)[:, None]
+        compared = xp.reshape(self.compared, (2, -1))
+        pieces = [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+
+        def members(piece: slice) -> Array:  # (groups, length of the piece), as numbers: sums are products of matrices
+            return xp.astype(groups[None, piece] == numbers, groups.dtype)
+
+        sums = sum(compared[:, piece] @ xp.matrix_transpose(members(piece)) for piece in pieces)
+        shares = xp.clip(1 - sums[1, :] / xp.clip(sums[0, :], tiny, None), LEAST_SHARE, None)
+        return xp.concat([shares @ members(piece) for piece in pieces])
 
     def rotated(self, flat: Array) -> Array:
         """Return Z̃ = Q_Bᵀ Z Q_A, (span,), for the layer's part Z of a vector."""
