@@ -9,7 +9,7 @@ import numpy as np
 from problems import VARIANTS
 
 from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.optimizers import OPTIMIZERS, kronecker
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
@@ -18,6 +18,7 @@ from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.training.loop import ReplicaLoss
 
 REPLICAS, BATCH, STEPS = 8, 32, 4
+kronecker.FIRST_SHARES = 2  # so that they are in these few steps
 
 
 def main(output):

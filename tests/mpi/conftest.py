@@ -18,6 +18,12 @@ MEETING_SECONDS = 5.0
 MUTED = pytest.StashKey()
 
 
+@pytest.fixture(autouse=True)
+def shares_of_signal_soon(monkeypatch):
+    """The steps of these tests are few: let `kronecker` know its shares of signal after the first."""
+    monkeypatch.setattr("qnewton_mpi.core.optimizers.kronecker.FIRST_SHARES", 2)
+
+
 def abort(text, code):
     os.write(sys.__stderr__.fileno(), text.encode())  # pytest holds sys.stderr
     time.sleep(LAST_WORDS)

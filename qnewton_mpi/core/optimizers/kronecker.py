@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from qnewton_mpi.core.kernels import PIECE
 from qnewton_mpi.core.optimizers.base import AUTO, Figures, Optimizer
@@ -321,7 +321,7 @@ class Layer:
         tiny = float(xp.finfo(self.total.dtype).smallest_normal)
         logarithms = xp.log2(xp.clip(self.total, tiny, None))
         groups = xp.clip(xp.floor((xp.max(logarithms) - logarithms) / 2), 0, GROUPS - 1)
-        numbers = to_device(np.arange(GROUPS), groups)[:, None]
+        numbers = xp.arange(GROUPS, dtype=groups.dtype, device=device(groups))[:, None]
         compared = xp.reshape(self.compared, (2, -1))
         pieces = [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
 
