@@ -186,6 +186,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return self.noise_share**2
 
     def apply_inverse(self, z: Array) -> Array:
+        """Return P⁻¹ z; at an update, take z̃² and V into the means from which the next one has its shares of signal."""
         noise = momentum_noise(self.settings.momentum, self.steps) / self.batch
         parts = [z[:0]]
         for layer in self.layers:
