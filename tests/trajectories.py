@@ -18,10 +18,10 @@ from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.training.loop import ReplicaLoss
 
 REPLICAS, BATCH, STEPS = 8, 32, 4
-kronecker.FIRST_SHARES = 2  # so that they are in these few steps
 
 
 def main(output):
+    kronecker.FIRST_SHARES = 2  # so that its shares of signal are in these few steps
     communicator = Communicator()
     abort_on_exception(communicator)
     dataset = datasets.load(datasets.EMBEDDED, None, dtype=np.float64)
