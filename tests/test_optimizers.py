@@ -115,7 +115,7 @@ def test_fisher_is_its_equation(communicator):
     optimizer = make_optimizer("fisher", problem, communicator, REPLICAS, **options)
     w, F, m = np.array(problem.start), np.zeros((SIZE, SIZE)), np.zeros(SIZE)
     for t in range(1, 8):
-        problem.centres[:] = problem._centres[:] = 4 * np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
+        problem.centres[:] = problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
         gradients = np.array([problem(w, i)[1] for i in range(REPLICAS)])
         G = gradients - gradients.mean(axis=0)
         gamma = (1 - 0.7) / (1 - 0.7**t)

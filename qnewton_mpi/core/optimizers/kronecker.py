@@ -286,7 +286,7 @@ class Layer:
         sides = self.outputs, self.inputs + self.bias
         self.left, self.right = (Side(n, like, max_side) for n in sides)
         self.variances = to_device(np.zeros(sides), like)
-        self.total = self.variances
+        self.total = self.xp.reshape(self.variances, (-1,))
         self.compared = to_device(np.zeros((2, *sides)), like)
 
     def parts(self) -> Mapping[str, Side]:
