@@ -1,5 +1,7 @@
 """Schedules, averages, the file of a run."""
 
+import fcntl
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -86,5 +88,21 @@ def test_rows_wait_for_room_on_the_disk(tmp_path, monkeypatch, caplog):
     file.add_step({"step": 3})
     with pytest.raises(UserError, match="disk is full"):
         file.__exit__(None, None, None)
+    assert Run(path).attributes["status"].startswith("failed: ")
     with pytest.raises(UserError, match="cannot be written"):
         RunFile(path, {}, ["step"], np.zeros(3))
+
+
+@pytest.mark.parametrize("failure", [None, ValueError("é" * 1000)], ids=["finished", "failed"])
+def test_a_reader_does_not_disturb_the_end_of_a_run(tmp_path, failure):
+    """One that opens the file holds HDF5's shared lock while it does."""
+    path = tmp_path / "run.h5"
+    file = RunFile(path, {}, ["step"], np.zeros(3))
+    file.add_step({"step": 1})
+    with path.open("rb") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        file.__exit__(type(failure), failure, None)
+    run = Run(path)
+    status = run.attributes["status"]
+    assert status == "finished" if failure is None else status.startswith("failed: ééé")
+    assert run.steps["step"].tolist() == [1]

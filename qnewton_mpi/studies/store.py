@@ -96,14 +96,11 @@ class Store:
         part = self.output.with_suffix(".part")
         with h5py.File(part, "w") as study:
             for name in names:
-                inside = not self._path(name).exists()
-                with h5py.File(self.output if inside else self._path(name)) as file:
-                    source = file[name] if inside else file
-                    group = study.create_group(name)
-                    # Not where the run was written: that file goes with the folder.
-                    group.attrs.update({key: value for key, value in source.attrs.items() if key != "output"})
-                    for figure, dataset in source["epochs"].items():
-                        group[f"epochs/{figure}"] = dataset[()]  # no longer to be extended: small
+                run, group = self.run(name), study.create_group(name)
+                # Not where the run was written: that file goes with the folder.
+                group.attrs.update({key: value for key, value in run.attributes.items() if key != "output"})
+                for figure, column in run.epochs.items():
+                    group[f"epochs/{figure}"] = column
         part.rename(self.output)
         shutil.rmtree(self.folder)
 

@@ -3,7 +3,8 @@
 /epochs/{epoch, train_nll, …}  one row an evaluation: EPOCH_FIGURES
 /steps/{loss, …}               one row a step: docs/runfile.md
 /parameters                    (N,) at the last evaluation
-attributes                     the configuration, versions, `status` (running, finished, or what went wrong)
+/status                        running, finished, or what went wrong
+attributes                     the configuration, versions
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ EPOCH_FIGURES = (
 )
 FLUSH_SECONDS = 5.0
 RUNNING = "running"
+STATUS = h5py.string_dtype(length=1024)  # of a fixed length: a file that others may read takes no other strings
 ROOM = 1 << 20  # bytes that HDF5 may need for new chunks of all data sets
 
 
@@ -88,7 +90,7 @@ class RunFile:
             self._file = h5py.File(partial, "w", libver="latest")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error}): name another --output") from error
-        for name, value in {**attributes, **versions(), "status": RUNNING}.items():
+        for name, value in {**attributes, **versions()}.items():
             if value is not None:
                 self._file.attrs[name] = value
         self._rows: dict[str, list[Mapping[str, float]]] = {"epochs": [], "steps": []}
@@ -100,6 +102,7 @@ class RunFile:
                 chunk = 64 if group == "epochs" else 1024
                 self._file.create_dataset(f"{group}/{name}", data=rows, dtype="f8", maxshape=(None,), chunks=(chunk,))
         self._file["parameters"] = parameters
+        self._file.create_dataset("status", data=RUNNING, dtype=STATUS)
         self._file.swmr_mode = True
         partial.rename(path)
         self.path, self._flushed, self._full = path, 0.0, False
@@ -111,12 +114,16 @@ class RunFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        complete = self.flush()
-        self._file.close()  # attributes cannot change while others may read
-        with h5py.File(self.path, "r+", libver="latest") as file:
-            file.attrs["status"] = "finished" if error is None else f"failed: {error}"
-        if not complete and error is None:
-            raise UserError(f"{self.path}: its disk is full, and the last figures of the run are not in it")
+        if not self.flush() and error is None:
+            error = UserError(f"{self.path}: its disk is full, and the last figures of the run are not in it")
+            self._end(f"failed: {error}")
+            raise error
+        self._end("finished" if error is None else f"failed: {error}")
+
+    def _end(self, status: str) -> None:
+        # In place, through the handle that is open: to open the file again needs its lock, which a reader may hold.
+        self._file["status"][()] = status
+        self._file.close()
 
     def add_step(self, figures: Mapping[str, float]) -> None:
         """Add the figures of a step."""
@@ -201,6 +208,8 @@ class Run:
     def _read(self, path: Path, group: h5py.Group) -> None:
         self.path = path
         self.attributes: dict[str, Any] = dict(group.attrs)
+        if "status" in group:  # a study's file has it as an attribute; read first, since "finished" promises all rows
+            self.attributes["status"] = group["status"].asstr(errors="replace")[()]
         self.epochs = _whole_rows({name: np.asarray(group["epochs"][name]) for name in EPOCH_FIGURES})
         self.steps = _whole_rows({name: np.asarray(column) for name, column in group.get("steps", {}).items()})
 

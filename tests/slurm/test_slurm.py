@@ -69,15 +69,25 @@ def wait_for(condition, seconds=120):
         time.sleep(0.2)
 
 
+def completed(slurm, job):
+    """Return the log of a job, or of ARRAY_TASK, that came to its end as it should; pytest shows it where it did not."""
+    path = slurm.work / f"qnewton-{str(job).replace('_', '-')}.out"
+    try:
+        wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
+    finally:
+        log = path.read_text() if path.exists() else ""
+        print(slurm("scontrol", "show", "job", job), log, sep="\n")
+    assert state(slurm, job) == "COMPLETED"
+    return log
+
+
 def test_a_preempted_job_goes_on(slurm, whole):
     job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES)
     folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
     wait_for(lambda: folder.exists() and steps_in(folder))
     urgent = submit(slurm, "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
     wait_for(lambda: state(slurm, urgent) == "COMPLETED")
-    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
-    log = (slurm.work / f"qnewton-{job}.out").read_text()
-    assert state(slurm, job) == "COMPLETED", log
+    log = completed(slurm, job)
     assert "Restarts=1" in slurm("scontrol", "show", "job", job)
     assert "go on with --resume" in log
     run = Run(path)
@@ -93,8 +103,7 @@ def test_a_signal_to_the_script_requeues_the_job(slurm, whole):
     wait_for(lambda: folder.exists() and steps_in(folder))
     slurm("scancel", "--signal=USR2", "--batch", job)
     wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job))
-    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
-    assert state(slurm, job) == "COMPLETED", (slurm.work / f"qnewton-{job}.out").read_text()
+    completed(slurm, job)
     np.testing.assert_array_equal(Run(path).steps["loss"], whole.steps["loss"])
 
 
@@ -106,15 +115,13 @@ def test_a_killed_job_goes_on_in_the_queue(slurm, whole):
     slurm("scancel", "--signal=KILL", f"{job}.0")
     slurm("scontrol", "requeue", job)
     wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job))
-    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
-    assert state(slurm, job) == "COMPLETED", (slurm.work / f"qnewton-{job}.out").read_text()
+    completed(slurm, job)
     np.testing.assert_array_equal(Run(path).steps["loss"], whole.steps["loss"])
 
 
 def test_two_nodes(slurm, whole):
     job = submit(slurm, "--ntasks-per-node=1", "slurm/nodes.sbatch", *OPTIONS, *SAVES)
-    wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED"))
-    assert state(slurm, job) == "COMPLETED", (slurm.work / f"qnewton-{job}.out").read_text()
+    completed(slurm, job)
     assert "NumNodes=2" in slurm("scontrol", "show", "job", job)
     run = Run(slurm.work / "runs" / f"{job}.h5")
     assert run.attributes["ranks"] == 2
@@ -125,7 +132,8 @@ def test_an_array(slurm):
     (slurm.work / "runs.txt").write_text("--seed 3\n--seed 4 --method sgd\n")
     job = submit(slurm, "--array=1-2", "slurm/array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
     paths = [slurm.work / "runs" / f"{job}-{k}.h5" for k in (1, 2)]
-    wait_for(lambda: all(path.exists() and Run(path).finished for path in paths))
+    for k in (1, 2):
+        completed(slurm, f"{job}_{k}")
     assert [(run.attributes["seed"], run.attributes["method"]) for run in map(Run, paths)] == [
         (3, "kronecker"),
         (4, "sgd"),
