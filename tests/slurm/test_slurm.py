@@ -70,7 +70,7 @@ def wait_for(condition, seconds=120):
 
 
 def completed(slurm, job):
-    """Return the log of a job, or of ARRAY_TASK, that came to its end as it should; pytest shows it where it did not."""
+    """Return the log of a job, or of ARRAY_TASK, that came to its end as it should; pytest shows it where not."""
     path = slurm.work / f"qnewton-{str(job).replace('_', '-')}.out"
     try:
         wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
