@@ -114,16 +114,15 @@ class RunFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        full = None
         if not self.flush() and error is None:
-            error = UserError(f"{self.path}: its disk is full, and the last figures of the run are not in it")
-            self._end(f"failed: {error}")
-            raise error
-        self._end("finished" if error is None else f"failed: {error}")
-
-    def _end(self, status: str) -> None:
+            full = UserError(f"{self.path}: its disk is full, and the last figures of the run are not in it")
+        failure = full or error
         # In place, through the handle that is open: to open the file again needs its lock, which a reader may hold.
-        self._file["status"][()] = status
+        self._file["status"][()] = f"failed: {failure}" if failure else "finished"
         self._file.close()
+        if full:
+            raise full
 
     def add_step(self, figures: Mapping[str, float]) -> None:
         """Add the figures of a step."""
