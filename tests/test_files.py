@@ -1,0 +1,186 @@
+"""Files that are whole or not there, images with sums, locks."""
+
+import fcntl
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import h5py
+import numpy as np
+import pytest
+
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.files.images import column, open_image, write_image
+from qnewton_mpi.files.locks import Holder, locked
+from qnewton_mpi.files.whole import printable, read_whole, replace_whole
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "folder" / "file"
+    replace_whole(path, b"one")
+    replace_whole(path, b"tw", b"o")
+    assert read_whole(path) == b"two"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+    mask = os.umask(0o027)
+    try:
+        replace_whole(path, b"three")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other").write_text("another's")
+    (tmp_path / "link").symlink_to("other")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("folder", "link", "fifo"):
+        with pytest.raises(UserError):
+            replace_whole(tmp_path / name, b"ours")
+    for name in ("folder", "fifo", "missing", "a\0b", "n" * 300):
+        with pytest.raises(UserError):
+            read_whole(tmp_path / name)
+    assert (tmp_path / "other").read_text() == "another's"
+
+
+def test_where_there_is_no_room_the_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    replace_whole(path, b"one")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_whole(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_paths_in_messages():
+    assert printable("a\nb\0\udcff") == r"a\nb\x00\xff"
+    assert len(printable("a" * 5000)) < 200
+
+
+def filled(file):
+    file.attrs["seed"] = 3
+    file["steps/loss"] = np.arange(5.0)
+
+
+def test_an_image_is_read_as_it_was_written(tmp_path):
+    write_image(tmp_path / "run.h5", "run", filled)
+    with open_image(tmp_path / "run.h5", "run") as file:
+        assert (file.attrs["seed"], column(file, "steps/loss").tolist()) == (3, [0, 1, 2, 3, 4])
+    with h5py.File(tmp_path / "run.h5") as file:  # as any HDF5 library does
+        assert file["steps/loss"][-1] == 4
+    with pytest.raises(UserError, match="file of a run, not of a study"), open_image(tmp_path / "run.h5", "study"):
+        pass
+
+
+def test_whatever_byte_is_changed_or_lost_is_told(tmp_path):
+    path = tmp_path / "run.h5"
+    write_image(path, "run", filled)
+    raw = path.read_bytes()
+    for k in [*range(0, len(raw), 97), *range(530)]:
+        for damaged in (raw[:k], raw[:k] + bytes([raw[k] ^ 0x10]) + raw[k + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError), open_image(path, "run"):
+                pass
+    path.write_bytes(raw + b"x")
+    with pytest.raises(UserError, match="sums differ"), open_image(path, "run"):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["link", "virtual", "external", "filter", "compound", "group", "missing", "scalar"])
+def test_columns_that_are_none(tmp_path, damage):
+    def fill(file):
+        file["true"] = np.arange(5.0)
+        if damage == "link":
+            file["loss"] = h5py.ExternalLink("other.h5", "loss")
+        elif damage == "virtual":
+            layout = h5py.VirtualLayout((5,), "f8")
+            layout[:] = h5py.VirtualSource("other.h5", "loss", (5,))
+            file.create_virtual_dataset("loss", layout)
+        elif damage == "external":
+            file.create_dataset("loss", (5,), "f8", external=[(str(tmp_path / "raw"), 0, 40)])
+        elif damage == "filter":
+            file.create_dataset("loss", data=np.zeros(1000), compression="gzip")
+        elif damage == "compound":
+            file["loss"] = np.zeros(5, [("a", "f8")])
+        elif damage == "group":
+            file.create_group("loss")
+        elif damage == "scalar":
+            file["loss"] = 1.0
+
+    write_image(tmp_path / "run.h5", "run", fill)
+    with pytest.raises(UserError, match="loss"), open_image(tmp_path / "run.h5", "run") as file:
+        column(file, "loss")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from qnewton_mpi.files.locks import locked
+with locked(Path(sys.argv[1]), "--output r.h5"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Return the path of a lock that another process holds, and the process."""
+    path = tmp_path / ".r.h5.lock"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", HOLD, path], **pipes)
+    assert process.stdout.readline() == "held\n"
+    yield path, process
+    process.kill()
+    process.communicate()
+
+
+def without_locks(monkeypatch):
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_one_at_a_time(held, monkeypatch, system):
+    path, process = held
+    if not system:
+        without_locks(monkeypatch)
+    with pytest.raises(UserError, match=rf"--output r.h5: is being written by process {process.pid} on "):
+        locked(path, "--output r.h5").__enter__()
+    process.kill()
+    process.wait()
+    for _ in range(2):
+        with locked(path, "--output r.h5"):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not path.exists()
+
+
+def test_a_holder_on_another_host_is_not_taken_for_dead(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(asdict(replace(Holder.here(), host="elsewhere"))))
+    without_locks(monkeypatch)
+    with pytest.raises(UserError, match=r"on elsewhere .* or remove .*lock if that process is gone"):
+        locked(path, "--checkpoint c").__enter__()
+
+
+def test_a_process_of_the_same_number_is_not_the_holder():
+    here = Holder.here()
+    assert here.dead() is False
+    assert replace(here, started=here.started - 1).dead() is True
+    assert replace(here, host="elsewhere").dead() is None
+
+
+def test_a_lock_is_no_link(tmp_path):
+    (tmp_path / "lock").symlink_to("precious")
+    with pytest.raises(UserError, match="cannot be made"):
+        locked(tmp_path / "lock", "--output r.h5").__enter__()
+    assert not (tmp_path / "precious").exists()
