@@ -23,6 +23,8 @@ from qnewton_mpi.core.optimizers.kronecker import Layer, LayerShape
 from qnewton_mpi.core.secants import multisecant
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
+from qnewton_mpi.files.images import write_image
+from qnewton_mpi.files.whole import writing
 from qnewton_mpi.models.convnet import ACTIVATIONS, DENSE_WIDTHS, Convnet
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array
@@ -471,7 +473,11 @@ def _seconds(action: Callable[[], object], count: int, rounds: int) -> list[floa
 
 
 def write(tables: Sequence[Table], path: Path) -> None:
-    """Write the tables to an HDF5 file."""
-    with h5py.File(path, "w") as file:
+    """Write the tables to an HDF5 file; `UserError` where it cannot be written."""
+
+    def fill(file: h5py.File) -> None:
         for table in tables:
             table.write(file)
+
+    with writing(path):
+        write_image(path, "benchmark", fill)

@@ -17,6 +17,8 @@ from qnewton_mpi.config import DEFAULT_REPLICAS, RunConfig, TrainSettings, read_
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type, describe
 from qnewton_mpi.errors import InterruptedRunError, UserError
+from qnewton_mpi.files.outputs import check_output
+from qnewton_mpi.files.whole import replace_whole, writing
 from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
@@ -151,8 +153,8 @@ def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
             raise UserError(f"--replicas {command.replicas}: at least 2, and one a rank")
         if command.rounds < 1:
             raise UserError(f"--rounds {command.rounds}: at least 1")
-        if command.output and Path(command.output).exists() and not command.overwrite:
-            raise UserError(f"{command.output} exists: name another --output, or replace it with --overwrite")
+        if command.output:
+            check_output(Path(command.output), "benchmark", command.overwrite)
     return command
 
 
@@ -187,10 +189,9 @@ def plot_command(command: argparse.Namespace, communicator: Communicator) -> Non
     from qnewton_mpi.training.runfile import Run, table
 
     def draw() -> None:
-        runs = [Run(Path(name)) for name in command.runs]
         target = Path(command.output) if command.output else Path(command.runs[0]).with_suffix(".png")
-        if target.exists() and not command.overwrite:
-            raise UserError(f"{target} exists: name another --output, or replace it with --overwrite")
+        check_output(target, "picture", command.overwrite)
+        runs = [Run(Path(name)) for name in command.runs]
         plot_runs(runs, target)
         print(f"{table(runs)}\nfigure: {target}", flush=True)
 
@@ -221,11 +222,11 @@ def report_command(command: argparse.Namespace, communicator: Communicator) -> N
         path = Path(command.study)
         table, picture = path.with_suffix(".md"), path.with_suffix(".png")
         results = read_results(path)
-        for target in (table, picture):
-            if target.exists() and not command.overwrite:
-                raise UserError(f"{target} exists: replace it with --overwrite")
+        check_output(table, "table", command.overwrite)
+        check_output(picture, "picture", command.overwrite)
         text = markdown(results)
-        table.write_text(text)
+        with writing(table):
+            replace_whole(table, text.encode())
         draw(results, picture)
         print(f"{text}\ntable: {table}\nfigure: {picture}", flush=True)
 
@@ -256,9 +257,11 @@ def spectrum_command(command: argparse.Namespace, communicator: Communicator) ->
     picture = output.with_suffix(".png")
 
     def start() -> Any:
-        for target in (output, *([picture] if command.density else [])):
-            if target.exists() and not command.overwrite:
-                raise UserError(f"{target} exists: name another --output, or replace it with --overwrite")
+        check_output(output, "spectrum", command.overwrite)
+        if command.density:
+            check_output(picture, "picture", command.overwrite)
+            if picture == output:
+                raise UserError(f"{output}: is the picture's name: name another --output")
         return iterate_of(path)
 
     iterate = communicator.from_root(start)

@@ -14,6 +14,7 @@ from qnewton_mpi.core.schedules import SCHEDULES
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.models.convnet import ACTIVATIONS
 from qnewton_mpi.parallel.transport import TRANSPORTS
 from qnewton_mpi.training.interruption import known as known_signals
@@ -177,7 +178,6 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
         if training.on_nonfinite == "rollback":
             raise UserError("--on-nonfinite rollback needs something to go back to: --checkpoint DIR")
     output = training.output or f"runs/{training.data}-{training.method}-m{m}-seed{training.seed}.h5"
-    if Path(output).exists() and not (training.overwrite or training.resume):
-        raise UserError(f"{output} exists: name another --output, or replace it with --overwrite")
+    check_output(Path(output), "run", training.overwrite or training.resume)
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
     return replace(config, training=replace(training, replicas=m, output=output, epochs=epochs))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.files.whole import replace_whole, writing
 from qnewton_mpi.training.runfile import Run, by_label
 
 MANY = 8  # labels, beyond which the legend stands beside the axes
@@ -39,6 +41,28 @@ def label_decades(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(label)
 
 
+def plain(text: str) -> str:
+    """Return text such that matplotlib draws it as it is, and takes nothing in it for mathematics. Local."""
+    return text.replace("$", r"\$")
+
+
+def save(plt: Any, figure: Any, target: Path, dpi: int) -> None:
+    """Draw a figure in memory, put the picture in the place of what is there, and let go of the figure. Local.
+
+    Raises
+    ------
+    UserError
+        Where it cannot be drawn or written.
+    """
+    picture = io.BytesIO()
+    try:
+        with writing(target):
+            figure.savefig(picture, format=target.suffix[1:].lower(), dpi=dpi)
+            replace_whole(target, picture.getbuffer())
+    finally:
+        plt.close(figure)
+
+
 def plot_runs(runs: list[Run], target: Path) -> None:
     """Draw training (solid) and test (dashed) NLL against epochs, a colour a label. Local.
 
@@ -53,22 +77,16 @@ def plot_runs(runs: list[Run], target: Path) -> None:
     for label, group in groups.items():
         color = None
         for run in group:
-            text = None if color else label
+            text = None if color else plain(label)
             (line,) = axes.plot(run.epochs["epoch"], run.epochs["train_nll"], color=color, label=text)
             color = line.get_color()
             axes.plot(run.epochs["epoch"], run.epochs["test_nll"], "--", color=color, linewidth=1)
     names = sorted({str(run.attributes["data"]) for run in runs})
-    axes.set(xlabel="epochs", ylabel="negative log-likelihood (nats)", yscale="log", title=", ".join(names))
+    axes.set(xlabel="epochs", ylabel="negative log-likelihood (nats)", yscale="log", title=plain(", ".join(names)))
     label_decades(axes)
     axes.grid(True, which="both", alpha=0.3)
     if len(groups) <= MANY:
         axes.legend(title="training (dashed: test)")
     else:
         figure.legend(title="training (dashed: test)", loc="outside right upper", fontsize="x-small", ncols=2)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{target}: the picture cannot be written ({error})") from error
-    finally:
-        plt.close(figure)
+    save(plt, figure, target, dpi=150)

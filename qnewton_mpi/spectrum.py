@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from qnewton_mpi.core.spectrum import Density, Eigenpairs, Matrix, density, leading
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.files.images import write_image
+from qnewton_mpi.files.whole import writing
+from qnewton_mpi.models.convnet import ACTIVATIONS, Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.plotting import pyplot
+from qnewton_mpi.plotting import pyplot, save
 from qnewton_mpi.training.checkpoint import MASTER, UNREADABLE, name_of, steps_in
 from qnewton_mpi.training.runfile import Run
 
@@ -136,14 +138,18 @@ def iterate_of(path: Path) -> Iterate:
                 options: dict[str, Any] = json.loads(file["configuration"][()])["configuration"]
                 parameters = file["held/optimizer/held"][()]
         else:
-            options = Run(path).attributes
-            with h5py.File(path, swmr=True) as file:
-                parameters = file["parameters"][()]
-        return Iterate(np.asarray(parameters, np.float64), str(options["data"]), str(options["activation"]))
+            run = Run(path, with_parameters=True)
+            options, parameters = run.attributes, run.parameters
+        iterate = Iterate(np.asarray(parameters, np.float64), str(options["data"]), str(options["activation"]))
     except UNREADABLE as error:
         raise UserError(
             f"{path}: is neither a run nor a folder of checkpoints ({' '.join(str(error).split())})"
         ) from error
+    if iterate.data not in datasets.NAMES or iterate.activation not in ACTIVATIONS:
+        raise UserError(f"{path}: is of a data set or activation that this version does not know")
+    if not np.isfinite(iterate.parameters).all():
+        raise UserError(f"{path}: its parameters are not finite: the run diverged")
+    return iterate
 
 
 def spectrum_of(
@@ -178,7 +184,7 @@ def spectrum_of(
     Raises
     ------
     UserError
-        On all ranks, for data that cannot be had.
+        On all ranks, for data that cannot be had, or parameters of another network.
 
     Examples
     --------
@@ -190,6 +196,9 @@ def spectrum_of(
     """
     dataset = communicator.together(lambda: datasets.load(iterate.data, data_dir, dtype=np.float64))
     network = Convnet(dataset.input_shape, iterate.activation, dtype=np.complex128)
+    if len(iterate.parameters) != network.size:
+        found = f"{len(iterate.parameters):,} parameters"
+        raise UserError(f"{found} are not those of the network for {iterate.data}, which has {network.size:,}")
     total = min(samples or len(dataset.train), len(dataset.train))
     mine = partition.share(total, communicator.size, communicator.rank)
 
@@ -226,14 +235,24 @@ def layer_spans(network: Convnet) -> dict[str, slice]:
 
 
 def write(spectrum: Spectrum, path: Path) -> None:
-    """Write eigenvalues, residuals and vectors, those of the layers, and the density to an HDF5 file. Local."""
-    with h5py.File(path, "w") as file:
+    """Write eigenvalues, residuals and vectors, those of the layers, and the density to an HDF5 file. Local.
+
+    Raises
+    ------
+    UserError
+        Where it cannot be written.
+    """
+
+    def fill(file: h5py.File) -> None:
         for name, pairs in {"hessian": spectrum.pairs, **spectrum.layers}.items():
             group = file.create_group(name)
             group["eigenvalues"], group["eigenvectors"] = pairs.values, pairs.vectors
             group["residuals"] = pairs.residuals
         if spectrum.density is not None:
             file["density/nodes"], file["density/weights"] = spectrum.density.nodes, spectrum.density.weights
+
+    with writing(path):
+        write_image(path, "spectrum", fill)
 
 
 def text(spectrum: Spectrum) -> str:
@@ -265,7 +284,4 @@ def draw(spectrum: Spectrum, target: Path) -> None:
     axes.set(xlabel="eigenvalue λ", ylabel="density", ylim=(1e-7, None))
     axes.legend()
     axes.grid(True, alpha=0.3)
-    try:
-        figure.savefig(target, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{target}: the picture cannot be written ({error})") from error
+    save(plt, figure, target, dpi=150)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import sys
@@ -10,51 +11,51 @@ from pathlib import Path
 
 import numpy as np
 
-from qnewton_mpi.errors import UserError
-from qnewton_mpi.training.runfile import RUNNING, Run
+from qnewton_mpi.training.runfile import PERHAPS_DEAD, RUNNING, Run
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def watch(path: Path, every: float, once: bool) -> None:
-    """Show a run until it ends: in place on a terminal, else a line for each evaluation. Local.
+    """Show a run until it ends or is seen to be dead: in place on a terminal, else a line for each evaluation. Local.
+
+    Ctrl-C ends it, too.
 
     Raises
     ------
     UserError
-        Where the file is missing or not of a run.
+        Where the file is missing, not of a run, or damaged.
     """
-    shown = -1
-    while True:
-        run = Run(path)
-        rows = len(run.epochs["step"])
-        if sys.stdout.isatty():
-            clear = "\x1b[1A\x1b[2K" * 3 if shown >= 0 else ""
-            print(clear + summary(run, shutil.get_terminal_size().columns), flush=True)
-        elif rows > shown:
-            print(summary(run, 80).replace("\n", "  "), flush=True)
-        shown = rows
-        if once or run.attributes["status"] != RUNNING:
-            return
-        try:
+    shown: tuple[int, str] | None = None
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            run = Run(path)
+            word = run.state.partition(":")[0]
+            news = len(run.epochs["step"]), word
+            if sys.stdout.isatty():
+                clear = "\x1b[1A\x1b[2K" * 3 if shown else ""
+                width = max(1, shutil.get_terminal_size().columns)
+                print(clear + "\n".join(line[:width] for line in summary(run, width)), flush=True)
+            elif news != shown:
+                print("  ".join(summary(run, 80)), flush=True)
+            shown = news
+            if once or word not in (RUNNING, PERHAPS_DEAD):
+                return
             time.sleep(every)
-        except KeyboardInterrupt:
-            return
 
 
-def summary(run: Run, width: int) -> str:
+def summary(run: Run, width: int) -> tuple[str, str, str]:
     """Return three lines: what and how far, the last figures, the training NLL of all evaluations as a curve."""
+    steps = run.steps["step"]
+    phases = [values[-50:] for name, values in run.steps.items() if name.startswith("seconds_")]
+    seconds = float(np.sum(phases))
+    rate = f", {run.attributes['batch'] * len(steps[-50:]) / seconds:,.0f} samples/s" if seconds > 0 else ""
+    head = f"{run.label}: {run.state}, step {int(steps[-1]) if len(steps) else 0}{rate}"
     if not len(run.epochs["step"]):
-        raise UserError(f"{run.path}: no evaluation yet")
-    a, steps = run.attributes, run.steps.get("step", np.zeros(0))
-    done = int(steps[-1]) if len(steps) else 0
-    seconds = run.steps["seconds_gradient"] + run.steps["seconds_communication"] + run.steps["seconds_algebra"]
-    recent = seconds[-50:]
-    rate = a["batch"] * len(recent) / recent.sum() if len(recent) else math.nan
-    head = f"{run.label}: {a['status']}, step {done}, {rate:,.0f} samples/s"
+        return head, "no evaluation yet", ""
     figures = f"train NLL {run.last('train_nll'):.4f}, test NLL {run.last('test_nll'):.4f}"
     last = f"epoch {run.last('epoch'):.4g}: {figures}, accuracy {run.last('test_accuracy'):.2%}"
-    return "\n".join((head[:width], last[:width], curve(list(run.epochs["train_nll"]), width)))
+    return head, last, curve(list(run.epochs["train_nll"]), width)
 
 
 def curve(values: list[float], width: int) -> str:

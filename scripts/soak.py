@@ -99,7 +99,7 @@ def mpiexec(ranks: int, *program: object) -> subprocess.CompletedProcess[str]:
 
 def content(path: Path) -> dict[str, np.ndarray]:
     """Return all of a run's file that does not depend on time."""
-    with h5py.File(path, swmr=True) as file:
+    with h5py.File(path) as file:
         found = {"parameters": file["parameters"][()]}
         for group in ("steps", "epochs"):
             found |= {f"{group}/{name}": file[group][name][()] for name in file[group] if "seconds" not in name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -233,7 +234,8 @@ def _missing(name: str, data_dir: str | None) -> str:
 def _read_sample() -> tuple[Bytes, Bytes, Bytes, Bytes]:
     import h5py
 
-    with resources.as_file(resources.files(__package__) / SAMPLE) as path, h5py.File(path) as file:
+    raw = resources.files(__package__).joinpath(SAMPLE).read_bytes()  # HDF5 would want a lock on the file
+    with h5py.File(io.BytesIO(raw)) as file:
         train, train_labels, test, test_labels = (
             file[key][()] for key in ("train/images", "train/labels", "test/images", "test/labels")
         )

@@ -1,6 +1,6 @@
 """HDF5 files as images: made in memory, written and read at once, compared with their sum before HDF5 parses them.
 
-    bytes 0 … 511     the user block, text: what the file is, and the SHA-256 of all that follows
+    bytes 0 … 511     the user block, text: what the file is, how long, and the SHA-256 of all that follows
     bytes 512 …       HDF5; any HDF5 library skips the user block
 
 HDF5 never writes to a disk itself: it cannot bear one that fills up, it takes locks that some file systems do not have,
@@ -22,12 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import read_whole, reason, replace_whole
+from qnewton_mpi.files.whole import open_regular, printable, reason, replace_whole
 
 USER_BLOCK = 512
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-HEADER = "qnewton_mpi {kind}\nsha256 of what follows these 512 bytes: {digest}\n"
-PATTERN = re.compile(rb"qnewton_mpi ([a-z ]+)\nsha256 of what follows these 512 bytes: ([0-9a-f]{64})\n +\n")
+HEADER = "qnewton_mpi {kind}\nsha256 of the {size} bytes that follow these 512: {digest}\n"
+PATTERN = re.compile(
+    rb"qnewton_mpi ([a-z ]+)\nsha256 of the (\d{1,18}) bytes that follow these 512: ([0-9a-f]{64})\n +\n"
+)
+OLD, OLD_MARK, OLD_MOST = "run or study", b"version_qnewton_mpi", 1 << 26  # in the first bytes of earlier versions
 HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError)
 
 
@@ -51,7 +54,7 @@ def write_image(path: Path, kind: str, fill: Callable[[h5py.File], object]) -> N
         fill(file)
         file.flush()
         image = file.id.get_file_image()
-    header = HEADER.format(kind=kind, digest=hashlib.sha256(image).hexdigest()).encode()
+    header = HEADER.format(kind=kind, size=len(image), digest=hashlib.sha256(image).hexdigest()).encode()
     replace_whole(path, header.ljust(USER_BLOCK - 1) + b"\n", image)
 
 
@@ -67,29 +70,41 @@ def open_image(path: Path, kind: str) -> Iterator[h5py.File]:
     UserError
         For a file that is missing, of another kind, cut off, changed after it was written, or not as it should be.
     """
-    raw = read_whole(path)
-    header = PATTERN.fullmatch(raw[:USER_BLOCK])
-    if header is None and not raw.startswith(HDF5_SIGNATURE):
-        what = "is empty" if not raw else "its beginning is damaged, or it was written by another program"
-        raise UserError(f"{path}: is not the file of a {kind} ({what})")
-    if header is not None:
-        found = header[1].decode()
-        if found != kind:
-            raise UserError(f"{path}: is the file of a {found}, not of a {kind}")
-        if hashlib.sha256(memoryview(raw)[USER_BLOCK:]).hexdigest().encode() != header[2]:
-            raise UserError(f"{path}: is damaged: it was cut off, or changed after it was written (sums differ)")
+    with open_regular(path) as (opened, size):
+        start = opened.read(USER_BLOCK)
+        header = PATTERN.fullmatch(start)
+        if header is None and not start.startswith(HDF5_SIGNATURE):
+            what = "its beginning is damaged, or it was written by another program" if start else "it is empty"
+            raise UserError(f"{printable(path)}: is not the file of a {kind} ({what})")
+        if header is not None and header[1].decode() != kind:
+            raise UserError(f"{printable(path)}: is the file of a {header[1].decode()}, not of a {kind}")
+        if header is not None and size != USER_BLOCK + int(header[2]):  # seen before it is read: it may be endless
+            raise UserError(f"{printable(path)}: is damaged: it has {size:,} of {USER_BLOCK + int(header[2]):,} bytes")
+        raw = start + opened.read()
+    if header is not None and hashlib.sha256(memoryview(raw)[USER_BLOCK:]).hexdigest().encode() != header[3]:
+        raise UserError(f"{printable(path)}: is damaged: it was changed after it was written (sums differ)")
     try:
         with h5py.File(io.BytesIO(raw), "r") as file:
             yield file
     except HDF5_ERRORS as error:
-        raise UserError(f"{path}: is not the file of a {kind} ({reason(error)})") from error
+        raise UserError(f"{printable(path)}: is not the file of a {kind} ({reason(error)})") from error
 
 
-def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
-    """Return a data set whose data is in this very file, of numbers, as large as the file at most. Local.
+def kind_of(path: Path) -> str:
+    """Return what a file says that it is; "" where that is nothing. Local.
 
-    No link to another file is followed, no virtual data set, external storage, filter or compound type accepted: what
-    they lead to is not what was written here.
+    Of a run and a study from before there were user blocks, "run or study".
+    """
+    with open_regular(path) as (file, _):
+        start = file.read(USER_BLOCK)
+        header = PATTERN.fullmatch(start)
+        if header is not None:
+            return header[1].decode()
+        return OLD if start.startswith(HDF5_SIGNATURE) and OLD_MARK in file.read(OLD_MOST) else ""
+
+
+def child(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
+    """Return what a group holds under a name, in this very file: no link to another place is followed. Local.
 
     Raises
     ------
@@ -99,11 +114,62 @@ def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     link = group.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink):
         raise ValueError(f"{name} is missing" if link is None else f"{name} is a link")
-    found = group[name]
+    return group[name]
+
+
+def subgroup(group: h5py.Group, name: str) -> h5py.Group:
+    """Return a group within a group. Local.
+
+    Raises
+    ------
+    KeyError, ValueError
+        Where there is none.
+    """
+    found = child(group, name)
+    if not isinstance(found, h5py.Group):
+        raise ValueError(f"{name} is no group")
+    return found
+
+
+def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
+    """Return a data set whose data is in this very file, of numbers or text, as large as the file at most. Local.
+
+    No link is followed on the way to it, no virtual data set, external storage, filter or compound type accepted: what
+    they lead to is not what was written here. Where the data is missing, HDF5 would give zeros, as many as declared.
+
+    Raises
+    ------
+    KeyError, ValueError
+        Where there is none.
+    """
+    *groups, last = name.split("/")
+    for part in groups:
+        group = subgroup(group, part)
+    found = child(group, last)
     if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external or found.dtype.kind not in "biufS":
         raise ValueError(f"{name} is not an array of numbers in this file")
     if found.id.get_create_plist().get_nfilters():
         raise ValueError(f"{name} is filtered")
+    if found.shape is None or found.nbytes > min(found.id.get_storage_size(), found.file.id.get_filesize()):
+        raise ValueError(f"{name} has no data")
+    return found
+
+
+def attributes_of(group: h5py.Group) -> dict[str, bool | int | float | str]:
+    """Return the attributes, each a number or text, as Python has them. Local.
+
+    Raises
+    ------
+    KeyError, ValueError
+        Where one is something else.
+    """
+    found: dict[str, bool | int | float | str] = {}
+    for name in group.attrs:
+        stored = group.attrs.get_id(name)
+        if stored.shape != () or (stored.dtype.kind not in "biufS" and h5py.check_string_dtype(stored.dtype) is None):
+            raise ValueError(f"the attribute {name} is no number or text")
+        value = group.attrs[name]
+        found[name] = value.item() if isinstance(value, np.number | np.bool_) else text_of(value)
     return found
 
 

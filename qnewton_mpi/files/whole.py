@@ -9,7 +9,9 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from qnewton_mpi.errors import UserError
 
@@ -28,6 +30,21 @@ def read_whole(path: Path, most: int | None = None) -> bytes:
     UserError
         For a file that is missing, not regular, not readable, or longer.
     """
+    with open_regular(path) as (file, size):
+        if most is not None and size > most:
+            raise UserError(f"{printable(path)}: has {size:,} bytes, and {most:,} at most are expected")
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading; give it and the bytes that it has. Local.
+
+    Raises
+    ------
+    UserError
+        For a file that is missing, not regular or not readable, also within the context.
+    """
     try:
         descriptor = os.open(
             path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -35,12 +52,19 @@ def read_whole(path: Path, most: int | None = None) -> bytes:
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{path}: is no regular file")
-            if most is not None and found.st_size > most:
-                raise UserError(f"{path}: has {found.st_size:,} bytes, and {most:,} at most are expected")
-            return file.read()
+                raise UserError(f"{printable(path)}: is no regular file")
+            yield file, found.st_size
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path
         raise UserError(f"{printable(path)}: cannot be read ({reason(error)})") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses while the context lasts into a `UserError`. Local."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{printable(path)}: cannot be written ({reason(error)}): name another --output") from error
 
 
 def replace_whole(path: Path, *parts: bytes | memoryview) -> None:
@@ -85,7 +109,7 @@ def check_replaceable(path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a symbolic link"))
         what = next((name for test, name in kinds if test(found.st_mode)), "no regular file")
-        raise UserError(f"{path}: is {what}: name another file")
+        raise UserError(f"{printable(path)}: is {what}: name another file")
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.plotting import label_decades, pyplot
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.files.whole import printable
+from qnewton_mpi.plotting import label_decades, plain, pyplot, save
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
 from qnewton_mpi.training.runfile import Run, rate_text
@@ -45,15 +46,15 @@ class Result:
 
     def mean(self, figure: str) -> float:
         """Return the mean of a figure of the last evaluation; NaN where every run diverged."""
-        return statistics.fmean(run.last(figure) for run in self.runs) if self.runs else math.nan
+        return float(np.mean([run.last(figure) for run in self.runs])) if self.runs else math.nan
 
     def cell(self, figure: str, layout: str = ".4f") -> str:
         """Return mean ± standard deviation over the runs."""
         if not self.runs:
             return "diverged"
         values = [run.last(figure) for run in self.runs]
-        spread = f" ± {statistics.stdev(values):{layout}}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):{layout}}{spread}"
+        spread = f" ± {np.std(values, ddof=1):{layout}}" if len(values) > 1 else ""
+        return f"{np.mean(values):{layout}}{spread}"
 
     def curve(self, figure: str) -> NDArray[np.float64]:
         """Return a figure of each evaluation, mean over the runs.
@@ -84,8 +85,8 @@ def reached_at(cost: NDArray[np.float64], nll: NDArray[np.float64], target: floa
     k = below[0]
     if k == 0:
         return float(cost[0])
-    part = (math.log(nll[k - 1]) - math.log(target)) / (math.log(nll[k - 1]) - math.log(nll[k]))
-    return round(float(cost[k - 1] + part * (cost[k] - cost[k - 1])), 9)
+    before, after, at = np.log([nll[k - 1], nll[k], target])
+    return round(float(cost[k - 1] + (before - at) / (before - after) * (cost[k] - cost[k - 1])), 9)
 
 
 def read_results(path: Path) -> list[Result]:
@@ -94,7 +95,7 @@ def read_results(path: Path) -> list[Result]:
     Raises
     ------
     UserError
-        For a file that is missing or is no study's.
+        For a file that is missing, is no study's, or has a row whose runs cannot be compared.
     """
     runs: dict[str, list[Run]] = {}
     for run in read_runs(path):
@@ -103,7 +104,13 @@ def read_results(path: Path) -> list[Result]:
     for name, members in runs.items():
         final = [run for run in members if run.attributes["stage"] == "final"]
         whole = [run for run in final if run.finished]
-        tried = sorted({float(run.attributes["lr"]) for run in members if run.attributes["stage"] == "tuning"})
+        rates = {run.attributes["lr"] for run in members if run.attributes["stage"] == "tuning"}
+        tried = sorted(float(rate) for rate in rates if rate != "auto")
+        if not final:
+            raise UserError(f"{printable(path)}: row {name!r} has no run that counts, only such as tuned it")
+        lengths = {len(run.epochs["epoch"]) for run in whole}
+        if len(lengths) > 1 or 0 in lengths:
+            raise UserError(f"{printable(path)}: the runs of row {name!r} have not as many evaluations each")
         first = final[0].attributes
         results.append(Result(name, bool(first["baseline"]), first["lr"], tried, whole, len(final) - len(whole)))
     return sorted(results, key=lambda r: (not r.baseline, natural(r.name)))
@@ -123,9 +130,11 @@ def natural(name: str) -> list[tuple[int, str]]:
     >>> sorted(["M=16", "M=2", "Adam"], key=natural)
     ['Adam', 'M=2', 'M=16']
     """
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+    parts = [part.lstrip("0") if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return [(len(part), part) if part.isdecimal() else (0, part) for part in parts]
 
 
+@np.errstate(all="ignore")  # what is not finite stands in the table as such
 def markdown(results: list[Result]) -> str:
     """Return the table: mean ± standard deviation over the seeds, and ratios to the best baseline in each figure.
 
@@ -134,7 +143,7 @@ def markdown(results: list[Result]) -> str:
     last, tail = (best_baseline(results, figure) for figure in ("train_nll", "tail_train_nll"))
 
     def ratio(value: float, base: float | None) -> str:
-        return "–" if base is None or math.isnan(value) else f"{value / base:.2f}"
+        return "–" if not base or math.isnan(value) else f"{value / base:.2f}"
 
     def to_target(result: Result, cost: str) -> str:
         if last is None:
@@ -142,7 +151,7 @@ def markdown(results: list[Result]) -> str:
         return ratio(result.cost_to(last.mean("train_nll"), cost), float(last.curve(cost)[-1]))
 
     columns: dict[str, Callable[[Result], str]] = {
-        "row": lambda r: r.name + (" (baseline)" if r.baseline else ""),
+        "row": lambda r: r.name.replace("|", "\\|") + (" (baseline)" if r.baseline else ""),
         "rate": lambda r: rate_text(r.rate) + (" (edge)" if at_edge(r.rate, r.tried) else ""),
         "tuned over": lambda r: str(len(r.tried)),
         "seeds": lambda r: str(len(r.runs)) + (f" + {r.diverged} diverged" if r.diverged else ""),
@@ -165,7 +174,7 @@ def draw(results: list[Result], target: Path) -> None:
     Raises
     ------
     UserError
-        Without matplotlib.
+        Without matplotlib, or where the picture cannot be written.
     """
     plt = pyplot("report")
     from matplotlib.ticker import EngFormatter
@@ -176,7 +185,7 @@ def draw(results: list[Result], target: Path) -> None:
         for result in results:
             if not result.runs:
                 continue
-            style, label_of = "--" if result.baseline else "-", f"{result.name}, {rate_text(result.rate)}"
+            style, label_of = "--" if result.baseline else "-", plain(f"{result.name}, {rate_text(result.rate)}")
             axes.plot(result.curve(cost), result.curve("train_nll"), style, label=label_of)
         axes.set(xlabel=label, yscale="log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 300k, not 300000: labels must not touch
@@ -185,5 +194,4 @@ def draw(results: list[Result], target: Path) -> None:
     panels[0].set_ylabel("training NLL (nats), mean over seeds; baselines dashed")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+    save(plt, figure, target, dpi=120)

@@ -12,13 +12,16 @@ import re
 import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import h5py
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.training.runfile import Run
+from qnewton_mpi.files.images import open_image, subgroup, write_image
+from qnewton_mpi.files.whole import writing
+from qnewton_mpi.training.runfile import WRITER, Run
 
 
 def run_name(row: str, options: Mapping[str, Any]) -> str:
@@ -92,28 +95,38 @@ class Store:
         self.unfinished(name).rename(self._path(name))
 
     def merge(self, names: list[str]) -> None:
-        """Write the named runs into the output, replaced by a rename; then the folder goes."""
-        part = self.output.with_suffix(".part")
-        with h5py.File(part, "w") as study:
+        """Write the named runs into the output; then the folder goes.
+
+        Raises
+        ------
+        UserError
+            Where it cannot be written; the folder stays.
+        """
+
+        def fill(study: h5py.File) -> None:
             for name in names:
                 run, group = self.run(name), study.create_group(name)
-                # Not where the run was written: that file goes with the folder.
-                group.attrs.update({key: value for key, value in run.attributes.items() if key != "output"})
+                # Not where and by whom the run was written: that file goes with the folder.
+                passing = {key for key in run.attributes if key == "output" or key.startswith(WRITER)}
+                group.attrs.update({key: value for key, value in run.attributes.items() if key not in passing})
                 for figure, column in run.epochs.items():
                     group[f"epochs/{figure}"] = column
-        part.rename(self.output)
+
+        with writing(self.output):
+            write_image(self.output, "study", fill)
         shutil.rmtree(self.folder)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.h5"
 
     def _merged(self, name: str) -> Run | None:
-        if not self.output.exists():
-            return None
-        with h5py.File(self.output) as file:
-            if name not in file or fnmatchcase(file[name].attrs["row"], self.again):
-                return None
-            return Run.of_group(self.output, file[name])
+        run = self._before.get(name)
+        return None if run is None or fnmatchcase(run.attributes["row"], self.again) else run
+
+    @cached_property
+    def _before(self) -> dict[str, Run]:
+        """The runs of the output as it was at first, by name."""
+        return runs_in(self.output) if self.output.exists() else {}
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -122,10 +135,12 @@ def read_runs(path: Path) -> list[Run]:
     Raises
     ------
     UserError
-        For a file that is missing or is no study's.
+        For a file that is missing, is no study's, or not as it was written.
     """
-    try:
-        with h5py.File(path) as file:
-            return [Run.of_group(path, group) for group in file.values()]
-    except (OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: is not the file of a study ({' '.join(str(error).split())})") from error
+    return list(runs_in(path).values())
+
+
+def runs_in(path: Path) -> dict[str, Run]:
+    """Return the runs of a study's file by their names; errors as of `read_runs`."""
+    with open_image(path, "study") as file:
+        return {name: Run.of_group(path, subgroup(file, name)) for name in file}

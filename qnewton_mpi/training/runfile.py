@@ -1,33 +1,36 @@
-"""The HDF5 file of a run: written by one rank, flushed as it goes, and read back for tables and figures.
+"""The HDF5 file of a run: an image that one rank writes anew as the run goes on, read back for tables and figures.
 
 /epochs/{epoch, train_nll, …}  one row an evaluation: EPOCH_FIGURES
 /steps/{loss, …}               one row a step: docs/runfile.md
 /parameters                    (N,) at the last evaluation
 /status                        running, finished, or what went wrong
-attributes                     the configuration, versions
+attributes                     the configuration, versions, the process that writes it
 """
 
 from __future__ import annotations
 
 import math
 import platform
-import statistics
 import time
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_type_hints
 
 import h5py
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi import __version__
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.files.images import attributes_of, column, dataset, open_image, subgroup, text_of, write_image
+from qnewton_mpi.files.locks import Holder
+from qnewton_mpi.files.whole import printable, reason, writing
 from qnewton_mpi.parallel.log import LOG
-from qnewton_mpi.training.disk import reserved
 
 ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter
 QUALITIES = ("train_nll", "test_nll", "test_accuracy")
@@ -41,18 +44,25 @@ EPOCH_FIGURES = (
     "bytes_sent",
     "bytes_sent_by_replicas",
 )
-FLUSH_SECONDS = 5.0
-RUNNING = "running"
-STATUS = h5py.string_dtype(length=1024)  # of a fixed length: a file that others may read takes no other strings
-ROOM = 1 << 20  # bytes that HDF5 may need for new chunks of all data sets
+WRITE_SECONDS = 5.0  # between writes without an evaluation
+WRITE_SHARE, WRITE_CREDIT = 0.01, 1.0  # of a run's time that goes into writing, and seconds besides
+SILENT_SECONDS = 30.0  # without a write, after which the process may be gone
+RUNNING, FINISHED, FAILED = "running", "finished", "failed: "
+PERHAPS_DEAD = "perhaps dead"
+STATUS_BYTES = 1000
+WRITER = "writer_"  # before the names of the attributes that tell of the process
+# What readers rely on, by the attribute: of the file of a run, and of a run in a study's file.
+RUN_ATTRIBUTES = {"method": str, "data": str, "activation": str, "replicas": int, "batch": int, "seed": int}
+STUDY_ATTRIBUTES = {"row": str, "stage": str, "baseline": bool}
 
 
 class RunFile:
-    """An open run file, a context manager: leaving it on an exception records what went wrong. Local, one rank.
+    """The file of a run that goes on, a context manager: leaving it on an exception records what went wrong. Local.
 
-    Rows are kept in memory and appended together, then flushed, at each epoch and every few seconds between: a killed
-    run's file opens and lacks those seconds at most. Others may read the file all the while (HDF5's single writer,
-    multiple readers).
+    Rows are kept in memory, and the file is written whole and put in the place of the one before: at each evaluation
+    and every few seconds between, so that a killed run's file lacks those seconds at most. Where a file is so large or
+    its disk so slow that this would take more than a hundredth of the run's time, it is written less often. Where it
+    cannot be written, the one before stays, and it is tried again.
 
     Parameters
     ----------
@@ -66,6 +76,11 @@ class RunFile:
         The first ones.
     resumed : int, optional
         Of a run that goes on after this step: the rows up to it are taken over from the file that is there.
+
+    Attributes
+    ----------
+    attributes : dict
+        What is changed here stands in the file when it is written next.
 
     Raises
     ------
@@ -82,31 +97,20 @@ class RunFile:
         resumed: int | None = None,
     ) -> None:
         before = Run(path) if resumed is not None and path.exists() else None
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with reserved(path.parent, ROOM + parameters.nbytes):
-                pass
-            self._file = h5py.File(partial, "w", libver="latest")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error}): name another --output") from error
-        for name, value in {**attributes, **versions()}.items():
-            if value is not None:
-                self._file.attrs[name] = value
-        self._rows: dict[str, list[Mapping[str, float]]] = {"epochs": [], "steps": []}
+        writer = {WRITER + name: value for name, value in asdict(Holder.here()).items()}
+        self.path, self.attributes = path, {**attributes, **versions(), **writer}
+        self._parameters, self._columns = np.array(parameters), {}
         for group, names in (("epochs", EPOCH_FIGURES), ("steps", tuple(step_figures))):
             old = {} if before is None else {"epochs": before.epochs, "steps": before.steps}[group]
             kept = old["step"] <= (resumed or 0) if "step" in old else np.zeros(0, bool)
-            for name in names:
-                rows = old[name][kept] if name in old else np.full(np.count_nonzero(kept), np.nan)
-                chunk = 64 if group == "epochs" else 1024
-                self._file.create_dataset(f"{group}/{name}", data=rows, dtype="f8", maxshape=(None,), chunks=(chunk,))
-        self._file["parameters"] = parameters
-        self._file.create_dataset("status", data=RUNNING, dtype=STATUS)
-        self._file.swmr_mode = True
-        partial.rename(path)
-        self.path, self._flushed, self._full = path, 0.0, False
-        self.flush()
+            lacking = np.full(len(kept), np.nan)
+            self._columns[group] = {name: array("d", old.get(name, lacking)[kept].tobytes()) for name in names}
+        self._began = self._written = time.monotonic()
+        self._spent = self._took = 0.0  # seconds in writing: in all, and the last time
+        self._refused = ""  # why it could not be written the last time
+        self._unwritten = Counter[str]()
+        with writing(path):
+            self._write(RUNNING)
 
     def __enter__(self) -> RunFile:
         return self
@@ -114,57 +118,71 @@ class RunFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        full = None
-        if not self.flush() and error is None:
-            full = UserError(f"{self.path}: its disk is full, and the last figures of the run are not in it")
-        failure = full or error
-        # In place, through the handle that is open: to open the file again needs its lock, which a reader may hold.
-        self._file["status"][()] = f"failed: {failure}" if failure else "finished"
-        self._file.close()
-        if full:
-            raise full
+        told = FINISHED if error is None else FAILED + (" ".join(str(error).split()) or type(error).__name__)
+        if not self.flush(told) and error is None:
+            lost = " and ".join(f"{count} {name}" for name, count in self._unwritten.items()) or "that it finished"
+            raise UserError(
+                f"{printable(self.path)}: cannot be written ({self._refused}): it lacks the last of the run ({lost})"
+            )
 
     def add_step(self, figures: Mapping[str, float]) -> None:
-        """Add the figures of a step."""
-        self._rows["steps"].append(figures)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+        """Add the figures of a step, and write the file if that is due."""
+        self._add("steps", figures)
+        if time.monotonic() - self._written > WRITE_SECONDS and self._affordable():
             self.flush()
 
     def add_epoch(self, figures: Mapping[str, float], parameters: NDArray[Any]) -> None:
-        """Add the figures of an evaluation, keep the parameters evaluated, and flush."""
-        self._rows["epochs"].append(figures)
-        self._file["parameters"][...] = parameters
-        self.flush()
+        """Add the figures of an evaluation, keep the parameters evaluated, and write the file if that costs little."""
+        self._add("epochs", figures)
+        self._parameters = np.array(parameters)
+        if self._affordable():
+            self.flush()
 
-    def flush(self) -> bool:
-        """Append the rows kept in memory and hand everything to the operating system; return whether there was room.
-
-        Where there was not, the rows stay in memory until there is.
-        """
-        waiting = sum(len(rows) * len(self._file[group]) for group, rows in self._rows.items())
-        self._flushed = time.monotonic()
+    def flush(self, status: str = RUNNING) -> bool:
+        """Write the file and return whether that was possible; where it was not, all stays in memory until it is."""
+        started = time.monotonic()
         try:
-            with reserved(self.path.parent, ROOM + 16 * waiting):
-                pass
-        except OSError as error:
-            if not self._full:
-                LOG.warning("%s: no room for more (%s): what follows is kept in memory", self.path, error.strerror)
-            self._full = True
-            return False
-        self._full = False
-        for group, rows in self._rows.items():
-            if not rows:
-                continue
-            for name, dataset in self._file[group].items():
-                dataset.resize(len(dataset) + len(rows), axis=0)
-                dataset[-len(rows) :] = [row[name] for row in rows]
-            rows.clear()
-        self._file.flush()
-        return True
+            self._write(status)
+        except (OSError, UserError, MemoryError) as error:
+            if not self._refused:
+                LOG.warning("%s: not written (%s): kept in memory, and tried again", self.path, reason(error))
+            self._refused = reason(error)
+        else:
+            self._refused = ""
+            self._unwritten.clear()
+        self._written = time.monotonic()
+        self._took = self._written - started
+        self._spent += self._took
+        return not self._refused
+
+    def _add(self, group: str, figures: Mapping[str, float]) -> None:
+        for name, values in self._columns[group].items():
+            values.append(figures[name])
+        self._unwritten[group] += 1
+
+    def _affordable(self) -> bool:
+        """Tell whether another write is within the share of the run's time that goes into writing."""
+        return self._spent + self._took < WRITE_CREDIT + WRITE_SHARE * (time.monotonic() - self._began)
+
+    def _write(self, status: str) -> None:
+        def fill(file: h5py.File) -> None:
+            for name, value in self.attributes.items():
+                if value is not None:
+                    file.attrs[name] = value
+            for group, columns in self._columns.items():
+                for name, values in columns.items():
+                    file[f"{group}/{name}"] = np.asarray(values)
+            file["parameters"] = self._parameters
+            text = status.encode("utf-8", "backslashreplace")[:STATUS_BYTES].decode("utf-8", "ignore")
+            file.create_dataset("status", data=text, dtype=h5py.string_dtype(length=STATUS_BYTES))
+
+        write_image(self.path, "run", fill)
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
+    from mpi4py import MPI
+
     packages = {f"version_{name}": metadata.version(name) for name in ("numpy", "mpi4py", "h5py")}
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     return {
@@ -178,39 +196,73 @@ def versions() -> dict[str, str]:
 class Run:
     """A run file read back whole. Local.
 
+    Parameters
+    ----------
+    path : Path
+    with_parameters : bool
+        Whether to read them, too.
+
     Attributes
     ----------
     attributes : dict
+        Numbers and text, as Python has them.
     epochs, steps : dict of (rows,) float64
-        By figure.
+        By figure; of a run in a study's file there are no steps.
+    parameters : (N,) float64 or None
+        At the last evaluation.
+    silence : float
+        Seconds since the file was written, when it was read.
 
     Raises
     ------
     UserError
-        For a file that is missing or is not of a run.
+        For a file that is missing, is not of a run, or not as it was written.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            with h5py.File(path, swmr=True) as file:  # which may still be written
-                self._read(path, file)
-        except (OSError, KeyError) as error:
-            raise UserError(f"{path}: is not the file of a run ({' '.join(str(error).split())})") from error
+    parameters: NDArray[np.float64] | None = None
+
+    def __init__(self, path: Path, with_parameters: bool = False) -> None:
+        with open_image(path, "run") as file:
+            self.silence = max(0.0, time.time() - path.stat().st_mtime)
+            self._read(path, file, text_of(dataset(file, "status")[()]), RUN_ATTRIBUTES)
+            self.steps = _columns(file, "steps", ("step", *subgroup(file, "steps")))
+            if with_parameters:
+                self.parameters = column(file, "parameters")
+                if len(self.parameters) != self.attributes.get("parameters", len(self.parameters)):
+                    raise ValueError("parameters are not as many as the attribute says")
 
     @classmethod
     def of_group(cls, path: Path, group: h5py.Group) -> Run:
-        """Return the run in a group of a study's file; KeyError where it is none."""
+        """Return the run in a group of a study's file; KeyError or ValueError where it is none."""
         run = cls.__new__(cls)
-        run._read(path, group)
+        run.silence, run.steps = 0.0, {}
+        run._read(path, group, text_of(group.attrs["status"]), STUDY_ATTRIBUTES)
         return run
 
-    def _read(self, path: Path, group: h5py.Group) -> None:
+    def _read(self, path: Path, group: h5py.Group, status: str, kinds: Mapping[str, type]) -> None:
         self.path = path
-        self.attributes: dict[str, Any] = dict(group.attrs)
-        if "status" in group:  # a study's file has it as an attribute; read first, since "finished" promises all rows
-            self.attributes["status"] = group["status"].asstr(errors="replace")[()]
-        self.epochs = _whole_rows({name: np.asarray(group["epochs"][name]) for name in EPOCH_FIGURES})
-        self.steps = _whole_rows({name: np.asarray(column) for name, column in group.get("steps", {}).items()})
+        self.attributes: dict[str, Any] = {**attributes_of(group), "status": " ".join(status.split())}
+        if status not in (RUNNING, FINISHED) and not status.startswith(FAILED.rstrip()):
+            raise ValueError(f"status {printable(status)}")
+        _check(self.attributes, kinds)
+        self.epochs = _columns(group, "epochs", EPOCH_FIGURES)
+
+    @property
+    def state(self) -> str:
+        """What has become of the run, in words; those before a colon say it in short.
+
+        "running", "finished", "failed: …", "killed: …" where its process is gone; where that cannot be seen from here,
+        "perhaps dead: …" after some time without a write, which a long step may also be the reason of.
+        """
+        if self.attributes["status"] != RUNNING:
+            return str(self.attributes["status"])
+        writer, silent = _writer(self.attributes), self.silence >= SILENT_SECONDS
+        dead = writer.dead() if writer else None
+        if writer and dead:
+            return f"killed: process {writer.pid} on {writer.host} is gone, last write {duration(self.silence)} ago"
+        if silent:
+            return f"{RUNNING if dead is False else PERHAPS_DEAD}: no write for {duration(self.silence)}"
+        return RUNNING
 
     def reached(self, figure: str) -> float:
         """Return a figure of the last evaluation; NaN for a run that diverged or was killed."""
@@ -219,13 +271,14 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end: it was not killed, and did not diverge."""
-        return bool(self.attributes["status"] == "finished")
+        return bool(self.attributes["status"] == FINISHED)
 
     @property
     def label(self) -> str:
         """The method, the number of replicas and the rate, as a legend wants them."""
         a = self.attributes
-        name = {"momentum": "Nesterov", "adam": "NAdam"}[a["method"]] if a.get("nesterov") else a["method"]
+        names = {"momentum": "Nesterov", "adam": "NAdam"} if a.get("nesterov") else {}
+        name = names.get(a["method"], a["method"])
         return f"{name} M={a['replicas']} lr={rate_text(a['lr'])}"
 
     def last(self, figure: str) -> float:
@@ -234,10 +287,51 @@ class Run:
         return float(values[-1]) if len(values) else math.nan
 
 
-def _whole_rows(columns: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-    """Return the rows that all columns have: of a file that is being written, some may have one more already."""
-    rows = min(map(len, columns.values()), default=0)
-    return {name: column[:rows] for name, column in columns.items()}
+def _check(attributes: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Raise `ValueError` where an attribute is missing, or another than this package writes."""
+    for name, kind in kinds.items():
+        value = attributes.get(name)
+        # bool is an int to Python; text goes to terminals and figures.
+        if type(value) is not kind or (isinstance(value, str) and not value.isprintable()):
+            raise ValueError(f"the attribute {name} is {'missing' if value is None else 'not as it should be'}")
+    rate: Any = attributes.get("lr")
+    if rate != "auto" and not (type(rate) in (int, float) and math.isfinite(rate)):
+        raise ValueError("the attribute lr is no rate")
+
+
+def _columns(group: h5py.Group, name: str, figures: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the columns of a group, whose rows are complete: KeyError or ValueError where they are not."""
+    columns = {figure: column(group, f"{name}/{figure}") for figure in figures}
+    if len({len(values) for values in columns.values()}) > 1:
+        raise ValueError(f"the columns of {name} differ in length")
+    for counter in {"step", "epoch"} & columns.keys():
+        if not (np.isfinite(columns[counter]) & (columns[counter] >= 0)).all():
+            raise ValueError(f"{name}/{counter} does not count")
+    return columns
+
+
+def _writer(attributes: Mapping[str, Any]) -> Holder | None:
+    """Return the process that writes a run's file; None for one of earlier versions."""
+    kinds = get_type_hints(Holder)
+    values: dict[str, Any] = {name: attributes.get(WRITER + name) for name in kinds}
+    if any(type(value) is not kinds[name] for name, value in values.items()):
+        return None
+    writer = Holder(**values)
+    return writer if 0 < writer.pid < 1 << 31 and str(writer).isprintable() else None
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the largest unit of which it has two, or seconds.
+
+    Examples
+    --------
+    >>> [duration(seconds) for seconds in (40.2, 119, 3 * 3600, 1e6)]
+    ['40 s', '119 s', '3 h', '11 days']
+    """
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def rate_text(rate: float | str) -> str:
@@ -254,7 +348,10 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: list[Run]) -> str:
-    """Return the closing table: where the runs stood after their last evaluation, mean ± std over those of a label."""
+    """Return the closing table: where the runs stood after their last evaluation, mean ± std over those of a label.
+
+    A last column says what became of them, unless all are finished.
+    """
     columns: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
         ("epochs", ".4g", lambda run: run.last("epoch")),
         ("train NLL", ".4f", lambda run: run.last("train_nll")),
@@ -263,14 +360,28 @@ def table(runs: list[Run]) -> str:
         ("seconds", ".1f", lambda run: run.last("wall_seconds")),
         ("samples/s", ",.0f", lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)),
     )
-    rows = [("run", "runs", *(name for name, _, _ in columns))]
+    states = {run: run.state.partition(":")[0] for run in runs}
+    with_states = set(states.values()) != {FINISHED}
+    rows = [("run", "runs", *(name for name, _, _ in columns), *(["status"] if with_states else []))]
     for label, group in by_label(runs).items():
-        cells = []
-        for _, layout, figure in columns:
-            values = [figure(run) for run in group]
-            spread = f" ± {statistics.stdev(values):{layout}}" if len(values) > 1 and max(values) > min(values) else ""
-            cells.append(f"{statistics.fmean(values):{layout}}{spread}")
+        cells = [mean_and_spread([figure(run) for run in group], layout) for _, layout, figure in columns]
+        if with_states:
+            counts = Counter(states[run] for run in group)
+            cells.append(", ".join(f"{n} {state}" if len(group) > 1 else state for state, n in counts.items()))
         rows.append((label, str(len(group)), *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def mean_and_spread(values: list[float], layout: str) -> str:
+    """Return the mean, and ± the standard deviation where the values differ.
+
+    Examples
+    --------
+    >>> mean_and_spread([1.0, 2.0], ".2f"), mean_and_spread([1.0, 1.0], ".2f"), mean_and_spread([math.nan], ".2f")
+    ('1.50 ± 0.71', '1.00', 'nan')
+    """
+    with np.errstate(all="ignore"):
+        spread = f" ± {np.std(values, ddof=1):{layout}}" if len(set(values)) > 1 else ""
+        return f"{np.mean(values):{layout}}{spread}"
