@@ -9,9 +9,13 @@ import contextlib
 import os
 import stat
 import tempfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import printable as printable
 
 
 def read_whole(path: Path, most: int | None = None) -> bytes:
@@ -28,6 +32,21 @@ def read_whole(path: Path, most: int | None = None) -> bytes:
     UserError
         For a file that is missing, not regular, not readable, or longer.
     """
+    with open_regular(path) as (file, size):
+        if most is not None and size > most:
+            raise UserError(f"{printable(path)}: has {size:,} bytes, and {most:,} at most are expected")
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading; give it and the bytes that it has. What reading it raises is told. Local.
+
+    Raises
+    ------
+    UserError
+        For a file that is missing, not regular or not readable, also within the context.
+    """
     try:
         descriptor = os.open(
             path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -35,11 +54,9 @@ def read_whole(path: Path, most: int | None = None) -> bytes:
         with os.fdopen(descriptor, "rb") as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{path}: is no regular file")
-            if most is not None and found.st_size > most:
-                raise UserError(f"{path}: has {found.st_size:,} bytes, and {most:,} at most are expected")
-            return file.read()
-    except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path
+                raise UserError(f"{printable(path)}: is no regular file")
+            yield file, found.st_size
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:  # ValueError: a NUL in the path
         raise UserError(f"{printable(path)}: cannot be read ({reason(error)})") from error
 
 
@@ -85,7 +102,17 @@ def check_replaceable(path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a symbolic link"))
         what = next((name for test, name in kinds if test(found.st_mode)), "no regular file")
-        raise UserError(f"{path}: is {what}: name another file")
+        raise UserError(f"{printable(path)}: is {what}: name another file")
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise `UserError` unless a file can be put at a path: nothing is there, or what may be replaced. Local."""
+    check_replaceable(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{printable(path)} exists: name another --output, or replace it with --overwrite")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{printable(path)}: cannot be written (no permission in {printable(folder)})")
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,13 +128,6 @@ def sync_folder(folder: Path) -> None:
 def reason(error: BaseException) -> str:
     """Return why an operation failed, in one line."""
     return str(getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)
-
-
-def printable(path: Path | str) -> str:
-    """Return a path as one line of a message: what no terminal shows, as escapes; a long one cut in its middle."""
-    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 200 else f"{text[:100]}…{text[-80:]}"
 
 
 def _umask() -> int:

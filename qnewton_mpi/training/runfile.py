@@ -21,7 +21,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi import __version__
@@ -165,6 +164,8 @@ class RunFile:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
+    from mpi4py import MPI
+
     packages = {f"version_{name}": metadata.version(name) for name in ("numpy", "mpi4py", "h5py")}
     library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
     return {
