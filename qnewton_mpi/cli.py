@@ -56,8 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         return USAGE_ERROR
     except MemoryError as error:
         text = f"error: not enough memory ({reason(error)}): a smaller problem may fit, or more ranks"
-        if communicator is not None and communicator.size > 1:  # the others may wait for this rank
-            communicator.abort(f"qnewton-mpi: {printable(text, LONGEST_LINE)}", USAGE_ERROR)
+        if communicator is not None and communicator.size > 1:  # others may wait for this rank: `abort_on_exception`
+            raise UserError(text) from error
         tell(text)
         return USAGE_ERROR
     except InterruptedRunError as stopped:
@@ -176,7 +176,7 @@ def check(command: argparse.Namespace, ranks: int) -> argparse.Namespace:
     """Return a command with all that its files say, fit for a number of ranks: of `train` the `config`. Local."""
     if command.command == "train":
         given = {k: v for k, v in vars(command).items() if k not in ("command", "toml")}
-        options = {**(read_toml(command.toml) if command.toml else {}), **given}
+        options = {**(read_toml(command.toml) if command.toml is not None else {}), **given}
         command.config = resolve(run_config(options), ranks)
     if command.command == "compare":
         command.plan = read_study(command.study)
@@ -202,7 +202,9 @@ def sizes(text: str) -> list[int]:
     """
     numbers = [number(word) for word in text.split(",")]
     if min(numbers) < 1:
-        raise UserError(f"--sizes {printable(text)}: positive whole numbers, with commas between them")
+        raise UserError(
+            f"--sizes {printable(text)}: positive whole numbers of at most 12 digits, with commas between them"
+        )
     return numbers
 
 
@@ -222,7 +224,7 @@ def at_least_one(option: str) -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         if number(text) < 1:
-            raise UserError(f"{option} {printable(text)}: a whole number, at least 1")
+            raise UserError(f"{option} {printable(text)}: a whole number from 1 to 999,999,999,999")
         return number(text)
 
     return convert

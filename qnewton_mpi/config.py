@@ -157,7 +157,7 @@ def run_config(options: Mapping[str, Any]) -> RunConfig:
         owners = [m for m, o in OPTIMIZERS.items() if name in {item.name for item in fields(o.settings_type)}]
         if owners:
             raise UserError(f"{name} is an option of {', '.join(owners)}, not of {training.method}")
-        raise UserError(f"unknown option {printable(name)!r}; see `qnewton-mpi train --help`")
+        raise UserError(f"unknown option '{printable(name)}'; see `qnewton-mpi train --help`")
     if training.epochs is not None and training.steps is not None:
         raise UserError("epochs and steps contradict each other: give one of them")
     return RunConfig(training, build(kind, {k: v for k, v in options.items() if k in own}))

@@ -52,5 +52,11 @@ def printable(text: Path | str, most: int = 200) -> str:
 
     What no terminal shows becomes escapes; beyond `most` characters the middle is left out.
     """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = "".join(c if c.isprintable() else _escape(c) for c in str(text))
     return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
+
+
+def _escape(character: str) -> str:
+    """Return the escape of a character; of a byte that is not of UTF-8, as Python has it in paths, that byte's."""
+    byte = ord(character) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()

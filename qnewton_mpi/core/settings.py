@@ -58,7 +58,7 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UserError(f"unknown option {printable(name)!r}; known are {', '.join(sorted(known))}")
+            raise UserError(f"unknown option '{printable(name)}'; known are {', '.join(sorted(known))}")
     converted = {}
     for name, value in values.items():
         metadata = known[name].metadata
@@ -106,7 +106,7 @@ ACCEPTED: dict[type, tuple[tuple[type, ...], Callable[[Any], Any], str]] = {
     bool: ((bool,), bool, "true or false"),
     int: ((int, str), integer, "an integer of at most 64 bits"),
     float: ((int, float, str), finite, "a finite number"),
-    str: ((str,), plain, "a string, not empty, in UTF-8 and without control characters"),
+    str: ((str,), plain, "a string, not empty and without control characters"),
 }
 
 
@@ -125,4 +125,6 @@ def _shown(value: Any) -> str:
     """Return a value, of any type and size, as a message shows it."""
     if isinstance(value, int) and abs(value) > MOST:
         return f"an integer of {value.bit_length()} bits"
-    return printable(str(value)) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    if isinstance(value, str | int | float):
+        return printable(str(value))
+    return "a table" if isinstance(value, Mapping) else f"a {type(value).__name__}"
