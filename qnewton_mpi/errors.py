@@ -53,7 +53,7 @@ def printable(text: Path | str, most: int = 200) -> str:
     What no terminal shows becomes escapes; beyond `most` characters the middle is left out.
     """
     text = "".join(c if c.isprintable() else _escape(c) for c in str(text))
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 3) :]}"
 
 
 def _escape(character: str) -> str:
