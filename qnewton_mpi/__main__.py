@@ -6,19 +6,14 @@ import sys
 
 
 def main() -> int:
-    """Set up threads before NumPy and MPI are loaded, then run the command line."""
+    """Settle streams and threads before NumPy and MPI are loaded, then run the command line."""
+    from qnewton_mpi import streams
     from qnewton_mpi.parallel.environment import prepare
 
+    streams.settle()
     prepare()
-    try:
-        from qnewton_mpi.cli import run
-    except RuntimeError as error:  # mpi4py finds no MPI library
-        reason = str(error).splitlines()[0]
-        print(
-            f"qnewton-mpi: error: {reason}: load your site's MPI module, or pip install 'qnewton_mpi[mpich]'",
-            file=sys.stderr,
-        )
-        return 2
+    from qnewton_mpi.cli import run
+
     return run(sys.argv[1:])
 
 

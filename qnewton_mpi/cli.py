@@ -1,8 +1,10 @@
-"""The command line: parsed and checked once, on rank 0, and the outcome broadcast."""
+"""The command line: parsed without MPI, checked once, on rank 0, and the outcome broadcast."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,47 +12,65 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from mpi4py import MPI
-
 from qnewton_mpi import __version__
 from qnewton_mpi.config import DEFAULT_REPLICAS, RunConfig, TrainSettings, read_toml, resolve, run_config
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type, describe
-from qnewton_mpi.errors import InterruptedRunError, UserError
+from qnewton_mpi.errors import InterruptedRunError, NoReaderError, UserError, printable
 from qnewton_mpi.files.outputs import check_output
-from qnewton_mpi.files.whole import replace_whole, writing
+from qnewton_mpi.files.whole import reason, replace_whole, writing
 from qnewton_mpi.parallel import cost
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception, load_mpi
 from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
 from qnewton_mpi.studies.plan import read_study
 
 USAGE_ERROR = 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+LONGEST_LINE = 1000  # characters of an error, whatever was given
+LONGEST_PAUSE = 86_400.0  # seconds
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command on every rank of the world and return the exit code. Collective."""
-    communicator = Communicator()
-    abort_on_exception(communicator)
+    """Run a command on every rank of the world, or without MPI on the first task, and return the exit code."""
+    first = launched_tasks()[1] == 0  # without MPI the launcher alone knows
+    communicator = None
     try:
+        command = parse(arguments, first)
+        if command is None:
+            return 0
+        if command.command in ALONE:
+            if first:
+                ALONE[command.command](command)
+            return 0
+        communicator = Communicator()
+        abort_on_exception(communicator)
+        # One-rank jobs of a mismatched launcher are all rank 0: the launcher knows which of them is the first.
+        first = communicator.rank == 0 and (communicator.size > 1 or first)
         check_launcher(communicator.size)
-        command = communicator.from_root(lambda: parse(arguments, communicator.size))
-        if command is not None:
-            COMMANDS[command.command](command, communicator)
+        checked = communicator.from_root(lambda: check(command, communicator.size))
+        COMMANDS[command.command](checked, communicator)
+    except NoReaderError:  # `qnewton-mpi plot … | head`
+        return 0
     except UserError as error:
-        # One-rank jobs of a mismatched launcher are all rank 0: only the launcher knows which of them is the first.
-        if communicator.rank == 0 and (communicator.size > 1 or launched_tasks()[1] == 0):
-            print(f"qnewton-mpi: error: {error}", file=sys.stderr, flush=True)
+        if first:
+            tell(f"error: {error}")
+        return USAGE_ERROR
+    except MemoryError as error:
+        text = f"error: not enough memory ({reason(error)}): a smaller problem may fit, or more ranks"
+        if communicator is not None and communicator.size > 1:  # others may wait for this rank: `abort_on_exception`
+            raise UserError(text) from error
+        tell(text)
         return USAGE_ERROR
     except InterruptedRunError as stopped:
-        if communicator.rank == 0:
-            print(f"qnewton-mpi: {stopped}", file=sys.stderr, flush=True)
+        if first:
+            tell(str(stopped))
         return INTERRUPTED
-    except BrokenPipeError:  # `qnewton-mpi plot … | head`
-        if communicator.size > 1:
-            raise
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     return 0
+
+
+def tell(text: str) -> None:
+    """Print a line to stderr, one line whatever names and values are in it."""
+    print(f"qnewton-mpi: {printable(text, LONGEST_LINE)}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +100,7 @@ def build_parser() -> Parser:
 
     watching = commands.add_parser("watch", help="the live curve of a run, from its file", allow_abbrev=False)
     watching.add_argument("run", metavar="RUN.h5")
-    watching.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between looks (default 2)")
+    watching.add_argument("--every", type=pause, default=2.0, metavar="SECONDS", help="between looks (default 2)")
     watching.add_argument("--once", action="store_true", help="one look")
 
     comparing = commands.add_parser(
@@ -89,7 +109,11 @@ def build_parser() -> Parser:
     comparing.add_argument("study", metavar="STUDY.toml")
     comparing.add_argument("--output", required=True, metavar="STUDY.h5", help="finished runs are kept in STUDY.runs/")
     comparing.add_argument(
-        "--ranks-per-run", type=int, default=1, metavar="N", help="the ranks of each run (default 1)"
+        "--ranks-per-run",
+        type=at_least_one("--ranks-per-run"),
+        default=1,
+        metavar="N",
+        help="the ranks of each run (default 1)",
     )
     comparing.add_argument(
         "--again", default="", metavar="PATTERN", help="run the rows of such names once more, as 'kronecker*'"
@@ -102,9 +126,15 @@ def build_parser() -> Parser:
     benching = commands.add_parser(
         "bench", help="what a step costs beside the gradients, against one Allreduce", allow_abbrev=False
     )
-    benching.add_argument("--sizes", default="16384,1048576", metavar="N,N,…", help="parameters (default %(default)s)")
-    benching.add_argument("--replicas", type=int, metavar="M", help="default: one a rank, at least 2")
-    benching.add_argument("--rounds", type=int, default=5, metavar="K", help="of timing, in turn (default 5)")
+    benching.add_argument(
+        "--sizes", type=sizes, default="16384,1048576", metavar="N,N,…", help="parameters (default %(default)s)"
+    )
+    benching.add_argument(
+        "--replicas", type=at_least_one("--replicas"), metavar="M", help="default: one a rank, at least 2"
+    )
+    benching.add_argument(
+        "--rounds", type=at_least_one("--rounds"), default=5, metavar="K", help="of timing, in turn (default 5)"
+    )
     benching.add_argument("--quick", action="store_true", help="one size, one round: to see that it works")
     benching.add_argument("--output", metavar="BENCH.h5", help="write the tables there too")
     benching.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -113,8 +143,15 @@ def build_parser() -> Parser:
         "spectrum", help="eigenvalues of the Hessian at a run's parameters", allow_abbrev=False
     )
     spectral.add_argument("run", metavar="RUN.h5|CHECKPOINTS", help="a run's file, or a folder of checkpoints")
-    spectral.add_argument("--top", type=int, default=8, metavar="K", help="pairs of largest |λ| (default 8)")
-    spectral.add_argument("--samples", type=int, metavar="N", help="the first N training samples (default: all)")
+    spectral.add_argument(
+        "--top", type=at_least_one("--top"), default=8, metavar="K", help="pairs of largest |λ| (default 8)"
+    )
+    spectral.add_argument(
+        "--samples",
+        type=at_least_one("--samples"),
+        metavar="N",
+        help="the first N training samples (default: all)",
+    )
     spectral.add_argument("--layers", action="store_true", help="of each layer's diagonal block too")
     spectral.add_argument("--density", action="store_true", help="the density of all eigenvalues too, and a picture")
     spectral.add_argument("--data-dir", metavar="DIR", help="as for train")
@@ -125,40 +162,38 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse(arguments: Sequence[str], ranks: int) -> argparse.Namespace | None:
-    """Return the command, for `train` with its resolved `config`; None when help was asked for. Local."""
+def parse(arguments: Sequence[str], first: bool) -> argparse.Namespace | None:
+    """Return the command; None when help was asked for, which the `first` task prints. Local, without MPI."""
     try:
-        command = build_parser().parse_args(arguments)
+        with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+            return build_parser().parse_args(arguments)
     except SystemExit:  # --help and --version have printed what was asked for
+        if first:
+            print(end="", flush=True)
         return None
+
+
+def check(command: argparse.Namespace, ranks: int) -> argparse.Namespace:
+    """Return a command with all that its files say, fit for a number of ranks: of `train` the `config`. Local."""
     if command.command == "train":
         given = {k: v for k, v in vars(command).items() if k not in ("command", "toml")}
-        options = {**(read_toml(command.toml) if command.toml else {}), **given}
+        options = {**(read_toml(command.toml) if command.toml is not None else {}), **given}
         command.config = resolve(run_config(options), ranks)
     if command.command == "compare":
         command.plan = read_study(command.study)
-        if command.ranks_per_run < 1 or ranks % command.ranks_per_run:
+        if ranks % command.ranks_per_run:
             raise UserError(f"--ranks-per-run {command.ranks_per_run} does not divide the {ranks} rank(s)")
-    if command.command == "watch" and not command.every > 0:
-        raise UserError(f"--every {command.every}: more than 0 seconds")
-    if command.command == "spectrum":
-        for name, value in (("--top", command.top), ("--samples", command.samples)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} {value}: at least 1")
     if command.command == "bench":
-        command.sizes = parse_sizes(command.sizes)
         if command.quick:
             command.sizes, command.rounds = command.sizes[:1], 1
         if command.replicas is not None and command.replicas < max(2, ranks):
             raise UserError(f"--replicas {command.replicas}: at least 2, and one a rank")
-        if command.rounds < 1:
-            raise UserError(f"--rounds {command.rounds}: at least 1")
         if command.output:
             check_output(Path(command.output), "benchmark", command.overwrite)
     return command
 
 
-def parse_sizes(text: str) -> list[int]:
+def sizes(text: str) -> list[int]:
     """Return the numbers of a list with commas.
 
     Raises
@@ -166,10 +201,48 @@ def parse_sizes(text: str) -> list[int]:
     UserError
         Where one is not a positive whole number.
     """
-    sizes = [int(word) if word.isdecimal() else 0 for word in text.split(",")]
-    if min(sizes) < 1:
-        raise UserError(f"--sizes {text}: positive whole numbers, with commas between them")
-    return sizes
+    numbers = [number(word) for word in text.split(",")]
+    if min(numbers) < 1:
+        raise UserError(
+            f"--sizes {printable(text)}: positive whole numbers of at most 12 digits, with commas between them"
+        )
+    return numbers
+
+
+def number(text: str) -> int:
+    """Return the whole number that a word is; -1 for what is none, or has more than 12 digits."""
+    return int(text) if text.isdecimal() and len(text) <= 12 else -1
+
+
+def at_least_one(option: str) -> Callable[[str], int]:
+    """Return the type of an option that counts something.
+
+    Raises
+    ------
+    UserError
+        Where it is called with anything but a positive whole number.
+    """
+
+    def convert(text: str) -> int:
+        if number(text) < 1:
+            raise UserError(f"{option} {printable(text)}: a whole number from 1 to 999,999,999,999")
+        return number(text)
+
+    return convert
+
+
+def pause(text: str) -> float:
+    """Return the seconds of `--every`.
+
+    Raises
+    ------
+    UserError
+        Where they are not a number that one can wait for.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= LONGEST_PAUSE:
+            return float(text)
+    raise UserError(f"--every {printable(text)}: more than 0 seconds, and at most {LONGEST_PAUSE:,.0f}")
 
 
 def train_command(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -179,30 +252,26 @@ def train_command(command: argparse.Namespace, communicator: Communicator) -> No
 
     config: RunConfig = command.config
     path = train(config, communicator)
-    if communicator.rank == 0:
-        print(f"{table([Run(path)])}\nwritten to {path}", flush=True)
+    communicator.from_root(lambda: print(f"{table([Run(path)])}\nwritten to {path}", flush=True))
 
 
-def plot_command(command: argparse.Namespace, communicator: Communicator) -> None:
-    """Draw runs and print their table, on rank 0."""
+def plot_command(command: argparse.Namespace) -> None:
+    """Draw runs and print their table."""
     from qnewton_mpi.plotting import plot_runs
     from qnewton_mpi.training.runfile import Run, table
 
-    def draw() -> None:
-        target = Path(command.output) if command.output else Path(command.runs[0]).with_suffix(".png")
-        check_output(target, "picture", command.overwrite)
-        runs = [Run(Path(name)) for name in command.runs]
-        plot_runs(runs, target)
-        print(f"{table(runs)}\nfigure: {target}", flush=True)
-
-    communicator.from_root(draw)
+    target = Path(command.output) if command.output else Path(command.runs[0]).with_suffix(".png")
+    check_output(target, "picture", command.overwrite)
+    runs = [Run(Path(name)) for name in command.runs]
+    plot_runs(runs, target)
+    print(f"{table(runs)}\nfigure: {target}", flush=True)
 
 
-def watch_command(command: argparse.Namespace, communicator: Communicator) -> None:
-    """Show a run while it goes on, on rank 0."""
+def watch_command(command: argparse.Namespace) -> None:
+    """Show a run while it goes on."""
     from qnewton_mpi.watching import watch
 
-    communicator.from_root(lambda: watch(Path(command.run), command.every, command.once))
+    watch(Path(command.run), command.every, command.once)
 
 
 def compare_command(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -210,27 +279,24 @@ def compare_command(command: argparse.Namespace, communicator: Communicator) -> 
     from qnewton_mpi.studies.compare import compare
 
     compare(command.plan, Path(command.output), command.ranks_per_run, communicator, command.again)
-    if communicator.rank == 0:
-        print(f"written to {command.output}; next: qnewton-mpi report {command.output}", flush=True)
+    line = f"written to {command.output}; next: qnewton-mpi report {command.output}"
+    communicator.from_root(lambda: print(line, flush=True))
 
 
-def report_command(command: argparse.Namespace, communicator: Communicator) -> None:
-    """Write and print the report on a study, on rank 0."""
+def report_command(command: argparse.Namespace) -> None:
+    """Write and print the report on a study."""
     from qnewton_mpi.studies.report import draw, markdown, read_results
 
-    def report() -> None:
-        path = Path(command.study)
-        table, picture = path.with_suffix(".md"), path.with_suffix(".png")
-        results = read_results(path)
-        check_output(table, "table", command.overwrite)
-        check_output(picture, "picture", command.overwrite)
-        text = markdown(results)
-        with writing(table):
-            replace_whole(table, text.encode())
-        draw(results, picture)
-        print(f"{text}\ntable: {table}\nfigure: {picture}", flush=True)
-
-    communicator.from_root(report)
+    path = Path(command.study)
+    table, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    results = read_results(path)
+    check_output(table, "table", command.overwrite)
+    check_output(picture, "picture", command.overwrite)
+    text = markdown(results)
+    with writing(table):
+        replace_whole(table, text.encode())
+    draw(results, picture)
+    print(f"{text}\ntable: {table}\nfigure: {picture}", flush=True)
 
 
 def bench_command(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -239,11 +305,15 @@ def bench_command(command: argparse.Namespace, communicator: Communicator) -> No
 
     seconds = 0.02 if command.quick else 0.5
     tables = bench(command.sizes, command.replicas, command.rounds, communicator, seconds)
-    if communicator.rank == 0:
-        print("\n".join(table.text() for table in tables), flush=True)
+
+    def end() -> None:
         if command.output:
             write(tables, Path(command.output))
+        print("\n".join(table.text() for table in tables), flush=True)
+        if command.output:
             print(f"written to {command.output}", flush=True)
+
+    communicator.from_root(end)
 
 
 def spectrum_command(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -279,11 +349,11 @@ def spectrum_command(command: argparse.Namespace, communicator: Communicator) ->
         )
 
     def end() -> None:
-        print(text(spectrum), flush=True)
         write(spectrum, output)
-        print(f"written to {output}", flush=True)
         if command.density:
             draw(spectrum, picture)
+        print(f"{text(spectrum)}\nwritten to {output}", flush=True)
+        if command.density:
             print(f"figure: {picture}", flush=True)
 
     communicator.from_root(end)
@@ -299,19 +369,22 @@ def info_command(command: argparse.Namespace, communicator: Communicator) -> Non
         device = open_device("cuda", communicator.node_rank).name
     except UserError:
         device = "no GPU"
+    MPI = load_mpi()
     threads = max((pool["num_threads"] for pool in threadpool_info()), default=1)
     mine = (MPI.Get_processor_name(), communicator.rank, threads, len(os.sched_getaffinity(0)), device)
-    everyone = communicator.mpi.gather(mine)
-    if everyone is None:
-        return
-    print(f"qnewton-mpi  {__version__}")
-    print(f"MPI          {MPI.Get_library_version().splitlines()[0]}".rstrip("\0 "))
-    print(f"ranks        {communicator.size} on {len({row[0] for row in everyone})} node(s)")
-    print("transport    host buffers (GPU arrays are staged through host memory)")
-    print(f"exchange     {exchange_of(communicator.size)}")
-    for node, rank, threads, cores, device in everyone:
-        print(f"rank {rank:<7} {node}, {threads} BLAS thread(s), {cores} core(s) allowed, {device}")
-    sys.stdout.flush()
+    everyone = communicator.mpi.allgather(mine)
+
+    def end() -> None:
+        print(f"qnewton-mpi  {__version__}")
+        print(f"MPI          {MPI.Get_library_version().splitlines()[0]}".rstrip("\0 "))
+        print(f"ranks        {communicator.size} on {len({row[0] for row in everyone})} node(s)")
+        print("transport    host buffers (GPU arrays are staged through host memory)")
+        print(f"exchange     {exchange_of(communicator.size)}")
+        for node, rank, threads, cores, device in everyone:
+            print(f"rank {rank:<7} {node}, {threads} BLAS thread(s), {cores} core(s) allowed, {device}")
+        print(end="", flush=True)
+
+    communicator.from_root(end)
 
 
 def exchange_of(ranks: int) -> str:
@@ -327,12 +400,15 @@ def exchange_of(ranks: int) -> str:
     return f"auto, by predicted seconds, for {TrainSettings().method} with M = {replicas}: {text} (docs/scaling.md)"
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
-    "train": train_command,
+# What only reads files needs no MPI: on a login node there may be none.
+ALONE: dict[str, Callable[[argparse.Namespace], None]] = {
     "plot": plot_command,
     "watch": watch_command,
-    "compare": compare_command,
     "report": report_command,
+}
+COMMANDS: dict[str, Callable[[argparse.Namespace, Communicator], None]] = {
+    "train": train_command,
+    "compare": compare_command,
     "bench": bench_command,
     "spectrum": spectrum_command,
     "info": info_command,

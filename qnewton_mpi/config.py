@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,15 +14,22 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS, Settings
 from qnewton_mpi.core.schedules import SCHEDULES
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
 from qnewton_mpi.data import datasets
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.outputs import check_output
+from qnewton_mpi.files.whole import read_whole, reason
 from qnewton_mpi.models.convnet import ACTIVATIONS
 from qnewton_mpi.parallel.transport import TRANSPORTS
-from qnewton_mpi.training.interruption import known as known_signals
 
 DEFAULT_REPLICAS = 8
 DEFAULT_EPOCHS = 10
 POLICIES = ("abort", "skip", "rollback")
+LONGEST_TOML = 100_000  # bytes
+
+
+def known_signals(names: str) -> bool:
+    """Tell whether all of the names with commas between them are signals that can be taken."""
+    known = {number.name.removeprefix("SIG") for number in signal.Signals} - {"KILL", "STOP"}
+    return set(names.split(",")) <= known
 
 
 @dataclass(frozen=True)
@@ -114,18 +122,24 @@ class RunConfig:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Return a flat table of options; dashes in names count as underscores.
+    """Return a table of options; dashes in names count as underscores.
 
     Raises
     ------
     UserError
-        For a file that is missing or is not TOML.
+        For a file that cannot be read, is no TOML, or names an option twice, once with a dash.
     """
     try:
-        table = tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as TOML: {' '.join(str(error).split())}") from error
-    return {key.replace("-", "_"): value for key, value in table.items()}
+        table = tomllib.loads(read_whole(Path(path), LONGEST_TOML).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: its TOML, its UTF-8, thousands of digits
+        raise UserError(f"{printable(path)}: cannot be read as TOML: {reason(error)}") from error
+    options: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name in options:
+            raise UserError(f"{printable(path)}: {printable(name)} is there twice, with a dash and with an underscore")
+        options[name] = value
+    return options
 
 
 def run_config(options: Mapping[str, Any]) -> RunConfig:
@@ -144,7 +158,7 @@ def run_config(options: Mapping[str, Any]) -> RunConfig:
         owners = [m for m, o in OPTIMIZERS.items() if name in {item.name for item in fields(o.settings_type)}]
         if owners:
             raise UserError(f"{name} is an option of {', '.join(owners)}, not of {training.method}")
-        raise UserError(f"unknown option {name!r}; see `qnewton-mpi train --help`")
+        raise UserError(f"unknown option '{printable(name)}'; see `qnewton-mpi train --help`")
     if training.epochs is not None and training.steps is not None:
         raise UserError("epochs and steps contradict each other: give one of them")
     return RunConfig(training, build(kind, {k: v for k, v in options.items() if k in own}))

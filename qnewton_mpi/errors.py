@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake in options, data or set-up.
@@ -9,6 +11,10 @@ class UserError(Exception):
     The message is one line. It must be raised on every rank of a communicator or on none (see
     `qnewton_mpi.parallel.communicator.Communicator.together`): the program then prints it once and ends with code 2.
     """
+
+
+class NoReaderError(UserError):
+    """Nobody reads what is printed any more, as of `| head`. The program ends without a word, with code 0."""
 
 
 class NonFiniteGradientError(UserError):
@@ -39,3 +45,18 @@ class NonFiniteGradientError(UserError):
 
 class InterruptedRunError(Exception):
     """The run was told to stop and did, at the same step on all ranks. The program ends with code 75."""
+
+
+def printable(text: Path | str, most: int = 200) -> str:
+    """Return a path or words of others as one line of a message.
+
+    What no terminal shows becomes escapes; beyond `most` characters the middle is left out.
+    """
+    text = "".join(c if c.isprintable() else _escape(c) for c in str(text))
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 3) :]}"
+
+
+def _escape(character: str) -> str:
+    """Return the escape of a character; of a byte that is not of UTF-8, as Python has it in paths, that byte's."""
+    byte = ord(character) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from test_data import idx, write_mnist
 
+from qnewton_mpi import cli
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run
 
@@ -131,6 +132,145 @@ def test_help_is_printed_once(qnewton, arguments):
 )
 def test_bad_use(one_line_error, ranks, arguments, match):
     one_line_error(ranks, *arguments, match=match)
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """A working folder with what is not what it is taken for."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    for name, text in {"nested": "a = " + "[" * 20000, "hexadecimal": "seed = 0x" + "f" * 50000}.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which a run replaces
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fit\n",),
+        ("train", "--" + "a" * 5000),
+        ("train", "nested.toml"),
+        ("train", "hexadecimal.toml"),
+        ("train", "fifo"),
+        ("train", "/dev/zero"),
+        ("train", ""),
+        ("train", "--seed", "18446744073709551616"),
+        ("train", "--seed", "9" * 5000),
+        ("train", "--warmup", "1180591620717411303424"),
+        ("train", "--lr", "-1"),
+        ("train", "--method", "a\nb"),
+        ("train", "--output", "folder", "--overwrite"),
+        ("train", "--output", "fifo", "--overwrite"),
+        ("train", "--output", "file/run.h5"),
+        ("train", "--output", "a" * 300),
+        ("train", "--output", "\udcff.h5"),
+        ("train", "--log-dir", "file"),
+        ("train", "--log-dir", "a" * 300),
+        ("train", "--checkpoint", "file"),
+        ("train", "--data", "mnist", "--data-dir", "a" * 5000),
+        ("train", "--data", "cifar10", "--data-dir", "fifo"),
+        ("watch", "file", "--every", "nan"),
+        ("watch", "file", "--every", "1e300"),
+        ("spectrum", "file", "--top", "0"),
+        ("spectrum", "file", "--samples", "²"),
+        ("bench", "--sizes", "9" * 5000),
+        ("bench", "--sizes", "1,,2"),
+        ("bench", "--replicas", "9" * 20),
+        ("bench", "--rounds", "1e3"),
+        ("bench", "--output", "folder", "--overwrite"),
+        ("compare", "file", "--output", "study.h5", "--ranks-per-run", "0"),
+    ],
+    ids=lambda arguments: ascii(" ".join(arguments)[:40]),
+)
+def test_whatever_is_given_is_one_line(hostile, capsys, arguments):
+    assert cli.run(arguments) == cli.USAGE_ERROR
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert said.err[:-1].isprintable()
+    assert said.err.startswith("qnewton-mpi: error: ")
+    assert len(said.err) < 1100
+    assert (hostile / "file").read_text() == "precious"
+
+
+@pytest.fixture(scope="module")
+def short_run(qnewton, tmp_path_factory):
+    """The file of a run of one step."""
+    path = tmp_path_factory.mktemp("run") / "run.h5"
+    arguments = ("--steps", "1", "--replicas", "4", "--batch", "32", "--evaluate-every", "1000")
+    finished = qnewton(1, "train", *arguments, "--output", path)
+    assert finished.returncode == 0, finished.stderr
+    return path
+
+
+def in_shell(mpiexec, line, **environ):
+    """Run a line of the shell, in which $Q is the command line."""
+    command = f"{sys.executable} -m qnewton_mpi"
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; Q={command!r}; {line}"],
+        env=mpiexec.environ | environ,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_that_is_not_there(mpiexec, ranks):
+    launch = f"{mpiexec.launcher} -n {ranks}"
+    finished = in_shell(mpiexec, f"ulimit -v {1 << 30}; {launch} $Q bench --quick --sizes 999999999999")  # 4 TB of 1
+    assert finished.returncode == 2
+    assert finished.stderr.count(b"error: not enough memory") == 1
+    assert b"Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["--version", "train --help", "watch {} --once", "plot {} --output {}.png --overwrite"]
+)
+def test_what_reads_needs_no_mpi(mpiexec, qnewton, short_run, command):
+    command = command.replace("{}", str(short_run))
+    finished = in_shell(mpiexec, f"$Q {command}", MPI4PY_LIBMPI="/nowhere/libmpi.so")
+    assert finished.returncode == 0, finished.stderr
+    several = qnewton(3, *command.split())
+    assert several.returncode == 0, several.stderr
+    assert several.stdout == finished.stdout.decode()
+    with_mpi = in_shell(mpiexec, "$Q info", MPI4PY_LIBMPI="/nowhere/libmpi.so")
+    assert with_mpi.returncode == 2
+    assert re.fullmatch(rb"qnewton-mpi: error: .*load your site's MPI module.*\n", with_mpi.stderr)
+
+
+@pytest.mark.parametrize("command", ["train --help", "watch {} --once", "plot {} {} --output {}.png --overwrite"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_terminals_of_few_characters(mpiexec, short_run, command, encoding):
+    finished = in_shell(mpiexec, f"$Q {command.replace('{}', str(short_run))}", PYTHONIOENCODING=encoding)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.decode(encoding)
+    assert b"?" not in finished.stdout  # all that is printed has something that stands for it
+
+
+@pytest.mark.parametrize("command", ["--help", "watch {} --once", "info"])
+def test_output_that_is_closed_full_or_not_read(mpiexec, short_run, command):
+    command = command.replace("{}", str(short_run))
+    full = in_shell(mpiexec, f"$Q {command} >/dev/full")
+    assert full.returncode == 2
+    assert full.stderr == b"qnewton-mpi: error: the output cannot be written (No space left on device)\n"
+    for line in (f"$Q {command} >&-", f"exec 9> >(:); wait $!; $Q {command} >&9", f"$Q {command} <&- 2>&- >/dev/null"):
+        finished = in_shell(mpiexec, line)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr == b""
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2>&1 >/dev/null | :"])
+def test_a_run_goes_on_without_stderr(mpiexec, tmp_path, stderr):
+    path = tmp_path / "run.h5"
+    options = f"--steps 1 --replicas 4 --batch 32 --progress lines --output {path}"
+    finished = in_shell(mpiexec, f"$Q train {options} {stderr}")
+    assert finished.returncode == 0, finished.stderr
+    run = Run(path)
+    assert (run.attributes["status"], len(run.epochs["epoch"])) == ("finished", 2)
 
 
 def test_bad_files(one_line_error, tmp_path):

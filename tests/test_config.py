@@ -1,5 +1,8 @@
 """Options: types, ranges, contradictions, and how they fit the ranks."""
 
+import datetime
+import os
+
 import numpy as np
 import pytest
 
@@ -8,7 +11,7 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.device import open_device
-from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, prepare
+from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, launched_tasks, prepare
 
 
 @pytest.mark.parametrize(
@@ -33,12 +36,30 @@ from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, p
         ({"data_dir": 3}, "must be a string"),
         ({"exchange": "gossip"}, "allgather"),
         ({"device": "tpu"}, "cpu, cuda"),
+        ({"seed": 2**63}, "seed = an integer of 64 bits: must be an integer of at most 64 bits"),
+        ({"seed": 1 << 20000}, "seed = an integer of 20001 bits: must be an integer"),
+        ({"seed": "9" * 5000}, "must be an integer"),
+        ({"seed": "\u00b2"}, "must be an integer"),
+        ({"lr": 10**400}, "must be a finite number"),
+        ({"lr": "1e400"}, "must be a finite number"),
+        ({"lr": [0.1]}, "lr = a list: must be a finite number"),
+        ({"lr": {"a": {"b": 1}}}, "lr = a table: must be a finite number"),
+        ({"lr": datetime.date(1979, 5, 27)}, "lr = a date: must be a finite number"),
+        ({"lr": np.ones(2)}, "lr = a ndarray: must be a finite number"),
+        ({"method": ["sgd"]}, "method = a list: must be a string"),
+        ({"method": "a\nb"}, r"method = a\\nb: must be a string"),
+        ({"method": "a" * 5000}, "must be one of"),
+        ({"output": ""}, "must be a string, not empty"),
+        ({"output": "a\0b"}, r"output = a\\x00b: must be .* without control characters"),
+        ({"checkpoint": "\udcff"}, r"checkpoint = \\xff: must be .* without control characters"),
+        ({"a\nb": 1}, r"unknown option 'a\\nb'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message) as caught:
         run_config(options)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -66,6 +87,27 @@ def test_existing_output_is_refused_unless_overwritten(tmp_path):
     assert path.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("folder", "is a folder"),
+        ("fifo", "is no regular file"),
+        ("link", "is a symbolic link"),
+        ("file/run.h5", "Not a directory"),
+        ("a" * 300, "File name too long"),
+        ("a/" * 3000 + "run.h5", "File name too long"),
+    ],
+)
+def test_outputs_that_are_never_overwritten(tmp_path, output, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(run_config({"output": f"{tmp_path}/{output}", "overwrite": True}), 1)
+    assert len(str(caught.value)) < 400
+
+
 def test_defaults():
     config = resolve(run_config({}), 3)
     assert (config.training.method, config.replicas, config.training.epochs) == ("kronecker", 8, 10)
@@ -80,15 +122,39 @@ def test_strings_of_the_command_line_and_values_of_toml_are_one(tmp_path):
     assert run_config(read_toml(str(path))) == run_config(strings)
 
 
-@pytest.mark.parametrize("content", [b"lr = ", b"\xff\xfe"])
-def test_bad_toml(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"lr = ", "cannot be read as TOML"),
+        (b"\xff\xfe", "cannot be read as TOML"),
+        (b"a = " + b"[" * 20000 + b"]" * 20000, "cannot be read as TOML"),
+        (b"a = " + b"{a=" * 5000 + b"1" + b"}" * 5000, "cannot be read as TOML"),
+        (b"seed = " + b"9" * 5000, "cannot be read as TOML"),
+        (b"a = 1\0", "cannot be read as TOML"),
+        (b"lr = 1\nlr = 2", "cannot be read as TOML"),
+        (b"data-dir = 'x'\ndata_dir = 'y'", "data_dir is there twice"),
+        (b"a-b-c = 1\na_b-c = 2", "a_b_c is there twice"),
+        (b"#" * 200_000, "has 200,000 bytes, and 100,000 at most"),
+    ],
+)
+def test_bad_toml(tmp_path, content, message):
     path = tmp_path / "run.toml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read as TOML") as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_toml(str(path))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="cannot be read as TOML"):
-        read_toml(str(tmp_path / "missing.toml"))
+    assert str(caught.value).isprintable()
+
+
+def test_what_is_no_toml_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "missing.toml", tmp_path, tmp_path / "fifo", "/dev/zero", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match=r"cannot be read|is no regular file"):
+            read_toml(str(path))
+
+
+def test_toml_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbflr = 0.5")
+    assert read_toml(str(tmp_path / "run.toml")) == {"lr": 0.5}
 
 
 @pytest.mark.parametrize("method", OPTIMIZERS)
@@ -121,6 +187,11 @@ def test_mismatched_launchers_are_noticed(environ):
     with pytest.raises(UserError, match="use the mpiexec that belongs"):
         check_launcher(1, environ)
     check_launcher(2, environ)
+
+
+def test_a_launcher_that_says_nonsense_is_none():
+    assert launched_tasks({"PMI_SIZE": "²", "PMI_RANK": "x", "OMPI_COMM_WORLD_SIZE": ""}) == (1, 0)
+    assert launched_tasks({"PMI_SIZE": "4", "PMI_RANK": "3"}) == (4, 3)
 
 
 def test_a_batch_script_may_start_one_rank():

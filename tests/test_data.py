@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import os
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,12 @@ def test_idx_round_trip(tmp_path_factory, shape, packed, seed):
         (b"\0\0\x09\x03" + bytes(12), "magic number"),
         (b"\0\0\x08\x03" + bytes(5), "truncated"),
         (idx(np.zeros((2, 3, 3)))[:-1], "truncated"),
-        (idx(np.zeros((2, 3, 3))) + b"x", "truncated"),
+        (idx(np.zeros((2, 3, 3))) + b"x", "more bytes than its header promises"),
+        (gzip.compress(idx(np.zeros((2, 3, 3))) + b"x"), "more bytes than its header promises"),
+        (gzip.compress(idx(np.zeros((2, 3, 3)))) + b"junk", "cannot be read"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "fewer bytes than its header promises"),  # the product overflows 64 bits
+        (b"\0\0\x08\x03" + b"\x80\0\0\0" * 2 + b"\0\0\0\x04", "fewer bytes"),  # and is 0 modulo 2**64
+        (gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "fewer bytes than its header promises"),
         (gzip.compress(idx(np.zeros((2, 3, 3))))[:-9], "cannot be read"),
         (b"\x1f\x8b" + b"no gzip", "cannot be read"),
     ],
@@ -79,9 +86,55 @@ def test_bad_idx_files(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        readers.read_bytes(tmp_path / "nothing")
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (lambda path: readers.read_idx(path, 3), struct.pack(">4B3I", 0, 0, 8, 3, 64, 28, 28), "more bytes"),
+        (readers.read_cifar, b"", "more than the 10,000 records"),
+    ],
+)
+def test_no_more_is_unpacked_than_a_file_may_hold(tmp_path, read, content, message):
+    """A gigabyte of zeros in a megabyte: the memory of what is promised is all that is taken."""
+    path = tmp_path / "file.gz"
+    pieces = zlib.compressobj(1, wbits=31)
+    zeros = bytes(1 << 24)
+    path.write_bytes(b"".join([pieces.compress(content), *(pieces.compress(zeros) for _ in range(64)), pieces.flush()]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("lay", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path), lambda path: None])
+def test_what_is_no_file_is_not_waited_for(tmp_path, lay):
+    lay(tmp_path / "file")
+    for path in (tmp_path / "file", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match=r"cannot be read|no regular file") as caught:
+            readers.read_cifar(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_images_that_the_network_cannot_take(tmp_path):
+    def load(train, test):
+        for name, images in (("train", train), ("t10k", test)):
+            (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
+        return datasets.load("mnist", str(tmp_path))
+
+    write_mnist(tmp_path, count=2)
+    fine = np.arange(2 * 28 * 28).reshape(2, 28, 28)
+    assert len(load(fine, fine).train) == 2
+    for wrong in (fine[:, :, 1:], fine[:, :0], fine[:0, :0, :0]):
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte: has images of \d+×\d+ pixels.*28×28"):
+            load(wrong, fine)
+        with pytest.raises(UserError, match="t10k-images-idx3-ubyte: has images of"):
+            load(fine, wrong)
+    with pytest.raises(UserError, match="0 images but 2 labels"):
+        load(fine[:0], fine)
+    with pytest.raises(UserError, match="all pixels of channel 0 of the training images are equal"):
+        load(np.full_like(fine, 7), fine)
 
 
 def test_mnist_from_a_folder(tmp_path):

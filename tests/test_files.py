@@ -61,7 +61,7 @@ def test_where_there_is_no_room_the_file_stays(tmp_path, monkeypatch):
 
 
 def test_paths_in_messages():
-    assert printable("a\nb\0\udcff") == r"a\nb\x00\xff"
+    assert printable("a\nb\0\udcff\ud800") == r"a\nb\x00\xff\ud800"
     assert len(printable("a" * 5000)) < 200
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar, get_type_hints
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 
 S = TypeVar("S")
 Check = tuple[Callable[[Any], bool], str]
+
+MOST = 2**63 - 1  # the largest integer that files and arrays keep
 
 POSITIVE: Check = (lambda v: v > 0, "must be greater than 0")
 NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
@@ -55,17 +58,17 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UserError(f"unknown option {name!r}; known are {', '.join(sorted(known))}")
+            raise UserError(f"unknown option '{printable(name)}'; known are {', '.join(sorted(known))}")
     converted = {}
     for name, value in values.items():
         metadata = known[name].metadata
-        if value in metadata["words"]:
+        if isinstance(value, str) and value in metadata["words"]:
             converted[name] = value
             continue
         converted[name] = _convert(name, value, hints[name], metadata["words"])
         check = metadata["check"]
         if check and converted[name] is not None and not check[0](converted[name]):
-            raise UserError(f"{name} = {value}: {check[1]}")
+            raise UserError(f"{name} = {_shown(value)}: {check[1]}")
     return kind(**converted)
 
 
@@ -75,12 +78,35 @@ def base_type(hint: Any) -> type:
     return options[0]  # type: ignore[no-any-return]
 
 
-# What a field's type accepts, strings being those of a command line, and how to say so.
-ACCEPTED: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int, str), "an integer"),
-    float: ((int, float, str), "a finite number"),
-    str: ((str,), "a string"),
+def integer(value: int | str) -> int:
+    """Return an integer, or what a string says; ValueError beyond 64 bits."""
+    number = int(value)
+    if abs(number) > MOST:
+        raise ValueError
+    return number
+
+
+def finite(value: float | str) -> float:
+    """Return a number, or what a string says; ValueError where it is not finite."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def plain(value: str) -> str:
+    """Return a string; ValueError for an empty one, or one that files, and those that read messages, cannot take."""
+    if not value or any(unicodedata.category(c) in ("Cc", "Cs") for c in value):  # control characters, half a pair
+        raise ValueError
+    return value
+
+
+# What a field's type accepts, strings being those of a command line, how it is converted, and how to say so.
+ACCEPTED: dict[type, tuple[tuple[type, ...], Callable[[Any], Any], str]] = {
+    bool: ((bool,), bool, "true or false"),
+    int: ((int, str), integer, "an integer of at most 64 bits"),
+    float: ((int, float, str), finite, "a finite number"),
+    str: ((str,), plain, "a string, not empty and without control characters"),
 }
 
 
@@ -88,10 +114,17 @@ def _convert(name: str, value: Any, hint: Any, words: tuple[str, ...]) -> Any:
     if value is None:
         return None
     target = base_type(hint)
-    accepted, wanted = ACCEPTED[target]
+    accepted, convert, wanted = ACCEPTED[target]
     if isinstance(value, accepted) and isinstance(value, bool) == (target is bool):
-        with contextlib.suppress(ValueError):
-            converted = target(value)
-            if target is not float or math.isfinite(converted):
-                return converted
-    raise UserError(f"{name} = {value}: must be {' or '.join([wanted, *words])}")
+        with contextlib.suppress(ValueError, OverflowError):
+            return convert(value)
+    raise UserError(f"{name} = {_shown(value)}: must be {' or '.join([wanted, *words])}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value, of any type and size, as a message shows it."""
+    if isinstance(value, int) and abs(value) > MOST:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | int | float):
+        return printable(str(value))
+    return "a table" if isinstance(value, Mapping) else f"a {type(value).__name__}"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from qnewton_mpi.data.readers import Bytes, check_pair, read_cifar, read_idx
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.files.whole import reason
 from qnewton_mpi.parallel.device import Array
 
 SAMPLE = "fashion-mnist-sample.h5"
@@ -26,6 +27,7 @@ FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_SIDES = (28, 28)
 CIFAR_FILES = (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin")
 
 
@@ -92,6 +94,10 @@ class Source:
 
 def _read_idx_set(paths: list[Path]) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     train, train_labels, test, test_labels = (read_idx(p, d) for p, d in zip(paths, (3, 1, 3, 1), strict=True))
+    for path, images in ((paths[0], train), (paths[2], test)):
+        if images.shape[1:] != IDX_SIDES:
+            sides, wanted = ("×".join(map(str, s)) for s in (images.shape[1:], IDX_SIDES))
+            raise UserError(f"{printable(path)}: has images of {sides} pixels, and the network takes {wanted}")
     check_pair(paths[1], train, train_labels)
     check_pair(paths[3], test, test_labels)
     return train[:, None], train_labels, test[:, None], test_labels
@@ -146,7 +152,8 @@ def load(name: str, data_dir: str | None, xp: ModuleType = np, dtype: Any = np.f
     Raises
     ------
     UserError
-        For files that are missing, truncated, of the wrong magic number, or with labels out of range.
+        For files that are missing, truncated, of the wrong magic number, with labels out of range, with images that
+        are of another size or all of one grey.
     """
     if name == EMBEDDED:
         arrays = _read_sample()
@@ -159,6 +166,10 @@ def load(name: str, data_dir: str | None, xp: ModuleType = np, dtype: Any = np.f
     mean = train.mean(axis=(0, 2, 3))
     # Var = E[p²] − E[p]², from the histogram of the 256 pixel values: no float copy of the images.
     counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in train.swapaxes(0, 1)])
+    if (constant := np.count_nonzero(counts, axis=1) == 1).any():
+        raise UserError(
+            f"{name}: all pixels of channel {int(constant.argmax())} of the training images are equal: nothing to learn"
+        )
     second = counts @ np.arange(256.0) ** 2 / counts.sum(axis=1)
     scale = 1 / np.sqrt(second - mean**2)
     constants = [xp.asarray(c[:, None, None], dtype=dtype) for c in (scale, -mean * scale)]
@@ -177,11 +188,19 @@ def locate(name: str, data_dir: str | None) -> list[Path] | None:
     source = SOURCES[name]
     for base in _folders(data_dir):
         for folder in (base / name / source.folder, base / source.folder, base / name, base):
-            paths = [next((p for p in (folder / f, folder / f"{f}.gz") if p.is_file()), None) for f in source.files]
+            paths = [next((p for p in (folder / f, folder / f"{f}.gz") if _is_file(p)), None) for f in source.files]
             found = [p for p in paths if p is not None]
             if len(found) == len(paths):
                 return found
     return None
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether there is a file; not where the path is none, as of too many characters."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def download(name: str) -> None:
@@ -192,15 +211,16 @@ def download(name: str) -> None:
     UserError
         Without a network, or when a hash does not match.
     """
+    import tarfile
+
     import pooch
 
     unpack = pooch.Untar(extract_dir=".") if SOURCES[name].folder else None
     for url, md5 in SOURCES[name].downloads.items():
         try:
             pooch.retrieve(url, f"md5:{md5}", Path(url).name, _cache() / name, processor=unpack)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{_missing(name, None)}; the download failed: {reason}") from error
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise UserError(f"{_missing(name, None)}; the download failed: {reason(error)}") from error
 
 
 def may_download(name: str, data_dir: str | None) -> bool:
@@ -224,7 +244,7 @@ def _folders(data_dir: str | None) -> list[Path]:
 
 
 def _missing(name: str, data_dir: str | None) -> str:
-    places = " or ".join(str(folder) for folder in _folders(data_dir))
+    places = " or ".join(printable(folder) for folder in _folders(data_dir))
     wanted = ", ".join(SOURCES[name].files[:2])
     return (
         f"no {name} files ({wanted}, …; .gz or not) in {places}: put them there, or name their folder with --data-dir"

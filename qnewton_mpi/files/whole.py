@@ -9,11 +9,13 @@ import contextlib
 import os
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import printable as printable
 
 
 def read_whole(path: Path, most: int | None = None) -> bytes:
@@ -38,7 +40,7 @@ def read_whole(path: Path, most: int | None = None) -> bytes:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file for reading; give it and the bytes that it has. Local.
+    """Open a regular file for reading; give it and the bytes that it has. What reading it raises is told. Local.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             if not stat.S_ISREG(found.st_mode):
                 raise UserError(f"{printable(path)}: is no regular file")
             yield file, found.st_size
-    except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:  # ValueError: a NUL in the path
         raise UserError(f"{printable(path)}: cannot be read ({reason(error)})") from error
 
 
@@ -125,13 +127,6 @@ def sync_folder(folder: Path) -> None:
 def reason(error: BaseException) -> str:
     """Return why an operation failed, in one line."""
     return str(getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)
-
-
-def printable(path: Path | str) -> str:
-    """Return a path as one line of a message: what no terminal shows, as escapes; a long one cut in its middle."""
-    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 200 else f"{text[:100]}…{text[-80:]}"
 
 
 def _umask() -> int:

@@ -9,13 +9,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 T = TypeVar("T")
 HostArray = NDArray[Any]
@@ -23,6 +26,22 @@ COMMUNICATION = "communication"
 GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
 LAST_WORDS = 0.3  # seconds from an error's text to MPI_Abort: launchers drop what they have not read by then
 PHASES = ("algebra", "gradient", COMMUNICATION, "evaluation", "checkpoint")
+
+
+def load_mpi() -> ModuleType:
+    """Return mpi4py's MPI. Importing it loads and starts the library, which what only reads files does without. Local.
+
+    Raises
+    ------
+    UserError
+        Where there is no library.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason}: load your site's MPI module, or pip install 'qnewton_mpi[mpich]'") from error
+    return MPI
 
 
 class Communicator:
@@ -57,10 +76,11 @@ class Communicator:
     """
 
     def __init__(self, parent: MPI.Comm | None = None) -> None:
-        self.mpi = (MPI.COMM_WORLD if parent is None else parent).Dup()
+        mpi = load_mpi()
+        self.mpi: MPI.Comm = (mpi.COMM_WORLD if parent is None else parent).Dup()
         self.rank = self.mpi.Get_rank()
         self.size = self.mpi.Get_size()
-        node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        node = self.mpi.Split_type(mpi.COMM_TYPE_SHARED)
         self.node_rank = node.Get_rank()
         node.Free()
         self.seconds = 0.0

@@ -32,7 +32,8 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
 
 def launched_tasks(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Return (number of tasks, index of this task) as the launcher tells them; (1, 0) without one."""
-    told = [(int(environ[n]), int(environ.get(i, "0"))) for n, i in LAUNCHERS if environ.get(n, "").isdigit()]
+    said = [(environ.get(tasks, ""), environ.get(index, "0")) for tasks, index in LAUNCHERS]
+    told = [(int(tasks), int(index)) for tasks, index in said if tasks.isdecimal() and index.isdecimal()]
     return max(told, default=(1, 0))
 
 

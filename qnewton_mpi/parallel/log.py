@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.files.whole import check_replaceable, reason
 from qnewton_mpi.parallel.communicator import Communicator
 
 LOG = logging.getLogger("qnewton_mpi")
@@ -22,6 +23,13 @@ class BesideBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
         sys.stderr.flush()
+
+
+class LogFile(logging.FileHandler):
+    """Writes lines to a file; one that finds no room there is lost, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Leave the line out."""
 
 
 @contextlib.contextmanager
@@ -46,11 +54,13 @@ def logging_to(communicator: Communicator, folder: str | None) -> Iterator[None]
 
     def open_file() -> None:
         if folder is not None:
+            path = Path(folder) / f"rank-{rank:05d}-of-{size:05d}.log"
             try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                handlers.append(logging.FileHandler(Path(folder) / f"rank-{rank:05d}-of-{size:05d}.log"))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                check_replaceable(path)
+                handlers.append(LogFile(path, encoding="utf-8"))
             except OSError as error:
-                raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror})") from error
+                raise UserError(f"--log-dir {printable(folder)}: cannot be written ({reason(error)})") from error
 
     communicator.together(open_file)
     level = LOG.level

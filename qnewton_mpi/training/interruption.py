@@ -71,12 +71,6 @@ class Interruption:
         LOG.info("%s: stops after this step", signal.Signals(number).name)
 
 
-def known(signals: str) -> bool:
-    """Tell whether all of the names with commas between them are signals that can be taken."""
-    names = {number.name.removeprefix("SIG") for number in signal.Signals} - {"KILL", "STOP"}
-    return set(signals.split(",")) <= names
-
-
 def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:
     """Return the seconds until a minute before SLURM ends the job; None where the environment does not say."""
     end = environ.get("SLURM_JOB_END_TIME", "")
