@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -18,8 +16,9 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.plotting import pyplot
-from qnewton_mpi.training.checkpoint import MASTER, UNREADABLE, name_of, steps_in
+from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
 from qnewton_mpi.training.runfile import Run
 
 CHUNK = 1024  # samples of a gradient: a chunk in double precision stays small beside the data set
@@ -120,7 +119,7 @@ class HessianProduct:
 
 
 def iterate_of(path: Path) -> Iterate:
-    """Read the last parameters of a run's file, or those of the newest checkpoint of a folder. Local.
+    """Read the last parameters of a run's file, or those of the newest sound checkpoint of a folder. Local.
 
     Raises
     ------
@@ -129,12 +128,9 @@ def iterate_of(path: Path) -> Iterate:
     """
     try:
         if path.is_dir():
-            step = max(steps_in(path), default=None)
-            if step is None:
-                raise UserError(f"{path}: has no checkpoint")
-            with h5py.File(path / name_of(step) / MASTER) as file:
-                options: dict[str, Any] = json.loads(file["configuration"][()])["configuration"]
-                parameters = file["held/optimizer/held"][()]
+            parameters, options, passed_over = parameters_of(path)
+            for line in passed_over:
+                LOG.warning("passed over %s", line)
         else:
             options = Run(path).attributes
             with h5py.File(path, swmr=True) as file:

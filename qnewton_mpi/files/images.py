@@ -5,6 +5,8 @@
 
 HDF5 never writes to a disk itself: it cannot bear one that fills up, it takes locks that some file systems do not have,
 and it waits for hours at a file that is cut off. A file that is not what was written is an error before HDF5 sees it.
+
+The parts of a checkpoint have no user block, for their sums stand elsewhere, and are too large to be read at once.
 """
 
 from __future__ import annotations
@@ -22,13 +24,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import read_whole, reason, replace_whole
+from qnewton_mpi.files.whole import open_regular, read_whole, reason, replace_whole
 
 USER_BLOCK = 512
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HEADER = "qnewton_mpi {kind}\nsha256 of what follows these 512 bytes: {digest}\n"
 PATTERN = re.compile(rb"qnewton_mpi ([a-z ]+)\nsha256 of what follows these 512 bytes: ([0-9a-f]{64})\n +\n")
 HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError)
+
+
+class Exact(io.BufferedReader):
+    """A file that gives HDF5 all that it asks for or an error: h5py would take a short read for a whole one."""
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer. Local."""
+        count = super().readinto(buffer)
+        if count != memoryview(buffer).nbytes:
+            raise OSError("was cut off while it was read")
+        return count
+
+
+def image_of(fill: Callable[[h5py.File], object]) -> memoryview:
+    """Return an HDF5 file that is made in memory; `fill` puts into it, open and empty, what it is to have. Local."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver="latest") as file:
+        fill(file)
+    return buffer.getbuffer()
 
 
 def write_image(path: Path, kind: str, fill: Callable[[h5py.File], object]) -> None:
@@ -47,10 +68,7 @@ def write_image(path: Path, kind: str, fill: Callable[[h5py.File], object]) -> N
     OSError, UserError
         As `replace_whole`.
     """
-    with h5py.File(f"image-{id(fill)}", "w", driver="core", backing_store=False, libver="latest") as file:
-        fill(file)
-        file.flush()
-        image = file.id.get_file_image()
+    image = image_of(fill)
     header = HEADER.format(kind=kind, digest=hashlib.sha256(image).hexdigest()).encode()
     replace_whole(path, header.ljust(USER_BLOCK - 1) + b"\n", image)
 
@@ -85,8 +103,28 @@ def open_image(path: Path, kind: str) -> Iterator[h5py.File]:
         raise UserError(f"{path}: is not the file of a {kind} ({reason(error)})") from error
 
 
+@contextlib.contextmanager
+def open_summed(path: Path, digest: str) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading, once its SHA-256 has been compared: both through one descriptor. Local.
+
+    So what is read is what was compared, whatever becomes of the path, and little of it is in memory at a time.
+
+    Raises
+    ------
+    OSError
+        For a file that is missing, not regular, not readable, or not HDF5.
+    ValueError
+        For one with another sum.
+    """
+    with open_regular(path) as raw:
+        if hashlib.file_digest(raw, "sha256").hexdigest() != digest:
+            raise ValueError(f"{path.name} does not match its checksum")
+        with Exact(raw) as exact, h5py.File(exact, "r") as file:
+            yield file
+
+
 def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
-    """Return a data set whose data is in this very file, of numbers, as large as the file at most. Local.
+    """Return a data set all of whose data is in this very file, of numbers, as large as the file at most. Local.
 
     No link to another file is followed, no virtual data set, external storage, filter or compound type accepted: what
     they lead to is not what was written here.
@@ -96,14 +134,18 @@ def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     KeyError, ValueError
         Where there is none.
     """
-    link = group.get(name, getlink=True)
-    if not isinstance(link, h5py.HardLink):
-        raise ValueError(f"{name} is missing" if link is None else f"{name} is a link")
-    found = group[name]
+    found = group
+    for part in name.split("/"):
+        link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name} is missing" if link is None else f"{name} is a link")
+        found = found[part]
     if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external or found.dtype.kind not in "biufS":
         raise ValueError(f"{name} is not an array of numbers in this file")
     if found.id.get_create_plist().get_nfilters():
         raise ValueError(f"{name} is filtered")
+    if found.id.get_storage_size() < found.size * found.dtype.itemsize:
+        raise ValueError(f"{name} is not all there")
     return found
 
 

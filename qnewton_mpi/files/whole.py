@@ -6,6 +6,8 @@ Only regular files are read, so that a FIFO or a device blocks nobody, and only 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import stat
 import tempfile
@@ -29,18 +31,28 @@ def read_whole(path: Path, most: int | None = None) -> bytes:
         For a file that is missing, not regular, not readable, or longer.
     """
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # of a FIFO, open would wait for a writer
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{path}: is no regular file")
-            if most is not None and found.st_size > most:
-                raise UserError(f"{path}: has {found.st_size:,} bytes, and {most:,} at most are expected")
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if most is not None and size > most:
+                raise UserError(f"{path}: has {size:,} bytes, and {most:,} at most are expected")
             return file.read()
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path
         raise UserError(f"{printable(path)}: cannot be read ({reason(error)})") from error
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file for reading, without a buffer, and wait for nobody. Local.
+
+    Raises
+    ------
+    OSError
+        For a file that is missing, not readable, or not regular.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a FIFO, open would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return io.FileIO(descriptor, "rb")
 
 
 def replace_whole(path: Path, *parts: bytes | memoryview) -> None:
