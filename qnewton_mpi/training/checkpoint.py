@@ -262,7 +262,7 @@ class Checkpoints:
             for path, about in written["entries"].items():
                 entries.setdefault(path, Entry(*about)).ranks.append(rank)
         names = file_names(len(ranks), together=h5py.get_config().mpi)
-        files = {name: written["digest"] for name, written in zip(names, ranks, strict=False)}
+        files = {name: written["digest"] for name, written in zip(names, ranks, strict=True) if written["digest"]}
         document = {
             "schema": SCHEMA,
             "step": step,
@@ -383,11 +383,7 @@ class _Saved:
 
     def __init__(self, folder: Path, step: int, stack: contextlib.ExitStack) -> None:
         self._folder = folder
-        with open_regular(folder / SUMS) as file:
-            text = file.read(MOST_SUMS).decode("ascii")
-        sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
-        if _lines(sums) != text:
-            raise ValueError(f"{SUMS} is damaged")
+        sums = _sums(folder)
         self._master = stack.enter_context(open_summed(folder / MASTER, sums.get(MASTER, "")))
         self.about: dict[str, Any] = json.loads(dataset(self._master, "configuration")[()])
         if self.about["schema"] != SCHEMA:
@@ -595,13 +591,22 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-([0-9]{10}|[1-9][0-9]{10,17})", name))
 
 
+def _sums(folder: Path) -> dict[str, str]:
+    """Return what SHA256SUMS says, by the names of the files."""
+    with open_regular(folder / SUMS) as file:
+        text = file.read(MOST_SUMS).decode("ascii")
+    sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
+    if _lines(sums) != text:
+        raise ValueError(f"{SUMS} is damaged")
+    return sums
+
+
 def _is_whole(folder: Path) -> bool:
     """Tell whether all files of a checkpoint are there, whatever is in them."""
     try:
-        names = [line[66:] for line in (folder / SUMS).read_text("ascii").splitlines()]
-    except (OSError, ValueError):
+        return all((folder / name).is_file() for name in (MASTER, *_sums(folder)))
+    except UNREADABLE:
         return False
-    return MASTER in names and all((folder / name).is_file() for name in names)
 
 
 def _tidy(folder: Path) -> None:
