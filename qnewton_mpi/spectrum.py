@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -20,8 +18,9 @@ from qnewton_mpi.files.whole import writing
 from qnewton_mpi.models.convnet import ACTIVATIONS, Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.plotting import pyplot, save
-from qnewton_mpi.training.checkpoint import MASTER, UNREADABLE, name_of, steps_in
+from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
 from qnewton_mpi.training.runfile import Run
 
 CHUNK = 1024  # samples of a gradient: a chunk in double precision stays small beside the data set
@@ -122,7 +121,7 @@ class HessianProduct:
 
 
 def iterate_of(path: Path) -> Iterate:
-    """Read the last parameters of a run's file, or those of the newest checkpoint of a folder. Local.
+    """Read the last parameters of a run's file, or those of the newest sound checkpoint of a folder. Local.
 
     Raises
     ------
@@ -131,15 +130,12 @@ def iterate_of(path: Path) -> Iterate:
     """
     try:
         if path.is_dir():
-            step = max(steps_in(path), default=None)
-            if step is None:
-                raise UserError(f"{path}: has no checkpoint")
-            with h5py.File(path / name_of(step) / MASTER) as file:
-                options: dict[str, Any] = json.loads(file["configuration"][()])["configuration"]
-                parameters = file["held/optimizer/held"][()]
+            parameters, options, passed_over = parameters_of(path)
+            for line in passed_over:
+                LOG.warning("passed over %s", line)
         else:
             run = Run(path, with_parameters=True)
-            options, parameters = run.attributes, run.parameters
+            options, parameters = run.attributes, np.asarray(run.parameters)
         iterate = Iterate(np.asarray(parameters, np.float64), str(options["data"]), str(options["activation"]))
     except UNREADABLE as error:
         raise UserError(

@@ -151,7 +151,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self.figures: dict[str, float] = {}
         self._gradient_views = [self._views(_tensor(row)) for row in self.core.rows]
         self._module = module
-        self._probes = isinstance(self.core, Probing) and (self.core.always_probes or self.core.adaptive)
+        self._probes = isinstance(self.core, Probing) and self.core.probes
         if self._probes and module is None:
             raise UserError(
                 f"{method} evaluates gradients more than once a step: pass module=model, so that running statistics "

@@ -70,20 +70,21 @@ class RitzPairs:
         "residuals": Kind.SHARED,
         "_rayleigh": Kind.SHARED,
     }
+    lengths: ClassVar = {"vectors": "pairs", "values": "pairs", "residuals": "pairs"}
 
     def __init__(self, exchange: Exchange, directions: Array, smoothing: float = 0.0) -> None:
         self.exchange, self.smoothing = exchange, smoothing
         self.directions = orthonormal(exchange, directions)
         self.values = self.residuals = np.zeros(0)
         self.vectors = directions[:0, :]
-        self._rayleigh: Matrix | None = None
+        self._rayleigh = np.zeros(2 * directions.shape[:1])
 
     def update(self, products: Array, first: bool = False) -> None:
         """Take the products H q_k, (M, held), of the current directions; for `first` as if there were none before."""
         Q, Y = self.directions, products
         fresh = self.exchange.gram(Q, Y)
         fresh = (fresh + fresh.T) / 2
-        s, before = (0.0, fresh) if first or self._rayleigh is None else (self.smoothing, self._rayleigh)
+        s, before = (0.0, fresh) if first or not len(self.values) else (self.smoothing, self._rayleigh)
         T = s * before + (1 - s) * fresh
         self.values, V = np.linalg.eigh(T)
         self.vectors = to_device(V.T, Q) @ Q

@@ -4,8 +4,11 @@ An object with state has
 
     state : ClassVar[Mapping[str, Kind]]           its attributes that are state
     parts() -> Mapping[str, object], optional      objects of its own that have state, by name
+    lengths : ClassVar[Mapping[str, str]]          optional: attributes whose first axis grows and shrinks in a run, by
+                                                   a name for its length; those of one name are equally long
 
-so that a class lists each attribute once, and saving and restoring are the same walk.
+so that a class lists each attribute once, and saving and restoring are the same walk. What is restored is all read and
+checked before any of it is set.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.parallel.device import to_device, to_host
+
+Change = tuple[Any, str, NDArray[Any]]
+"""An object, the name of an attribute, and what it is to be set to, as a host array."""
 
 
 class Kind(Enum):
@@ -49,37 +55,59 @@ def value(thing: Any, name: str) -> NDArray[Any] | None:
     return np.asarray(found) if isinstance(found, (bool, int, float)) else to_host(found)
 
 
-def restore(thing: Any, read: Callable[[str, Kind], NDArray[Any] | None], prefix: str = "") -> None:
-    """Set all state from `read(path, kind)`, where None says that there is none. As `entries`, parts last.
+def check_finite(path: str, array: NDArray[Any]) -> None:
+    """Raise `ValueError` where state has a number that is not finite: no method can go on with one. Local."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{path} is not finite")
 
-    An array becomes one of the library of the attribute it replaces; a number a Python number.
+
+def restore(thing: Any, read: Callable[[str, Kind], NDArray[Any] | None], prefix: str = "") -> None:
+    """Set all state from `read(path, kind)`, where None says that there is none.
 
     Raises
     ------
     ValueError
-        For an entry that is missing, or does not have the shape that it should.
+        As `checked`; nothing has been set.
     """
+    assign(checked(thing, read, prefix))
+
+
+def checked(thing: Any, read: Callable[[str, Kind], NDArray[Any] | None], prefix: str = "") -> list[Change]:
+    """Return what is to be set from `read(path, kind)`. Nothing is changed.
+
+    Raises
+    ------
+    ValueError
+        For an entry that is missing or not expected, not finite, or not of the shape and dtype of what is there.
+    """
+    changes = []
+    lengths: dict[tuple[int, str], int] = {}
     for path, kind, owner, name in entries(thing, prefix):
         found, before = read(path, kind), getattr(owner, name)
         if found is None and before is None:
             continue
-        if found is None:
-            raise ValueError(f"{path} is missing")
-        if not _fits(found, before, kind):
-            raise ValueError(f"{path} has shape {found.shape}")
-        if isinstance(before, (bool, int, float)):
-            setattr(owner, name, type(before)(found[()]))
-        elif kind is Kind.SHARED and (before is None or isinstance(before, np.ndarray)):
-            setattr(owner, name, found)
-        else:
-            setattr(owner, name, to_device(found, before))
+        if found is None or before is None:
+            raise ValueError(f"{path} is {'missing' if found is None else 'not expected'}")
+        number = isinstance(before, (bool, int, float))
+        shape, dtype = (() if number else tuple(before.shape)), _dtype(before)
+        length = getattr(owner, "lengths", {}).get(name)
+        if length is not None:
+            shape = (lengths.setdefault((id(owner), length), len(found) if found.ndim else 0), *shape[1:])
+        if (found.shape, found.dtype) != (shape, dtype):
+            raise ValueError(f"{path} is {found.dtype} {found.shape}, not {dtype} {shape}")
+        check_finite(path, found)
+        changes.append((owner, name, found))
+    return changes
 
 
-def _fits(found: NDArray[Any], before: Any, kind: Kind) -> bool:
-    """Whether an array may replace what is there: how many rows of held coordinates there are may have changed."""
-    if before is None:
-        return True
-    shape = tuple(getattr(before, "shape", ()))
-    if kind is Kind.HELD:
-        return found.shape[-1:] == shape[-1:] and found.ndim == len(shape)
-    return found.ndim == len(shape) if kind is Kind.SHARED else found.shape == shape
+def assign(changes: list[Change]) -> None:
+    """Set what `checked` returned: an array as one of the library of what was there, a number as a Python number."""
+    for owner, name, found in changes:
+        before = getattr(owner, name)
+        number = isinstance(before, (bool, int, float))
+        setattr(owner, name, type(before)(found[()]) if number else to_device(found, before))
+
+
+def _dtype(present: Any) -> np.dtype[Any]:
+    """Return the dtype that an attribute has as a host array."""
+    return np.asarray(present).dtype if isinstance(present, (bool, int, float)) else to_host(present[..., :0]).dtype

@@ -5,6 +5,8 @@
 
 HDF5 never writes to a disk itself: it cannot bear one that fills up, it takes locks that some file systems do not have,
 and it waits for hours at a file that is cut off. A file that is not what was written is an error before HDF5 sees it.
+
+The parts of a checkpoint have no user block, for their sums stand elsewhere, and are too large to be read at once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import open_regular, printable, reason, replace_whole
+from qnewton_mpi.files.whole import open_regular, printable, reason, regular_descriptor, replace_whole
 
 USER_BLOCK = 512
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -32,6 +34,25 @@ PATTERN = re.compile(
 )
 OLD, OLD_MARK, OLD_MOST = "run or study", b"version_qnewton_mpi", 1 << 26  # in the first bytes of earlier versions
 HDF5_ERRORS = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError)
+
+
+class Exact(io.BufferedReader):
+    """A file that gives HDF5 all that it asks for or an error: h5py would take a short read for a whole one."""
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer. Local."""
+        count = super().readinto(buffer)
+        if count != memoryview(buffer).nbytes:
+            raise OSError("was cut off while it was read")
+        return count
+
+
+def image_of(fill: Callable[[h5py.File], object]) -> memoryview:
+    """Return an HDF5 file that is made in memory; `fill` puts into it, open and empty, what it is to have. Local."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver="latest") as file:
+        fill(file)
+    return buffer.getbuffer()
 
 
 def write_image(path: Path, kind: str, fill: Callable[[h5py.File], object]) -> None:
@@ -50,10 +71,7 @@ def write_image(path: Path, kind: str, fill: Callable[[h5py.File], object]) -> N
     OSError, UserError
         As `replace_whole`.
     """
-    with h5py.File(f"image-{id(fill)}", "w", driver="core", backing_store=False, libver="latest") as file:
-        fill(file)
-        file.flush()
-        image = file.id.get_file_image()
+    image = image_of(fill)
     header = HEADER.format(kind=kind, size=len(image), digest=hashlib.sha256(image).hexdigest()).encode()
     replace_whole(path, header.ljust(USER_BLOCK - 1) + b"\n", image)
 
@@ -88,6 +106,26 @@ def open_image(path: Path, kind: str) -> Iterator[h5py.File]:
             yield file
     except HDF5_ERRORS as error:
         raise UserError(f"{printable(path)}: is not the file of a {kind} ({reason(error)})") from error
+
+
+@contextlib.contextmanager
+def open_summed(path: Path, digest: str) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading, once its SHA-256 has been compared: both through one descriptor. Local.
+
+    So what is read is what was compared, whatever becomes of the path, and little of it is in memory at a time.
+
+    Raises
+    ------
+    OSError
+        For a file that is missing, not regular, not readable, or not HDF5.
+    ValueError
+        For one with another sum.
+    """
+    with io.FileIO(regular_descriptor(path), "rb") as raw:
+        if hashlib.file_digest(raw, "sha256").hexdigest() != digest:
+            raise ValueError(f"{path.name} does not match its checksum")
+        with Exact(raw) as exact, h5py.File(exact, "r") as file:
+            yield file
 
 
 def kind_of(path: Path) -> str:

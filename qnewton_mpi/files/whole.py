@@ -6,6 +6,7 @@ Only regular files are read, so that a FIFO or a device blocks nobody, and only 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -48,16 +49,25 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         For a file that is missing, not regular or not readable, also within the context.
     """
     try:
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # of a FIFO, open would wait for a writer
-        with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise UserError(f"{printable(path)}: is no regular file")
-            yield file, found.st_size
+        with os.fdopen(regular_descriptor(path), "rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
     except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:  # ValueError: a NUL in the path
         raise UserError(f"{printable(path)}: cannot be read ({reason(error)})") from error
+
+
+def regular_descriptor(path: Path) -> int:
+    """Open a regular file for reading, and wait for nobody; return its descriptor. Local.
+
+    Raises
+    ------
+    OSError
+        For a file that is missing, not readable, or not regular.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a FIFO, open would wait for a writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor
 
 
 @contextlib.contextmanager

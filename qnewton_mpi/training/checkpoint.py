@@ -3,25 +3,37 @@
 DIR/step-0000000040/
     rank-00000-of-00004.h5 …   what a rank holds: its coordinates of /held, and the layers that it keeps sums for
     ranks.h5                   instead of those, with a group a rank, where h5py is built with parallel HDF5
-    checkpoint.h5              /shared, /configuration (JSON), and /held of all coordinates as virtual data sets
+    checkpoint.h5              /shared, and /configuration (JSON): the options, the step, what is where, the sums of
+                               the files of the ranks
     SHA256SUMS                 of all files above, as `sha256sum -c` reads it
 
-A checkpoint is written under another name, every file and folder is fsynced, and then it is renamed. The last two are
-kept. Files are compared with their sums before HDF5 opens them.
+A checkpoint is written under another name, every file and folder is fsynced, and then it is renamed. The last two that
+are sound are kept.
+
+A file is opened once, compared with its sum, and read by HDF5 through the same descriptor: checkpoint.h5 with the sum
+in SHA256SUMS, the others with those in checkpoint.h5, so that one of another step or run is not taken for its own. A
+rank opens those that it needs, one after the other, and puts its coordinates together from their parts. Nothing of the
+run is changed before all ranks have all that they need.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import h5py
 import numpy as np
@@ -31,15 +43,20 @@ from qnewton_mpi.core import state
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.files.images import HDF5_ERRORS, dataset, image_of, open_summed
+from qnewton_mpi.files.whole import printable, reason, regular_descriptor, replace_whole, sync_folder
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.training.disk import reserved
 
-SCHEMA = 1
+T = TypeVar("T")
+HostArray = NDArray[Any]
+SCHEMA = 2
 KEPT = 2
-DATASET_BYTES = 4096  # at most, that HDF5 needs for a data set besides its data
 MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5
-UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError)
+MOST_SUMS = 2**26  # bytes, of a million ranks' sums
+PARAMETERS, STEP = "optimizer/held", "position/step"
+UNREADABLE = (*HDF5_ERRORS, IndexError)
+SHORTAGES = {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENFILE: "too many files are open on this machine"}
 # Options that may differ between a run and its continuation; `exchange` then changes rounding.
 FREE = {
     "output",
@@ -64,6 +81,7 @@ FREE = {
 class Position:
     """How far a run is: what the loop itself carries from step to step."""
 
+    lengths: ClassVar = {"skipped": "skipped"}
     step: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
@@ -92,6 +110,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.communicator, self.exchange = folder, communicator, exchange
         self.configuration = dict(configuration)
+        self._unsound: set[int] = set()  # steps that were passed over
 
     def prepare(self, resume: bool, overwrite: bool) -> None:
         """Make the folder, and see that it can be written and has no checkpoints of another run.
@@ -104,22 +123,22 @@ class Checkpoints:
         def make() -> None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                probe = self.folder / ".writable"
-                probe.touch()
-                probe.unlink()
-                for leftover in self.folder.glob(".step-*"):  # of a save that was cut off
-                    shutil.rmtree(leftover)
-            except OSError as error:
-                raise UserError(f"--checkpoint {self.folder}: cannot be written ({error.strerror})") from error
-            earlier = steps_in(self.folder)
-            if earlier and not resume:
-                if not overwrite:
-                    raise UserError(
-                        f"--checkpoint {self.folder} has checkpoints of an earlier run: go on with it by --resume, "
-                        "name another folder, or remove them with --overwrite"
-                    )
-                for step in earlier:
-                    shutil.rmtree(self.folder / name_of(step))
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+                _tidy(self.folder)
+                earlier = steps_in(self.folder)
+                if earlier and not resume:
+                    if not overwrite:
+                        raise UserError(
+                            f"--checkpoint {self.folder} has checkpoints of an earlier run: go on with it by --resume, "
+                            "name another folder, or remove them with --overwrite"
+                        )
+                    for step in earlier:
+                        _remove(self.folder / name_of(step))
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+                raise UserError(
+                    f"--checkpoint {printable(self.folder)}: cannot be written ({reason(error)})"
+                ) from error
 
         self.communicator.from_root(make)
 
@@ -129,26 +148,21 @@ class Checkpoints:
         Raises
         ------
         UserError
-            On every rank, where it cannot be written; earlier checkpoints are then as they were.
+            On every rank, where it cannot be written or is not finite; earlier checkpoints are then as they were.
         """
         final = self.folder / name_of(step)
         partial = final.with_name(f".{final.name}.partial")
-        entries = [entry for name, thing in things.items() for entry in state.entries(thing, f"{name}/")]
+        guarded = functools.partial(self._guarded, step)
         try:
-            self.communicator.from_root(lambda: self._guard(step, lambda: _fresh(partial)))
-            with contextlib.ExitStack() as stack:  # all ranks' room at the same time
-                self.communicator.together(lambda: self._guard(step, lambda: self._reserve(partial, entries, stack)))
-            sums = self.communicator.together(lambda: self._guard(step, lambda: self._write_rank(partial, entries)))
+            self.communicator.from_root(lambda: guarded(lambda: _fresh(partial)))
+            arrays, written = self.communicator.together(lambda: guarded(lambda: self._write_rank(partial, things)))
             with self.communicator.waiting():
-                everyone = self.communicator.mpi.gather(sums)
-            self.communicator.from_root(
-                lambda: self._guard(step, lambda: self._finish(partial, final, entries, everyone or []))
-            )
+                everyone = self.communicator.mpi.gather(written)
+            self.communicator.from_root(lambda: guarded(lambda: self._finish(partial, step, arrays, everyone or [])))
         except UserError:
-            with self.communicator.waiting():
-                self.communicator.mpi.Barrier()  # until no rank has a file in there
             if self.communicator.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _remove(partial)
             raise
 
     def load(self, things: Mapping[str, Any]) -> tuple[int | None, list[str]]:
@@ -164,53 +178,51 @@ class Checkpoints:
         Raises
         ------
         UserError
-            Where there are checkpoints but none is sound, or the configuration contradicts the newest sound one.
+            Where there are checkpoints but none is sound, or the configuration contradicts the newest sound one. No
+            state has been changed.
         """
-        passed_over: list[str] = []
+
+        def attempt(source: Path, step: int) -> tuple[list[state.Change] | None, str | None]:
+            """Have all ranks read what they need; no rank leaves before all have: rank 0 may then remove the files."""
+            changes, problem = self.communicator.together(
+                lambda: _attempted(source, lambda: self._checked(source, step, things))
+            )
+            return changes, self._first(problem)
+
         steps = self.communicator.from_root(lambda: steps_in(self.folder))
-        for step in reversed(steps):
-            source = self.folder / name_of(step)
-            problem = self._problem(source) or self._restored(source, things)
-            if problem is None:
-                return step, passed_over
-            passed_over.append(f"{source}: {problem}")
-        if steps:
-            raise UserError(f"no sound checkpoint in {self.folder}: {'; '.join(passed_over)}")
-        return None, passed_over
+        found, changes, passed_over = _newest_sound(self.folder, steps, attempt)
+        self._unsound.update(step for step in steps if found is not None and step > found)
+        state.assign(changes or [])
+        return found, passed_over
 
-    def _reserve(self, folder: Path, entries: list[tuple[str, Kind, Any, str]], stack: contextlib.ExitStack) -> None:
-        """Hold room for what this rank is to write."""
-        root = self.communicator.rank == 0  # which writes what is shared, too
-        arrays = [
-            state.value(owner, attribute) for _, kind, owner, attribute in entries if root or kind is not Kind.SHARED
-        ]
-        size = sum(array.nbytes for array in arrays if array is not None) + DATASET_BYTES * (len(arrays) + 16)
-        stack.enter_context(reserved(folder, size))
-
-    def _write_rank(self, folder: Path, entries: list[tuple[str, Kind, Any, str]]) -> dict[str, Any]:
-        """Write what this rank has; return the name and sum of the file, the group, and the ranges of /held."""
+    def _write_rank(
+        self, folder: Path, things: Mapping[str, Any]
+    ) -> tuple[dict[str, tuple[Kind, HostArray]], dict[str, Any]]:
+        """Write what this rank has; return all its arrays by path, and what checkpoint.h5 is to say of its file."""
         communicator, exchange = self.communicator, self.exchange
         part = exchange.summed()
-        first = exchange.held.start + part.start
-        held, arrays = {}, {}
-        for path, kind, owner, attribute in entries:
-            array = state.value(owner, attribute) if kind is not Kind.SHARED else None
-            if array is None or (kind is Kind.OWNED and not exchange.first):
-                continue
-            if kind is Kind.HELD:
-                array = array[..., part]
-                held[path] = (first, array.shape, array.dtype.str)
-            arrays[f"{kind.value}/{path}"] = array
-        own = f"rank-{communicator.rank:05d}-of-{communicator.size:05d}"
+        arrays = {}
+        for name, thing in things.items():
+            for path, kind, owner, attribute in state.entries(thing, f"{name}/"):
+                if (kind is Kind.SHARED and communicator.rank > 0) or (kind is Kind.OWNED and not exchange.first):
+                    continue
+                array = state.value(owner, attribute)
+                if array is not None:
+                    state.check_finite(path, array)
+                    arrays[path] = kind, array[..., part] if kind is Kind.HELD else array
+        own = {f"{kind.value}/{path}": array for path, (kind, array) in arrays.items() if kind is not Kind.SHARED}
+        name = rank_name(communicator.rank, communicator.size)
         if h5py.get_config().mpi:
-            return {"name": TOGETHER, "group": own, "sum": self._write_together(folder, own, arrays), "held": held}
-        name = f"{own}.h5"
-        with h5py.File(folder / name, "w") as file:
-            for path, array in arrays.items():
-                file[path] = array
-        return {"name": name, "group": "", "sum": _synced(folder / name), "held": held}
+            digest = self._write_together(folder, name, own)
+        else:
+            digest = _write(folder / f"{name}.h5", own)
+        entries = {
+            path: (kind.value, array.shape[:-1] if kind is Kind.HELD else array.shape, array.dtype.str)
+            for path, (kind, array) in arrays.items()
+        }
+        return arrays, {"digest": digest, "length": part.stop - part.start, "entries": entries}
 
-    def _write_together(self, folder: Path, own: str, arrays: Mapping[str, NDArray[Any]]) -> str | None:
+    def _write_together(self, folder: Path, own: str, arrays: Mapping[str, HostArray]) -> str | None:
         """Write the arrays of all ranks to one file, each rank to a group of its own; return its sum on rank 0.
 
         Collective. What belongs to the layout of the file is done by all ranks alike, as parallel HDF5 wants it; each
@@ -231,85 +243,78 @@ class Checkpoints:
             except (OSError, RuntimeError):
                 sys.excepthook(*sys.exc_info())
                 raise
-        return _synced(folder / TOGETHER) if communicator.rank == 0 else None
+        if communicator.rank > 0:
+            return None
+        with (folder / TOGETHER).open("rb") as written:
+            os.fsync(written.fileno())
+            return hashlib.file_digest(written, "sha256").hexdigest()
 
     def _finish(
-        self, partial: Path, final: Path, entries: list[tuple[str, Kind, Any, str]], ranks: list[dict[str, Any]]
+        self,
+        partial: Path,
+        step: int,
+        arrays: Mapping[str, tuple[Kind, HostArray]],
+        ranks: Sequence[Mapping[str, Any]],
     ) -> None:
         """Write the common file and the sums, give the checkpoint its name, and remove those that are not kept."""
-        about = {
+        entries: dict[str, Entry] = {}
+        for rank, written in enumerate(ranks):
+            for path, about in written["entries"].items():
+                entries.setdefault(path, Entry(*about)).ranks.append(rank)
+        names = file_names(len(ranks), together=h5py.get_config().mpi)
+        files = {name: written["digest"] for name, written in zip(names, ranks, strict=True) if written["digest"]}
+        document = {
             "schema": SCHEMA,
-            "ranks": self.communicator.size,
-            "replicas": self.exchange.replicas,
+            "step": step,
             "size": self.exchange.size,
+            "replicas": self.exchange.replicas,
             "layout": type(self.exchange).__name__,
             "configuration": self.configuration,
+            "files": files,
+            "lengths": [written["length"] for written in ranks],
+            "entries": {path: asdict(entry) for path, entry in entries.items()},
         }
-        with h5py.File(partial / MASTER, "w", libver="latest") as file:
-            file["configuration"] = json.dumps(about)
-            for path, kind, owner, attribute in entries:
-                array = state.value(owner, attribute) if kind is Kind.SHARED else None
-                if array is not None:
-                    file[f"shared/{path}"] = array
-            for path, (_, shape, dtype) in ranks[0]["held"].items() if ranks else ():
-                layout = h5py.VirtualLayout((*shape[:-1], self.exchange.size), dtype)
-                for rank in ranks:
-                    first, own, _ = rank["held"][path]
-                    if own[-1]:
-                        source = h5py.VirtualSource(rank["name"], f"{rank['group']}/held/{path}", own)
-                        layout[..., first : first + own[-1]] = source
-                file.create_virtual_dataset(f"held/{path}", layout)
-        sums = {MASTER: _synced(partial / MASTER), **{rank["name"]: rank["sum"] for rank in ranks if rank["sum"]}}
-        (partial / SUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
-        _sync(partial / SUMS)
-        _sync(partial)
+        shared = {f"{kind.value}/{path}": array for path, (kind, array) in arrays.items() if kind is Kind.SHARED}
+        shared["configuration"] = np.array(json.dumps(document).encode())
+        sums = {MASTER: _write(partial / MASTER, shared), **files}
+        replace_whole(partial / SUMS, _lines(sums).encode())
+        final = self.folder / name_of(step)
         old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
+        _remove(old)
+        if os.path.lexists(final):
             final.rename(old)
         partial.rename(final)
-        _sync(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-        for step in steps_in(self.folder)[:-KEPT]:
-            shutil.rmtree(self.folder / name_of(step))
+        sync_folder(self.folder)
+        self._unsound.discard(step)
+        for folder in (old, *self._superfluous(step)):
+            with contextlib.suppress(OSError):  # the next save tries again
+                _remove(folder)
 
-    def _problem(self, source: Path) -> str | None:
-        """Return why a checkpoint is not sound, the same on all ranks, which share its files; None if it is."""
-        rank, size = self.communicator.rank, self.communicator.size
-        found: str | None = None
-        try:
-            sums: dict[str, str] = {}
-            for line in (source / SUMS).read_text().splitlines():
-                value, name = line.split("  ", 1)
-                sums[name] = value
-            if sums.keys() != {path.name for path in source.glob("*.h5")}:
-                found = f"{SUMS} does not name the files that are there"
-            for name in sorted(sums)[rank::size]:
-                if _sum(source / name) != sums[name]:
-                    found = f"{name} does not match its checksum"
-                    break
-        except UNREADABLE as error:
-            found = f"cannot be read ({' '.join(str(error).split())})"
-        return self._first(found)
+    def _superfluous(self, step: int) -> list[Path]:
+        """Return the checkpoints from before a step that was saved but the newest sound ones.
 
-    def _restored(self, source: Path, things: Mapping[str, Any]) -> str | None:
-        """Restore the state of all things; return why it could not be, or raise `UserError`, the same on all ranks.
-
-        No rank leaves before all have read: rank 0 might go on to remove the files.
+        Later ones stay: there are none but those that were passed over, which the run replaces as it gets there.
         """
+        earlier = [other for other in steps_in(self.folder) if other < step]
+        sound = [other for other in earlier if other not in self._unsound and _is_whole(self.folder / name_of(other))]
+        return [self.folder / name_of(other) for other in earlier if other not in sound[1 - KEPT :]]
 
-        def restore() -> str | None:
-            with contextlib.ExitStack() as stack:
-                try:
-                    reader = _Reader(source, self.exchange, stack)
-                    self._compare(source, reader.about)
-                    for name, thing in things.items():
-                        state.restore(thing, reader.read, f"{name}/")
-                except UNREADABLE as error:
-                    return f"cannot be restored ({' '.join(str(error).split())})"
-            return None
-
-        return self._first(self.communicator.together(restore))
+    def _checked(self, source: Path, step: int, things: Mapping[str, Any]) -> list[state.Change]:
+        """Return what is to be restored on this rank, compared with its sums and with what is there. Local."""
+        exchange, communicator = self.exchange, self.communicator
+        wanted = {path: kind for name, thing in things.items() for path, kind, *_ in state.entries(thing, f"{name}/")}
+        with contextlib.ExitStack() as stack:
+            saved = _Saved(source, step, stack)
+            self._compare(source, saved.about)
+            same = (len(saved.lengths), saved.about["layout"]) == (communicator.size, type(exchange).__name__)
+            arrays = saved.read(wanted, exchange.held, communicator.rank, communicator.size, exchange.first, same)
+        if arrays.get(STEP, step) != step:
+            raise ValueError(f"its position is step {arrays[STEP]}")
+        return [
+            change
+            for name, thing in things.items()
+            for change in state.checked(thing, lambda path, _: arrays.get(path), f"{name}/")
+        ]
 
     def _first(self, problem: str | None) -> str | None:
         """Return the lowest rank's problem on all ranks."""
@@ -317,58 +322,250 @@ class Checkpoints:
             return next((found for found in self.communicator.mpi.allgather(problem) if found), None)
 
     def _compare(self, source: Path, about: Mapping[str, Any]) -> None:
-        """Raise `UserError` where a checkpoint is of another version, or of a run with other options."""
-        if about["schema"] != SCHEMA:
-            raise UserError(f"{source} is of schema {about['schema']}, this version reads {SCHEMA}")
+        """Raise `UserError` where a checkpoint is of a run with other options, or of another model."""
         before, now = about["configuration"], json.loads(json.dumps(self.configuration))
         differing = sorted(k for k in before.keys() | now.keys() if k not in FREE and before.get(k) != now.get(k))
         if differing:
             told = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)
             raise UserError(f"--resume: {source} is of another run: {told}")
+        if about["size"] != self.exchange.size:
+            raise UserError(
+                f"--resume: {source} is of another run: of {about['size']} parameters, not {self.exchange.size}"
+            )
 
-    def _guard(self, step: int, action: Any) -> Any:
-        """Run an action; raise `UserError` where the system or HDF5 refuses to write."""
+    def _guarded(self, step: int, action: Callable[[], T]) -> T:
+        """Run an action; raise `UserError` where the system or HDF5 refuses to write, or state is not to be written."""
         try:
             return action()
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise UserError(f"checkpoint of step {step} not written to {self.folder}: {reason}") from error
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise UserError(f"checkpoint of step {step} not written to {self.folder}: {reason(error)}") from error
 
 
-class _Reader:
-    """Reads a sound checkpoint for this rank."""
+@dataclass(frozen=True)
+class Entry:
+    """What checkpoint.h5 says of an entry of the state.
 
-    def __init__(self, source: Path, exchange: Exchange, stack: contextlib.ExitStack) -> None:
-        self._master = stack.enter_context(h5py.File(source / MASTER))
-        self.about = json.loads(self._master["configuration"][()])
-        names = sorted(path.name for path in source.glob("rank*.h5"))
-        files = [stack.enter_context(h5py.File(source / name)) for name in names]
-        self._ranks = [files[0][group] for group in sorted(files[0])] if names == [TOGETHER] else files
-        self._exchange = exchange
-        self._same = (self.about["ranks"], self.about["layout"]) == (
-            exchange.communicator.size,
-            type(exchange).__name__,
-        )
+    Attributes
+    ----------
+    kind : str
+        Of `Kind`.
+    shape : sequence of int
+        Of a HELD one without the last axis, which is a rank's coordinates.
+    dtype : str
+    ranks : list of int
+        Those that wrote it.
+    """
 
-    def read(self, path: str, kind: Kind) -> NDArray[Any] | None:
-        """Return an entry for this rank; None where the checkpoint has none."""
-        name = f"{kind.value}/{path}"
-        if kind is Kind.SHARED or kind is Kind.HELD:
-            if name not in self._master:
-                return None
-            dataset = self._master[name]
-            whole = dataset[..., self._exchange.held] if kind is Kind.HELD else dataset[()]
-            return np.asarray(whole)
-        have = [file[name] for file in self._ranks if name in file]
-        if not have:
-            return None
-        if kind is Kind.OWNED:
-            return np.asarray(have[0][()])
-        if self._same:
-            return np.asarray(self._ranks[self._exchange.communicator.rank][name][()])
-        # Of other ranks: the whole sum to the first rank that holds the layer.
-        total = np.sum([part[()] for part in have], axis=0)
-        return np.asarray(total if self._exchange.first else np.zeros_like(total))
+    kind: str
+    shape: Sequence[int]
+    dtype: str
+    ranks: list[int] = field(default_factory=list)
+
+
+class _Saved:
+    """A checkpoint on the disk. All methods are local, and raise `UNREADABLE` for one that is not sound.
+
+    Parameters
+    ----------
+    folder : Path
+    step : int
+        Of which it must be.
+    stack : ExitStack
+        While it lasts, checkpoint.h5 is open.
+
+    Attributes
+    ----------
+    about : dict
+        The JSON in checkpoint.h5.
+    lengths : list of int
+        How many coordinates each of the ranks that wrote it has, in the order of the coordinates.
+    """
+
+    def __init__(self, folder: Path, step: int, stack: contextlib.ExitStack) -> None:
+        self._folder = folder
+        sums = _sums(folder)
+        self._master = stack.enter_context(open_summed(folder / MASTER, sums.get(MASTER, "")))
+        self.about: dict[str, Any] = json.loads(dataset(self._master, "configuration")[()])
+        if self.about["schema"] != SCHEMA:
+            raise UserError(f"{folder} is of schema {self.about['schema']}, this version reads {SCHEMA}")
+        if self.about["step"] != step:
+            raise ValueError(f"is of step {self.about['step']}")
+        self.lengths: list[int] = self.about["lengths"]
+        self._bounds = [0, *itertools.accumulate(self.lengths)]
+        self._files: dict[str, str] = self.about["files"]
+        self._together = TOGETHER in self._files
+        if self._bounds[-1] != self.about["size"]:
+            raise ValueError(f"has {self._bounds[-1]} of {self.about['size']} coordinates")
+        if sums != {MASTER: sums[MASTER], **self._files}:
+            raise ValueError(f"{SUMS} is not of the files that {MASTER} was written with")
+
+    def read(
+        self,
+        wanted: Mapping[str, Kind],
+        held: slice,
+        rank: int = 0,
+        ranks: int = 1,
+        first: bool = True,
+        same: bool = False,
+    ) -> dict[str, HostArray]:
+        """Return those of the wanted entries that there are, for one of several ranks.
+
+        Of the files that nobody needs, each is compared by one rank, too.
+
+        Parameters
+        ----------
+        wanted : mapping
+            Paths and their kinds.
+        held : slice
+            The coordinates that the rank holds.
+        rank, ranks : int
+        first : bool
+            Whether no rank before this one holds the same coordinates.
+        same : bool
+            Whether each rank goes on with what it wrote itself.
+        """
+        entries = {path: Entry(**self.about["entries"][path]) for path in wanted if path in self.about["entries"]}
+        arrays: dict[str, HostArray] = {}
+        sources: dict[int, list[str]] = defaultdict(list)  # paths, by the rank that wrote them
+        for path, entry in entries.items():
+            kind = wanted[path]
+            if entry.kind != kind.value:
+                raise ValueError(f"{path} is {entry.kind}")
+            if kind is Kind.SHARED:
+                arrays[path] = self._dataset(self._master, "", path, entry)[()]
+                continue
+            if kind is Kind.HELD:
+                arrays[path] = np.empty((*entry.shape, held.stop - held.start), entry.dtype)
+                takes: Iterable[int] = [
+                    writer
+                    for writer, (start, stop) in enumerate(itertools.pairwise(self._bounds))
+                    if max(start, held.start) < min(stop, held.stop)
+                ]
+            elif kind is Kind.OWNED:
+                takes = entry.ranks[:1]
+            elif same:
+                takes = [rank]
+            else:  # of other ranks: the whole sum to the first rank that holds the layer
+                arrays[path] = np.zeros(entry.shape, entry.dtype)
+                takes = entry.ranks if first else ()
+            for writer in takes:
+                sources[writer].append(path)
+        names = file_names(len(self.lengths), self._together)
+        for number, (name, writers) in enumerate(itertools.groupby(range(len(names)), names.__getitem__)):
+            pieces = [(writer, path) for writer in writers for path in sources[writer]]
+            if not pieces and number % ranks != rank:
+                continue
+            with open_summed(self._folder / name, self._files[name]) as file:
+                for writer, path in pieces:
+                    self._take(file, writer, path, entries[path], held, arrays)
+        return arrays
+
+    def _take(
+        self, file: h5py.File, writer: int, path: str, entry: Entry, held: slice, arrays: dict[str, HostArray]
+    ) -> None:
+        """Put what a rank wrote of an entry into the arrays, or add it to what others wrote."""
+        group = f"{rank_name(writer, len(self.lengths))}/" if self._together else ""
+        if entry.kind == Kind.HELD.value:
+            start, stop = self._bounds[writer : writer + 2]
+            found = self._dataset(file, group, path, entry, stop - start)
+            low, high = max(start, held.start), min(stop, held.stop)
+            arrays[path][..., low - held.start : high - held.start] = found[..., low - start : high - start]
+        else:
+            found = self._dataset(file, group, path, entry)[()]
+            arrays[path] = arrays[path] + found if path in arrays else found
+
+    def _dataset(self, file: h5py.File, group: str, path: str, entry: Entry, *length: int) -> h5py.Dataset:
+        """Return the data set of an entry, which has the shape and dtype that checkpoint.h5 says."""
+        found = dataset(file, f"{group}{entry.kind}/{path}")
+        if (found.shape, found.dtype.str) != ((*entry.shape, *length), entry.dtype):
+            raise ValueError(f"{path} has shape {found.shape} and dtype {found.dtype}")
+        return found
+
+
+def parameters_of(folder: Path) -> tuple[HostArray, dict[str, Any], list[str]]:
+    """Read the parameters in the newest sound checkpoint of a folder. Local.
+
+    Returns
+    -------
+    parameters : (N,) float32 or float64
+    configuration : dict
+        The options of the run.
+    passed_over : list of str
+        Why newer ones are not sound, a line each.
+
+    Raises
+    ------
+    UserError
+        Where there is none, or none is sound.
+    """
+
+    def read(source: Path, step: int) -> tuple[HostArray, dict[str, Any]]:
+        with contextlib.ExitStack() as stack:
+            saved = _Saved(source, step, stack)
+            parameters = saved.read({PARAMETERS: Kind.HELD}, slice(0, saved.about["size"]))[PARAMETERS]
+            state.check_finite(PARAMETERS, parameters)
+            return parameters, saved.about["configuration"]
+
+    step, found, passed_over = _newest_sound(
+        folder, steps_in(folder), lambda source, step: _attempted(source, lambda: read(source, step))
+    )
+    if step is None or found is None:
+        raise UserError(f"{folder}: has no checkpoint")
+    return (*found, passed_over)
+
+
+def _newest_sound(
+    folder: Path, steps: Sequence[int], attempt: Callable[[Path, int], tuple[T | None, str | None]]
+) -> tuple[int | None, T | None, list[str]]:
+    """Return the step of the newest sound checkpoint, what was read of it, and why newer ones are not sound.
+
+    `attempt(source, step)` returns what it reads of a checkpoint, and why it cannot, if so.
+
+    Raises
+    ------
+    UserError
+        Where none of the steps' is sound.
+    """
+    passed_over: list[str] = []
+    for step in reversed(steps):
+        source = folder / name_of(step)
+        found, problem = attempt(source, step)
+        if problem is None:
+            return step, found, passed_over
+        passed_over.append(f"{source}: {problem}")
+    if steps:
+        raise UserError(f"no sound checkpoint in {folder}: {'; '.join(passed_over)}")
+    return None, None, passed_over
+
+
+def _attempted(source: Path, read: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what is read of a checkpoint, and why it cannot be read, if so. Local.
+
+    Raises
+    ------
+    UserError
+        Where it is not the checkpoint that is at fault: an older one is no better, and this one would be lost.
+    """
+    try:
+        return read(), None
+    except UNREADABLE as error:
+        number = getattr(error, "errno", None)
+        if number in SHORTAGES:
+            raise UserError(f"{source}: cannot be read ({reason(error)}): {SHORTAGES[number]}") from error
+        if isinstance(error, MemoryError):
+            raise UserError(f"{source}: cannot be read: there is not enough memory") from error
+        at = getattr(error, "filename", None)
+        return None, f"cannot be restored ({f'{Path(at).name}: ' if at else ''}{reason(error)})"
+
+
+def rank_name(rank: int, ranks: int) -> str:
+    """Return the name of a rank's file, without its suffix, or of its group."""
+    return f"rank-{rank:05d}-of-{ranks:05d}"
+
+
+def file_names(ranks: int, together: bool) -> list[str]:
+    """Return the name of the file of each rank."""
+    return [TOGETHER if together else f"{rank_name(rank, ranks)}.h5" for rank in range(ranks)]
 
 
 def name_of(step: int) -> str:
@@ -377,32 +574,79 @@ def name_of(step: int) -> str:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, ascending."""
-    names = (path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir())
-    return sorted(int(name) for name in names if name.isdecimal())
+    """Return the steps of the checkpoints in a folder, ascending; none where there is no folder.
+
+    Raises
+    ------
+    UserError
+        Where the folder cannot be read: that is not the same as having none.
+    """
+    try:
+        with os.scandir(folder) as found:
+            names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({reason(error)})") from error
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-([0-9]{10}|[1-9][0-9]{10,17})", name))
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Return what SHA256SUMS says, by the names of the files."""
+    with open(regular_descriptor(folder / SUMS), "rb") as file:
+        text = file.read(MOST_SUMS).decode("ascii")
+    sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
+    if _lines(sums) != text:
+        raise ValueError(f"{SUMS} is damaged")
+    return sums
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether all files of a checkpoint are there, whatever is in them."""
+    try:
+        return all((folder / name).is_file() for name in (MASTER, *_sums(folder)))
+    except UNREADABLE:
+        return False
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what saves that were cut off have left; a checkpoint that was about to be replaced gets back its name."""
+    for partial in folder.glob(".step-*.partial"):
+        _remove(partial)
+    for old in folder.glob(".step-*.old"):
+        final = folder / old.stem[1:]
+        if os.path.lexists(final):
+            _remove(old)
+        else:
+            old.rename(final)
 
 
 def _fresh(folder: Path) -> None:
     """Make a folder, without what is left of an earlier one."""
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     folder.mkdir()
 
 
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _remove(path: Path) -> None:
+    """Remove a folder and all in it, if there is one; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    """Have the system write a file or folder to its disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(path: Path, arrays: Mapping[str, HostArray]) -> str:
+    """Write arrays by name to an HDF5 file, which is made in memory; return its SHA-256."""
+
+    def fill(file: h5py.File) -> None:
+        for name, array in arrays.items():
+            file[name] = array
+
+    image = image_of(fill)
+    replace_whole(path, image)
+    return hashlib.sha256(image).hexdigest()
 
 
-def _synced(path: Path) -> str:
-    """Sync a file; return its SHA-256."""
-    _sync(path)
-    return _sum(path)
+def _lines(sums: Mapping[str, str]) -> str:
+    """Return the text of SHA256SUMS."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())

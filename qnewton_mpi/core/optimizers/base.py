@@ -146,7 +146,7 @@ class Optimizer(ABC, Generic[S]):
         self.rate = self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
 
     def parts(self) -> Mapping[str, Any]:
-        """Return the objects that have state of the method. Collective, once `steps` is what it was."""
+        """Return the objects that have state of the method. Local."""
         return {"trend": self.trend}
 
     def start(self) -> None:

@@ -63,6 +63,7 @@ class Deflated(Probing[DeflatedSettings]):
         return Traffic(columns=1 / settings.probe_every, rows=1 / settings.probe_every)
 
     def start(self) -> None:
+        super().start()
         self.velocity = self.xp.zeros_like(self.held)
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
@@ -76,7 +77,7 @@ class Deflated(Probing[DeflatedSettings]):
 
         self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.velocity)
         z = combination(1.0, mean, beta, self.velocity)
-        ritz = self.tracked()
+        ritz = self.ritz
         values = ritz.values
         along = self.rate * np.abs(values)
         d = ritz.apply(self.settings.newton_rate / np.maximum(along, self.settings.newton_rate), z)

@@ -81,6 +81,7 @@ class Momentum(Probing[MomentumSettings]):
     state: ClassVar = {**Probing.state, "velocity": Kind.HELD}
 
     def start(self) -> None:
+        super().start()
         self.velocity = self.xp.zeros_like(self.held)
 
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:

@@ -57,6 +57,7 @@ class Fisher(NaturalGradient[FisherSettings]):
         "factor": Kind.HELD,
         "eigenvalues": Kind.SHARED,
     }
+    lengths: ClassVar = {"factor": "rank", "eigenvalues": "rank"}
     figures = (
         *Optimizer.figures,
         "damping",

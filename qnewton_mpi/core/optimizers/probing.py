@@ -39,20 +39,22 @@ class Probing(Optimizer[S]):
     batches of the replicas differ, which the running mean of the Rayleigh quotients averages (`RitzPairs`).
     """
 
-    ritz: RitzPairs | None = None  # from the first probe on: without any, there is nothing to hold
+    ritz: RitzPairs  # where the method probes; from random directions at first
     always_probes: ClassVar[bool] = False
     curvature_factor: ClassVar[float] = 1.0  # times 1/|λ| is the largest rate "auto"
 
-    def parts(self) -> Mapping[str, Any]:
-        if self.steps and (self.adaptive or self.always_probes):
-            return {**super().parts(), "ritz": self.tracked()}
-        return super().parts()
+    @property
+    def probes(self) -> bool:
+        """Whether the method probes at all."""
+        return self.adaptive or self.always_probes
 
-    def tracked(self) -> RitzPairs:
-        """Return the Ritz pairs, from random directions where there are none yet. Collective."""
-        if self.ritz is None:
+    def start(self) -> None:
+        super().start()
+        if self.probes:
             self.ritz = RitzPairs(self.exchange, self.normal(0), self.settings.smoothing)
-        return self.ritz
+
+    def parts(self) -> Mapping[str, Any]:
+        return {**super().parts(), "ritz": self.ritz} if self.probes else super().parts()
 
     def probe_if_due(self, loss_and_gradient: LossAndGradient) -> None:
         """Have each replica multiply its direction by the Hessian of its batch, every few steps from the first on.
@@ -62,7 +64,7 @@ class Probing(Optimizer[S]):
         """
         if (self.steps - 1) % self.settings.probe_every:
             return
-        ritz, scale = self.tracked(), self.settings.probe_scale
+        ritz, scale = self.ritz, self.settings.probe_scale
         base = self.xp.asarray(self.gradients, copy=True)
         for _ in range(FIRST_PROBES if self.steps == 1 and self.adaptive else 1):
             displaced, _ = self.evaluate(loss_and_gradient, self.exchange.rows(scale * ritz.directions))
@@ -87,4 +89,4 @@ class Probing(Optimizer[S]):
 
     def curvature(self, choose: Callable[[Matrix], float]) -> float:
         """Return one of the |λ| of the Ritz values, as `min` or `max`; not zero, so that it can be divided by."""
-        return max(float(choose(np.abs(self.tracked().values))), float(np.finfo(np.float64).tiny))
+        return max(float(choose(np.abs(self.ritz.values))), float(np.finfo(np.float64).tiny))
