@@ -54,6 +54,7 @@ class Tensors:
         named += self._module.named_parameters()
         self._names = {id(p): name for name, p in named}
         self._check()
+        self._shapes = [p.shape for p in self.moved]
         ends = list(itertools.accumulate(p.numel() for p in self.moved))
         self.spans = [slice(end - p.numel(), end) for end, p in zip(ends, self.moved, strict=True)]
         self._used: list[tuple[weakref.ref[torch.Tensor], int] | None] = [None] * len(self.moved)
@@ -95,8 +96,8 @@ class Tensors:
         Each is a tensor with a storage of its own, in the memory of the array: one storage for all would be written
         with each part by `torch.save`, and taken for tied parameters by safetensors.
         """
-        parts = zip(self.spans, self.moved, strict=True)
-        return [to_tensor(vector[span]).view(p.shape) for span, p in parts]
+        parts = zip(self.spans, self._shapes, strict=True)
+        return [to_tensor(vector[span]).view(shape) for span, shape in parts]
 
     def bind(self, vector: Array) -> None:
         """Make the parameters views of an array (N,)."""
@@ -130,7 +131,7 @@ class Tensors:
         """Give the parameters the memory of the vector again where something has replaced it, and drop the values."""
         for k, p in enumerate(self.moved):
             if _layout(p) != self._layouts[k]:
-                p.data = to_tensor(self._vector[self.spans[k]]).view(self._layouts[k][1])
+                p.data = to_tensor(self._vector[self.spans[k]]).view(self._shapes[k])
 
     def frozen(self) -> list[bool]:
         """Return for each parameter whether it is frozen now.
@@ -176,6 +177,7 @@ class Tensors:
         """
         found = [p.grad if p.requires_grad else None for p in self.moved]
         if all(gradient is None for gradient in found):
+            self.check_present([True] * len(found))
             raise UserError(
                 "no parameter has a gradient: the closure must call loss.backward() for this model, at each call where "
                 "there are several replicas a rank or the method probes"
