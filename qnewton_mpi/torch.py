@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from qnewton_mpi.core import state
+from qnewton_mpi.adapter.saved import check, load, saved
+from qnewton_mpi.adapter.surroundings import Surroundings
+from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core.create import create, method_settings
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
-from qnewton_mpi.parallel.device import Array, to_host
+from qnewton_mpi.parallel.device import Array
 
 Closure = Callable[[], Any]
-FLOATS = (torch.float32, torch.float64)
+GROUP_KEYS = {"params", "lr", "name", "param_names"}
+SCHEDULERS_KEYS = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 
 
 class QuasiNewton(torch.optim.Optimizer):
@@ -128,17 +132,14 @@ class QuasiNewton(torch.optim.Optimizer):
             raise UserError(f"samples={samples}, replicas_per_rank={replicas_per_rank}: both must be at least 1")
         lr = method_settings(method, **settings).lr
         self._lr = 1.0 if isinstance(lr, str) else float(lr)
-        groups = list(params)
-        if not groups:
-            raise UserError("the optimizer was given no parameters")
-        super().__init__(groups, {"lr": self._lr})
-        self._tensors = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        flat = self.communicator.together(self._flattened)
+        self._parameters = self.communicator.together(lambda: self._gather(params, module))
+        self._tensors = self._parameters.moved
+        flat = self._parameters.vector()
         self._agree(flat)
 
         self.core = create(
             method,
-            _array(flat),
+            to_array(flat),
             replicas_per_rank * self.communicator.size,
             samples,
             shapes=[tuple(p.shape) or (1,) for p in self._tensors],
@@ -149,8 +150,7 @@ class QuasiNewton(torch.optim.Optimizer):
             **settings,
         )
         self.figures: dict[str, float] = {}
-        self._gradient_views = [self._views(_tensor(row)) for row in self.core.rows]
-        self._module = module
+        self._gradient_views = [self._parameters.views(row) for row in self.core.rows]
         self._probes = isinstance(self.core, Probing) and self.core.probes
         if self._probes and module is None:
             raise UserError(
@@ -159,7 +159,9 @@ class QuasiNewton(torch.optim.Optimizer):
             )
         self._replica = 0  # of this rank's, the one being evaluated
         self._shared = False  # whether the closure has asked for its share
-        self._random: dict[int, list[torch.Tensor]] = {}  # states at the first evaluation of a step, by replica
+        self._surroundings = Surroundings(flat.device, module)
+        self._failure: UserError | None = None  # of this rank, in this step
+        self._frozen = [False] * len(self._tensors)
         self._bind()
 
     def share(self, *tensors: torch.Tensor) -> Any:
@@ -173,9 +175,10 @@ class QuasiNewton(torch.optim.Optimizer):
         own = len(self.core.exchange.local)
         self._shared = True
         for tensor in tensors:
-            if len(tensor) % own or not len(tensor):
+            rows = len(tensor) if tensor.ndim else 0
+            if rows % own or not rows:
                 raise UserError(
-                    f"a batch of {len(tensor)} rows cannot be shared evenly by {own} replicas on this rank: give the "
+                    f"a batch of {rows} rows cannot be shared evenly by {own} replicas on this rank: give the "
                     f"loader a multiple of {own} as batch size, and drop_last=True"
                 )
         parts = [tensor.tensor_split(own)[self._replica] for tensor in tensors]
@@ -189,13 +192,14 @@ class QuasiNewton(torch.optim.Optimizer):
         ----------
         closure : callable
             Leaves the gradients of the loss in `.grad` and returns it. Where there is one replica a rank and the
-            method does not probe, it is called once, and `lambda: loss` after `loss.backward()` does.
+            method does not probe, it is called once, adds to the gradients that no step has used yet, and
+            `lambda: loss` after `loss.backward()` does. What has a gradient on no rank does not move.
 
         Raises
         ------
         UserError
-            On all ranks or, from within the closure, on one: without a closure, for sparse gradients or none at all,
-            for a closure that does not take its share or does not repeat itself.
+            On all ranks: without a closure, for sparse gradients or none at all, for a closure that does not take its
+            share or does not repeat itself, for parameters or groups that are no longer what they were.
         NonFiniteGradientError
             On all ranks, before any state has changed.
         """
@@ -204,14 +208,23 @@ class QuasiNewton(torch.optim.Optimizer):
                 "step() needs the loss: say optimizer.step(lambda: loss) after loss.backward(), or give a closure that "
                 "computes both"
             )
-        core = self.core
+        core, steps = self.core, self.core.steps
         self._closure = closure
-        self._follow()
-        core.rate_factor = self._rate_factor()
-        self._random.clear()
-        if core.steps == 0 and self._probes:
-            self.communicator.together(self._try)
-        self.figures = core.step(self._loss_and_gradient)
+        self._failure = None
+        self._surroundings.begin()
+        self._found = np.zeros(len(self._tensors), bool)
+        with self._noting_failure():
+            _check_groups(self.param_groups)
+            self._follow()
+            self._frozen = self._parameters.frozen()
+            core.rate_factor = self._rate_factor()
+            if steps == 0 and self._probes:
+                self._try()
+        try:
+            self.figures = core.step(self._loss_and_gradient)
+        except UserError:
+            core.steps = steps
+            raise
         if core.parameters is not self._bound:
             self._bind()
         return self.figures["loss"]
@@ -227,11 +240,7 @@ class QuasiNewton(torch.optim.Optimizer):
 
         Of the replicas' sums a rank has a part. The parameters are not in it: they are the model's.
         """
-        entries = state.entries(self.core)
-        arrays = {path: state.value(owner, name) for path, _, owner, name in entries if path != "held"}
-        tensors = {path: torch.tensor(array) for path, array in arrays.items() if array is not None}
-        place = [self.communicator.rank, self.communicator.size, type(self.core).__name__]
-        return {**super().state_dict(), "core": tensors, "place": place}
+        return {**super().state_dict(), **saved(self.core)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state that the same rank of as many saved; it then goes on bit for bit. Collective.
@@ -239,56 +248,36 @@ class QuasiNewton(torch.optim.Optimizer):
         Raises
         ------
         UserError
-            On all ranks: for the state of another rank, method, or model.
+            On all ranks, before any state has changed: for the state of another rank, method, or model, states of
+            different steps, and what is none.
         """
-        here = [self.communicator.rank, self.communicator.size, type(self.core).__name__]
 
-        def load() -> None:
-            place = list(state_dict.get("place", ()))
-            if place != here:
-                raise UserError(
-                    f"the state is of (rank, ranks, method) {place}, this is {here}: every rank saves and loads its own"
-                )
-            try:
-                super(QuasiNewton, self).load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-            except ValueError as error:
-                raise UserError(f"the state does not fit this model: {error}") from error
+        def check_all() -> None:
+            check(self.core, state_dict)
+            groups = state_dict["param_groups"]
+            if [_size(group) for group in groups] != [_size(group) for group in self.param_groups]:
+                raise UserError("the state does not fit this model: it has other groups of parameters")
+            _check_groups(groups)
 
-        def read(path: str, _: state.Kind) -> np.ndarray[Any, Any] | None:
-            if path == "held":
-                return to_host(self.core.held)
-            found = state_dict["core"].get(path)
-            return None if found is None else found.cpu().numpy()
-
-        def restore() -> None:
-            try:
-                state.restore(self.core, read)
-            except ValueError as error:
-                raise UserError(f"the state does not fit this model: {error}") from error
-
-        self.communicator.together(load)
-        self.communicator.together(restore)
-        self.core.parameters = self.core.exchange.collect(self.core.held)
+        self.communicator.together(check_all)
+        load(self.core, state_dict)
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._bind()
 
-    def _flattened(self) -> torch.Tensor:
-        """Return the parameters as one vector of their own."""
-        if not self._tensors:
-            raise UserError("all parameters are frozen: none requires a gradient")
-        for what, values in (
-            ("dtypes", {str(p.dtype) for p in self._tensors}),
-            ("devices", {str(p.device) for p in self._tensors}),
-        ):
-            if len(values) > 1:
-                raise UserError(f"the parameters have {what} {', '.join(sorted(values))}: give them all the same one")
-        if self._tensors[0].dtype not in FLOATS:
-            raise UserError(
-                f"the parameters are {self._tensors[0].dtype}: keep them in float32 (model.float()) and use "
-                "torch.autocast"
-            )
-        if self._tensors[0].device.type not in ("cpu", "cuda"):
-            raise UserError(f"the parameters are on {self._tensors[0].device}: only CPUs and CUDA GPUs are served")
-        return torch.cat([p.detach().reshape(-1) for p in self._tensors])
+    def __getstate__(self) -> NoReturn:
+        """Refuse to be copied or pickled: the model's memory and the other ranks do not come along."""
+        raise UserError(
+            "QuasiNewton cannot be copied or pickled: save its state_dict() on every rank, and load it into another one"
+        )
+
+    def _gather(self, params: Iterable[Any], module: torch.nn.Module | None) -> Tensors:
+        """Take the groups of parameters as PyTorch does."""
+        try:
+            super().__init__(params, {"lr": self._lr})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the parameters cannot be used: {error}") from error
+        _check_groups(self.param_groups)
+        return Tensors(self.param_groups, module)
 
     def _agree(self, flat: torch.Tensor) -> None:
         """Raise `UserError` where the ranks do not start with the same parameters. Collective."""
@@ -302,25 +291,15 @@ class QuasiNewton(torch.optim.Optimizer):
                 "torch.manual_seed with the same seed on every rank before the model is built, or load one file"
             )
 
-    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Return the parts of a vector, in the shapes of the parameters."""
-        parts = torch.split(flat, [p.numel() for p in self._tensors])
-        return [part.view(p.shape) for part, p in zip(parts, self._tensors, strict=True)]
-
     def _bind(self) -> None:
         """Make the parameters views of the core's vector."""
         self._bound = self.core.parameters
-        self._flat = _tensor(self._bound)
-        self._parameter_views = self._views(self._flat)
-        for p, view in zip(self._tensors, self._parameter_views, strict=True):
-            p.data = view
+        self._flat = to_tensor(self._bound)
+        self._parameters.bind(self._bound)
 
     def _follow(self) -> None:
-        """Take what was done to the parameters since the last step."""
-        for p, view in zip(self._tensors, self._parameter_views, strict=True):
-            if p.data_ptr() != view.data_ptr():
-                view.copy_(p.data)
-                p.data = view
+        """Take what was done to the parameters since the last step, or by the closure."""
+        self._parameters.follow()
         if self.core.held is not self.core.parameters:
             self.core.held = self.core.exchange.hold(self.core.parameters)
 
@@ -332,118 +311,131 @@ class QuasiNewton(torch.optim.Optimizer):
 
     def _try(self) -> None:
         """See that the closure repeats itself."""
-        buffers, before = self._buffers(), self._random_state()
-        losses = [self._evaluate(0, fresh=True) for _ in range(2)]
-        self._set_random_state(before)
-        self._random.clear()
-        self._set_buffers(buffers)
+        with self._surroundings.on_trial():
+            losses = [self._evaluate(0, fresh=True) for _ in range(2)]
         if not math.isclose(*losses, rel_tol=1e-6):
             raise UserError(
                 f"the closure returned the loss {losses[0]:g}, then {losses[1]:g} for the same parameters: it must use "
                 "the same batch at each call within a step, and PyTorch's random numbers only"
             )
 
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """Keep a mistake that only this rank may see for `_agree_on_step`, which all ranks take part in."""
+        try:
+            yield
+        except UserError as error:
+            self._failure = self._failure or error
+
     def _loss_and_gradient(self, point: Array, replica: int) -> tuple[float, Array]:
-        own = replica - self.core.exchange.local.start
+        own, loss = replica - self.core.exchange.local.start, math.nan
+        if self._failure is None:
+            with self._noting_failure():
+                loss = self._evaluate_at(point, own)
+        if own == len(self.core.exchange.local) - 1:
+            with self._noting_failure():
+                self._follow()
+            self._agree_on_step()
+        return loss, self.core.rows[own]
+
+    def _evaluate_at(self, point: Array, replica: int) -> float:
         several = len(self.core.exchange.local) > 1
-        fresh = several or own in self._random
         if point is self.core.parameters:
-            loss = self._evaluate(own, fresh)
+            loss = self._evaluate(replica, fresh=several or self._probes)
         else:
             kept = self._flat.clone()
-            self._flat.copy_(_tensor(point))
+            self._flat.copy_(to_tensor(point))
+            for span in itertools.compress(self._parameters.spans, self._frozen):
+                self._flat[span] = kept[span]
             try:
-                loss = self._evaluate(own, fresh)
+                loss = self._evaluate(replica, fresh=True)
             finally:
+                self._parameters.rebind()
                 self._flat.copy_(kept)
         if several and not self._shared:
             raise UserError("with several replicas a rank the closure must take its samples by optimizer.share(…)")
-        return loss, self.core.rows[own]
+        return loss
+
+    def _agree_on_step(self) -> None:
+        """Settle with all ranks what rests in this step: what has a gradient on none. Collective.
+
+        Raises
+        ------
+        UserError
+            On all ranks, where one has failed, or not all have frozen the same parameters.
+        """
+        if self._failure is None:
+            with self._noting_failure():
+                self._parameters.check_present(~self._found)
+        own = np.concatenate([[self._failure is not None], self._found, self._frozen], dtype=np.int64)
+        failed, found, frozen = np.split(self.communicator.allreduce(own), [1, 1 + len(self._found)])
+        if failed:
+            self.communicator.together(self._fail)
+        for k in np.flatnonzero((frozen > 0) & (frozen < self.communicator.size)):
+            everyone = self.communicator.mpi.allgather(self._frozen[k])
+            ranks = ", ".join(str(rank) for rank, frozen_there in enumerate(everyone) if frozen_there)
+            raise UserError(
+                f"{self._parameters.name(self._tensors[k])} is frozen on rank(s) {ranks} alone: freeze it on all"
+            )
+        self.core.resting = list(itertools.compress(self._parameters.spans, found == 0))
+
+    def _fail(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _evaluate(self, replica: int, fresh: bool) -> float:
         """Call the closure for one of this rank's replicas; return the loss.
 
-        Its gradients are those that it computes or, unless they have to be `fresh`, those that were there before.
+        Its gradients are what is in `.grad` then; where they have to be `fresh`, what the closure has computed alone.
         """
         self._replica = replica
         self._settle()
-        before = [p.grad for p in self._tensors]
-        for p in self._tensors:
-            p.grad = None  # not to be added to, where the closure does not call zero_grad
-        with self._as_before(replica), torch.enable_grad():
-            loss = self._closure()
-        if isinstance(loss, torch.Tensor):
-            loss = loss.item()
-        gradients = [p.grad for p in self._tensors]
-        if not fresh and all(gradient is None for gradient in gradients):
-            gradients = before
-            for p, gradient in zip(self._tensors, before, strict=True):
-                p.grad = gradient
-        if all(gradient is None for gradient in gradients):
+        if fresh and not self._surroundings.begun and self._parameters.has_unused_gradients():
             raise UserError(
-                "no parameter has a gradient: the closure must call loss.backward(), at each call where there are "
-                "several replicas a rank or the method probes"
+                "there are gradients from before the step: with several replicas a rank, and for methods that evaluate "
+                "at other parameters, the closure must compute all of them, after optimizer.zero_grad()"
             )
-        for view, gradient in zip(self._gradient_views[replica], gradients, strict=True):
-            if gradient is None:  # the loss does not depend on it
-                view.zero_()
-            elif gradient.is_sparse:
-                raise UserError("a parameter has a sparse gradient: use sparse=False in its layer")
-            else:
-                view.copy_(gradient)
+        self._parameters.drop_gradients(unused=fresh)
+        with self._surroundings.of(replica), torch.enable_grad():
+            loss = _number(self._closure())
+        found = self._parameters.take_gradients(self._gradient_views[replica])
+        self._found |= found
         self._settle()
-        return float(loss)
+        return loss
 
     def _settle(self) -> None:
         """Wait for the GPU: PyTorch and CuPy need not be on the same stream."""
         if self._flat.is_cuda:
             torch.cuda.synchronize(self._flat.device)
 
-    @contextlib.contextmanager
-    def _as_before(self, replica: int) -> Iterator[None]:
-        """Give a second evaluation in a step the random numbers of the first, and leave no trace of it."""
-        first = self._random.get(replica)
-        if first is None:
-            self._random[replica] = self._random_state()
-            yield
-            return
-        buffers, now = self._buffers(), self._random_state()
-        self._set_random_state(first)
-        yield
-        self._set_random_state(now)
-        self._set_buffers(buffers)
 
-    def _random_state(self) -> list[torch.Tensor]:
-        device = self._flat.device
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-    def _set_random_state(self, states: list[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self._flat.device)
-
-    def _buffers(self) -> list[torch.Tensor]:
-        return [buffer.clone() for buffer in self._module.buffers()] if self._module is not None else []
-
-    def _set_buffers(self, values: list[torch.Tensor]) -> None:
-        if self._module is not None:
-            for buffer, value in zip(self._module.buffers(), values, strict=True):
-                buffer.copy_(value)
+def _number(loss: Any) -> float:
+    """Return the loss that a closure has returned."""
+    try:
+        return float(loss.item() if isinstance(loss, torch.Tensor) else loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"{loss!r:.60}"
+        raise UserError(f"the closure must return the loss, one number, and has returned {kind}") from error
 
 
-def _array(tensor: torch.Tensor) -> Array:
-    """Return a NumPy or CuPy array that shares the memory of a tensor."""
-    if tensor.device.type == "cpu":
-        return tensor.numpy()
-    import cupy
-
-    torch.cuda.current_stream(tensor.device).synchronize()  # CuPy has a stream of its own
-    return cupy.from_dlpack(tensor)
+def _size(group: Any) -> int:
+    """Return how many parameters a group has; -1 if it is none. Local."""
+    parameters = group.get("params") if isinstance(group, dict) else None
+    return len(parameters) if isinstance(parameters, list) else -1
 
 
-def _tensor(array: Array) -> torch.Tensor:
-    """Return a tensor that shares the memory of a NumPy or CuPy array."""
-    if isinstance(array, np.ndarray):
-        return torch.from_numpy(array)
-    array.device.synchronize()
-    return torch.utils.dlpack.from_dlpack(array)
+def _check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `UserError` for what a group of parameters may not have. Local."""
+    for group in groups:
+        unknown = group.keys() - GROUP_KEYS - SCHEDULERS_KEYS
+        if unknown:
+            raise UserError(
+                f"unknown key {min(map(str, unknown))!r} in a group of parameters: settings are those of all groups, "
+                "as arguments of QuasiNewton, and weight decay is to be added to the loss"
+            )
+        try:
+            rate = float(group["lr"])
+        except (TypeError, ValueError, RuntimeError, KeyError):
+            rate = math.nan
+        if not 0 <= rate < math.inf:
+            raise UserError(f"a group has lr={group.get('lr')!r:.60}: it must be a finite number, not negative")

@@ -1,5 +1,9 @@
 """The PyTorch adapter on one rank, several replicas; under mpiexec it is in tests/mpi/test_torch.py."""
 
+import copy
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -141,7 +145,7 @@ def fails(match, call):
 def test_bad_use_is_told():
     model = perceptron()
     several = {"samples": 16, "replicas_per_rank": 4}
-    fails("no parameters", lambda: QuasiNewton([], **several))
+    fails("empty parameter list", lambda: QuasiNewton([], **several))
     fails("start more ranks", lambda: QuasiNewton(model.parameters(), samples=16))
     alone = {"samples": 16, "method": "sgd", "lr": "auto", "module": model}
     fails("lr=auto, needs 2 replicas", lambda: QuasiNewton(model.parameters(), **alone))
@@ -158,8 +162,10 @@ def test_bad_use_is_told():
     fails("needs the loss", optimizer.step)
     fails("built|build another", lambda: optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]}))
     loss = ((model(X) - Y) ** 2).mean()
-    loss.backward()
     fails("no parameter has a gradient", lambda: optimizer.step(lambda: loss))
+    loss.backward()
+    fails("gradients from before the step", lambda: optimizer.step(lambda: loss))
+    optimizer.zero_grad()
 
     def whole():
         value = ((model(X) - Y) ** 2).mean()
@@ -171,7 +177,7 @@ def test_bad_use_is_told():
     groups = [{"params": [model[0].weight], "lr": 1.0}, {"params": [model[0].bias], "lr": 0.1}]
     fails("all must have the same", lambda: QuasiNewton(groups, **several).step(closure))
     state = optimizer.state_dict()
-    fails("every rank saves", lambda: prepared(model, method="fisher")[0].load_state_dict(state))
+    fails("of method 'Kronecker', this is 'Fisher'", lambda: prepared(model, method="fisher")[0].load_state_dict(state))
     other = torch.nn.Linear(5, 1)
     fails("does not fit this model", lambda: prepared(other)[0].load_state_dict(state))
 
@@ -201,3 +207,453 @@ def test_sparse_gradients_are_told():
         return loss
 
     fails("sparse=False", lambda: optimizer.step(closure))
+
+
+def squares(model, rows=slice(64)):
+    return ((model(X[rows]) - Y[rows]) ** 2).mean()
+
+
+def once(optimizer, loss):
+    """Do a step of either kind of optimizer with the gradients that are there."""
+    optimizer.step((lambda: loss) if isinstance(optimizer, QuasiNewton) else None)
+
+
+def cleared_before(model, optimizer):
+    optimizer.zero_grad()
+    loss = squares(model)
+    loss.backward()
+    once(optimizer, loss)
+
+
+def cleared_to_zeros(model, optimizer):
+    optimizer.zero_grad(set_to_none=False)
+    loss = squares(model)
+    loss.backward()
+    once(optimizer, loss)
+
+
+def never_cleared(model, optimizer):
+    loss = squares(model)
+    loss.backward()
+    once(optimizer, loss)
+
+
+def cleared_in_the_closure(model, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = squares(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def not_cleared_in_the_closure(model, optimizer):
+    def closure():
+        if not isinstance(optimizer, QuasiNewton):
+            optimizer.zero_grad()
+        loss = squares(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def accumulated(model, optimizer):
+    optimizer.zero_grad()
+    for k in range(4):
+        loss = squares(model, slice(16 * k, 16 * k + 16)) / 4
+        loss.backward()
+    once(optimizer, loss)
+
+
+def accumulated_up_to_the_closure(model, optimizer):
+    optimizer.zero_grad()
+    for k in range(3):
+        (squares(model, slice(16 * k, 16 * k + 16)) / 4).backward()
+
+    def closure():
+        loss = squares(model, slice(48, 64)) / 4
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def clipped(model, optimizer):
+    optimizer.zero_grad()
+    loss = squares(model)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    once(optimizer, loss)
+
+
+def scaled(model, optimizer):
+    optimizer.zero_grad()
+    loss = squares(model)
+    (1024 * loss).backward()
+    for p in model.parameters():
+        p.grad.mul_(1 / 1024)
+    once(optimizer, loss)
+
+
+FLOWS = [
+    cleared_before,
+    cleared_to_zeros,
+    never_cleared,
+    cleared_in_the_closure,
+    not_cleared_in_the_closure,
+    accumulated,
+    accumulated_up_to_the_closure,
+    clipped,
+    scaled,
+]
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sliced"])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_the_gradients_of_a_step_are_pytorchs(flow, exchange):
+    models = perceptron(), perceptron()
+    optimizers = (
+        QuasiNewton(models[0].parameters(), samples=64, method="sgd", lr=0.1, exchange=exchange),
+        torch.optim.SGD(models[1].parameters(), lr=0.1),
+    )
+    for _ in range(10):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            flow(model, optimizer)
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()))
+
+
+class Renormed(torch.nn.Linear):
+    """Bounds the norms of its rows at each call, in place or by other memory."""
+
+    in_place = False
+
+    def forward(self, x):
+        bounded = torch.renorm(self.weight.data, 2, 0, 0.3)
+        if self.in_place:
+            self.weight.data.copy_(bounded)
+        else:
+            self.weight.data = bounded
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sliced"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_layers_may_change_their_weights_when_called(in_place, exchange):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(torch.nn.Sequential(Renormed(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)))
+        models[-1][0].in_place = in_place
+    optimizer = QuasiNewton(models[0].parameters(), samples=64, method="sgd", lr=0.1, exchange=exchange)
+    peer = torch.optim.SGD(models[1].parameters(), lr=0.1)
+    for _ in range(10):
+        not_cleared_in_the_closure(models[0], optimizer)
+        not_cleared_in_the_closure(models[1], peer)
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_gradients_that_no_replica_owns_are_told():
+    """They cannot be added to those of several replicas, nor to those at other parameters."""
+    for options in (
+        {"method": "sgd"},
+        {"method": "sgd", "lr": "auto"},
+        {"method": "deflated"},
+        {"method": "multisecant"},
+    ):
+        model = perceptron()
+        optimizer, closure = prepared(model, **options)
+        optimizer.step(closure)
+        optimizer.step(closure)  # those of a step before do not count
+        squares(model).backward()
+        fails("gradients from before the step", lambda: optimizer.step(closure))  # noqa: B023
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step(closure)
+
+
+def test_a_closure_without_backward_is_told():
+    for options in ({"samples": 64, "method": "sgd"}, {"samples": 16, "method": "sgd", "replicas_per_rank": 4}):
+        model = perceptron()
+        optimizer = QuasiNewton(model.parameters(), **options)
+        rows = len(optimizer.core.exchange.local)
+
+        def closure(backward=True, model=model, optimizer=optimizer, rows=rows):
+            x, y = optimizer.share(X[: 16 * rows], Y[: 16 * rows])
+            loss = ((model(x) - y) ** 2).mean()
+            if backward:
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        before = [p.detach().clone() for p in model.parameters()]
+        fails("no parameter has a gradient", lambda: optimizer.step(lambda: closure(backward=False)))  # noqa: B023
+        torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
+        optimizer.step(closure)
+        assert optimizer.core.steps == 2
+
+
+@pytest.mark.parametrize("value", [None, "much", torch.ones(2), torch.tensor(1j), [1.0, 2.0]])
+def test_a_loss_that_is_no_number_is_told(value):
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), samples=64, method="sgd")
+    squares(model).backward()
+    fails("one number", lambda: optimizer.step(lambda: value))
+    fails("loss nan", lambda: optimizer.step(lambda: torch.tensor(float("nan"))))
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sliced"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_frozen_later_rests_until_it_is_not(method, exchange):
+    model = perceptron()
+    optimizer, closure = prepared(model, method=method, exchange=exchange)
+    for _ in range(12):
+        optimizer.step(closure)
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    frozen, free = [model[0].weight, model[2].bias], [model[0].bias, model[2].weight]
+    before = [[p.detach().clone() for p in group] for group in (frozen, free)]
+    losses = [optimizer.step(closure) for _ in range(12)]
+    torch.testing.assert_close([p.detach() for p in frozen], before[0], rtol=0, atol=0)
+    assert losses[-1] < 1.05 * losses[0]
+    assert all((p != value).all() for p, value in zip(free, before[1], strict=True))
+    model.requires_grad_(True)
+    losses = [optimizer.step(closure) for _ in range(12)]
+    assert losses[-1] < 1.05 * losses[0]
+    assert all((p != value).any() for p, value in zip(frozen, before[0], strict=True))
+
+
+def test_the_figures_of_a_step_are_of_what_moves():
+    model = perceptron()
+    optimizer, closure = prepared(model)
+    for _ in range(5):
+        optimizer.step(closure)
+    model[0].requires_grad_(False)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer.step(closure)
+    step = torch.nn.utils.parameters_to_vector(model.parameters()) - before
+    assert optimizer.figures["step_norm"] == pytest.approx(float(step.detach().norm()), rel=1e-3)
+
+
+def test_what_is_not_used_in_a_step_rests():
+    """As for PyTorch, momentum notwithstanding."""
+    model = torch.nn.ModuleList([torch.nn.Linear(5, 1), torch.nn.Linear(5, 1)])
+    optimizer = QuasiNewton(model.parameters(), samples=64, method="momentum", lr=0.1)
+    for step in range(6):
+        used, other = model[step % 2], model[1 - step % 2]
+        before = other.weight.detach().clone(), used.weight.detach().clone()
+        not_cleared_in_the_closure(used, optimizer)
+        assert (other.weight == before[0]).all()
+        assert (used.weight != before[1]).all()
+
+
+def test_what_is_unfrozen_replaced_or_reshaped_is_told():
+    def after(change, **options):
+        model = perceptron()
+        model.unused = torch.nn.Parameter(torch.ones(3))
+        model[0].bias.requires_grad_(False)
+        model.forward = lambda x: torch.nn.Sequential(*list(model.children()))(x)
+        optimizer, closure = prepared(model, **options)
+        optimizer.step(closure)
+        change(model)
+        optimizer.step(closure)
+
+    def replace(model):
+        model[2] = torch.nn.Linear(8, 1)
+
+    def assign(model):
+        model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+
+    def resize(model):
+        model[2].bias.data = torch.zeros(8)
+        model[2].weight.grad = model[2].bias.grad = None
+
+    def resize_to_what_broadcasts(model):
+        model[0].weight.data = torch.zeros(1, 5)
+
+    fails("0.bias was frozen or empty when", lambda: after(lambda model: model.requires_grad_(True)))
+    fails("2.weight has been replaced in the model", lambda: after(replace))
+    fails(r"parameter \(1, 8\) has been replaced", lambda: after(replace, module=None))
+    fails("0.weight has been replaced", lambda: after(assign))
+    fails(r"was \(1,\), torch.float32, cpu and is \(8,\)", lambda: after(resize))
+    fails(r"was \(8, 5\), torch.float32, cpu and is \(1, 5\)", lambda: after(resize_to_what_broadcasts))
+    fails("is .*torch.float64", lambda: after(lambda model: model.double()))
+    fails("is .*torch.float16", lambda: after(lambda model: model.half()))
+    fails("all parameters are frozen", lambda: after(lambda model: model.requires_grad_(False)))
+
+
+class Odd(torch.nn.Module):
+    """Has parameters without elements and without axes."""
+
+    def __init__(self, *names):
+        super().__init__()
+        values = {"none": torch.zeros(0), "scale": torch.tensor(0.5), "shift": torch.tensor(0.1)}
+        for name in names:
+            self.register_parameter(name, torch.nn.Parameter(values[name]))
+
+    def forward(self, x):
+        none = self.none.sum() if hasattr(self, "none") else 0
+        return self.scale * x[:, :1] + self.shift + none
+
+
+@pytest.mark.parametrize("names", [("none", "scale", "shift"), ("scale", "none", "shift"), ("scale", "shift")])
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_without_elements_or_axes(method, names):
+    model = Odd(*names)
+    optimizer, closure = prepared(model, method=method)
+    losses = [optimizer.step(closure) for _ in range(5)]
+    assert np.isfinite(losses).all()
+    assert len(set(losses)) == 5
+    fails("all parameters are frozen: none that has elements", lambda: prepared(Odd("none")))
+
+
+def test_a_parameter_that_is_there_twice_is_one():
+    models = perceptron(), perceptron()
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = QuasiNewton([*models[0].parameters()] * 2, samples=64, method="sgd", lr=0.1)
+    assert optimizer.core.exchange.size == sum(p.numel() for p in models[0].parameters())
+    peer = torch.optim.SGD(models[1].parameters(), lr=0.1)
+    for _ in range(3):
+        not_cleared_in_the_closure(models[0], optimizer)
+        not_cleared_in_the_closure(models[1], peer)
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_parameters_that_cannot_be_used_are_told():
+    model = perceptron()
+    options = {"samples": 64, "method": "sgd"}
+    fails("iterable of Tensors", lambda: QuasiNewton(model[0].weight, **options))
+    fails("not iterable", lambda: QuasiNewton(None, **options))
+    fails("str", lambda: QuasiNewton(model.state_dict(), **options))
+    twice = [{"params": [model[0].weight]}, {"params": [model[0].weight]}]
+    fails("more than one parameter group", lambda: QuasiNewton(twice, **options))
+    fails("non-leaf", lambda: QuasiNewton([model[0].weight * 2], **options))
+    fails("lazy", lambda: QuasiNewton(torch.nn.LazyLinear(3).parameters(), **options))
+    whole = torch.zeros(6)
+    parts = [torch.nn.Parameter(whole[:4]), torch.nn.Parameter(whole[2:])]
+    fails(r"\(4,\) and parameter \(4,\) share memory", lambda: QuasiNewton(parts, **options))
+
+
+def saved_size(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return file.tell()
+
+
+def test_a_model_is_saved_and_copied_as_with_any_optimizer(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(50, 50), torch.nn.Tanh(), torch.nn.Linear(50, 1))
+    model.tied = model[0].weight
+    peer = copy.deepcopy(model)
+    optimizer = QuasiNewton(model.parameters(), samples=64, method="sgd")
+    for one, other in ((model, peer), (model.state_dict(), peer.state_dict()), (model[2], peer[2])):
+        assert saved_size(one) == saved_size(other)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    before = model[0].weight.detach().clone()
+    model[2](model[0](torch.ones(1, 50))).sum().backward()
+    once(optimizer, torch.tensor(1.0))
+    assert (model[0].weight != before).any()
+    assert (average.module[0].weight == before).all()
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_model(model, tmp_path / "model")
+    safetensors.load_model(peer, tmp_path / "model")
+    assert (peer[0].weight == model[0].weight).all()
+
+
+def test_an_optimizer_is_not_copied():
+    optimizer, _ = prepared(perceptron())
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps, saved_size):
+        fails(r"state_dict\(\)", lambda: copied(optimizer))  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight_decay", 0.1), ("betas", (0.9, 0.99)), ("momentum", 0.9), ("damping", 0.1), (3, 4)]
+)
+def test_unknown_keys_of_groups_are_told(key, value):
+    model = perceptron()
+    fails("unknown key", lambda: QuasiNewton([{"params": model.parameters(), key: value}], samples=64, method="sgd"))
+    optimizer, closure = prepared(model)
+    optimizer.step(closure)
+    optimizer.param_groups[0][key] = value
+    fails(f"unknown key '{key}'", lambda: optimizer.step(closure))
+    del optimizer.param_groups[0][key]
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf"), None, "auto", torch.ones(2)])
+def test_rates_of_groups_that_are_none_are_told(rate):
+    optimizer, closure = prepared(perceptron())
+    optimizer.param_groups[0]["lr"] = rate
+    fails("a group has lr=", lambda: optimizer.step(closure))
+
+
+def test_a_rate_of_zero_or_in_a_tensor():
+    for method in METHODS:
+        model = perceptron()
+        optimizer, closure = prepared(model, method=method)
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
+        first = optimizer.step(closure)
+        assert optimizer.step(closure) == pytest.approx(first)
+        torch.testing.assert_close(list(model.parameters()), list(perceptron().parameters()), rtol=0, atol=0)
+        optimizer.param_groups[0]["lr"] = torch.tensor(1.0)
+        optimizer.step(closure)
+        assert optimizer.step(closure) != first
+
+
+def test_every_scheduler_steps():
+    schedulers = torch.optim.lr_scheduler
+    for schedule in (
+        lambda o: schedulers.LambdaLR(o, lambda k: 0.9**k),
+        lambda o: schedulers.MultiplicativeLR(o, lambda _: 0.9),
+        lambda o: schedulers.MultiStepLR(o, [1, 2]),
+        lambda o: schedulers.ConstantLR(o),
+        lambda o: schedulers.LinearLR(o),
+        lambda o: schedulers.ExponentialLR(o, 0.9),
+        lambda o: schedulers.PolynomialLR(o, 3),
+        lambda o: schedulers.CosineAnnealingLR(o, 3),
+        lambda o: schedulers.CosineAnnealingWarmRestarts(o, 2),
+        lambda o: schedulers.CyclicLR(o, 0.1, 1.0, cycle_momentum=False),
+        lambda o: schedulers.OneCycleLR(o, 1.0, 9, cycle_momentum=False),
+        lambda o: schedulers.SequentialLR(o, [schedulers.LinearLR(o), schedulers.ExponentialLR(o, 0.9)], [2]),
+        lambda o: torch.optim.swa_utils.SWALR(o, 0.1),
+    ):
+        optimizer, closure = prepared(perceptron())
+        scheduler = schedule(optimizer)
+        for _ in range(3):
+            optimizer.step(closure)
+            scheduler.step()
+
+
+def garbage(state):
+    """Yield what is no state of the optimizer that the state is of."""
+    yield from (None, 5, "state", [], {}, {**state, "core": None}, {**state, "digest": 5}, {**state, "state": []})
+    yield torch.optim.Adam(perceptron().parameters()).state_dict()
+    for key in state:
+        yield {k: v for k, v in state.items() if k != key}
+    for path, tensor in state["core"].items():
+        for other in (tensor.double() if tensor.dtype != torch.float64 else tensor.float(), tensor[None], None, "x"):
+            yield {**state, "core": {**state["core"], path: other}}
+        if tensor.is_floating_point():
+            yield {**state, "core": {**state["core"], path: tensor * float("nan")}}
+        yield {**state, "core": {p: t for p, t in state["core"].items() if p != path}}
+    yield {**state, "core": {**state["core"], "more": torch.ones(1)}}
+    for key in state["origin"]:
+        yield {**state, "origin": {**state["origin"], key: 7}}
+    group = state["param_groups"][0]
+    for groups in ([], [group, group], [None], [5], [{}], [{**group, "params": [0]}], [{**group, "params": 5}]):
+        yield {**state, "param_groups": groups}
+    for change in ({"lr": "x"}, {"lr": float("nan")}, {"betas": 1}):
+        yield {**state, "param_groups": [{**group, **change}]}
+
+
+@pytest.mark.parametrize("method", ["kronecker", "fisher", "deflated", "adam"])
+def test_what_is_no_state_is_told_and_changes_nothing(method):
+    """Nor does half of one change anything."""
+    pair = [prepared(perceptron(), method=method) for _ in range(2)]
+    for _ in range(3):
+        for optimizer, closure in pair:
+            optimizer.step(closure)
+    optimizer, closure = pair[0]
+    for bad in garbage(optimizer.state_dict()):
+        fails(".", lambda: optimizer.load_state_dict(bad))  # noqa: B023
+    assert [optimizer.step(closure) for _ in range(5)] == [pair[1][0].step(pair[1][1]) for _ in range(5)]

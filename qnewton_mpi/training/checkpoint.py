@@ -593,7 +593,7 @@ def steps_in(folder: Path) -> list[int]:
 
 def _sums(folder: Path) -> dict[str, str]:
     """Return what SHA256SUMS says, by the names of the files."""
-    with open(regular_descriptor(folder / SUMS), "rb") as file:
+    with os.fdopen(regular_descriptor(folder / SUMS), "rb") as file:
         text = file.read(MOST_SUMS).decode("ascii")
     sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
     if _lines(sums) != text:

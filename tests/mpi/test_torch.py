@@ -93,3 +93,107 @@ def test_every_rank_loads_its_own_state(communicator):
         return
     with pytest.raises(UserError, match="every rank saves and loads its own"):
         optimizer.load_state_dict(swapped)
+
+
+def branched(communicator, **options):
+    """Return a model of two branches, its optimizer, and a closure for this rank's rows of one of them or both."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)])
+    x = torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(1))[communicator.rank]
+    options = {"samples": 4, "method": "momentum", "lr": 0.1, "communicator": communicator} | options
+    optimizer = QuasiNewton(model.parameters(), **options)
+
+    def closure(*branches):
+        loss = sum(((model[k](x) - 1) ** 2).mean() for k in branches)
+        loss.backward()
+        return loss
+
+    return model, optimizer, closure
+
+
+def weights(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("exchange", list(EXCHANGES))
+def test_what_has_a_gradient_on_no_rank_rests(communicator, exchange):
+    model, optimizer, closure = branched(communicator, exchange=exchange)
+    for _ in range(3):
+        optimizer.step(lambda: closure(0, 1))
+    before = [weights(branch) for branch in model]
+    for _ in range(3):
+        optimizer.step(lambda: closure(1))
+    assert (weights(model[0]) == before[0]).all()
+    assert (weights(model[1]) != before[1]).all()
+    everyone = communicator.mpi.allgather(weights(model).numpy())
+    assert all((other == everyone[0]).all() for other in everyone)
+
+
+@pytest.mark.parametrize("exchange", list(EXCHANGES))
+def test_a_gradient_that_is_missing_on_a_rank_is_zero(communicator, exchange):
+    model, optimizer, closure = branched(communicator, exchange=exchange, method="sgd")
+    peer = branched(communicator, exchange=exchange, method="sgd")
+    used = (0, 1) if communicator.rank == 0 else (1,)
+
+    def closure_with_zeros():
+        loss = peer[2](*used)
+        for p in peer[0].parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return loss
+
+    before = weights(model[0])
+    for _ in range(3):
+        assert optimizer.step(lambda: closure(*used)) == peer[1].step(closure_with_zeros)
+    assert (weights(model) == weights(peer[0])).all()
+    assert (weights(model[0]) != before).all()
+
+
+def test_what_only_one_rank_sees_is_told_on_all(communicator):
+    """And no state has changed: the run can go on."""
+    model, optimizer, closure = branched(communicator)
+    last = communicator.size - 1
+    here = communicator.rank == last
+
+    def halved():
+        return closure(0, 1).reshape(1).repeat(2 if here else 1)
+
+    optimizer.step(lambda: closure(0, 1))
+    before, steps = weights(model), optimizer.core.steps
+    with pytest.raises(UserError, match="no parameter has a gradient"):
+        optimizer.step(lambda: torch.tensor(1.0) if here else closure(0, 1))
+    with pytest.raises(UserError, match=r"has returned a tensor of shape \(2,\)"):
+        optimizer.step(halved)
+    optimizer.param_groups[0]["lr"] = -1.0 if here else 0.1
+    with pytest.raises(UserError, match=r"a group has lr=-1\.0"):
+        optimizer.step(lambda: closure(0, 1))
+    optimizer.param_groups[0]["lr"] = 0.1
+    if communicator.size > 1:
+        model[0].bias.requires_grad_(not here)
+        with pytest.raises(UserError, match=rf"parameter \(2,\) is frozen on rank\(s\) {last} alone"):
+            optimizer.step(lambda: closure(0, 1))
+        model[0].bias.requires_grad_(True)
+    assert (weights(model) == before).all()
+    assert optimizer.core.steps == steps
+    optimizer.step(lambda: closure(0, 1))
+    assert (weights(model) != before).all()
+
+
+def test_states_that_only_one_rank_cannot_take_are_told_on_all(communicator):
+    """And no rank has taken its own."""
+    model, optimizer, closure = branched(communicator)
+    optimizer.step(lambda: closure(0, 1))
+    early = optimizer.state_dict()
+    optimizer.step(lambda: closure(0, 1))
+    late, velocity = optimizer.state_dict(), optimizer.core.velocity.copy()
+    last = communicator.rank == communicator.size - 1
+    bad = {**early, "core": {**early["core"], "velocity": early["core"]["velocity"] * float("nan")}}
+    with pytest.raises(UserError, match="not as it was saved"):
+        optimizer.load_state_dict(bad if last else early)
+    if communicator.size > 1:
+        with pytest.raises(UserError, match=r"states are of steps 1, .*2: load those of one step"):
+            optimizer.load_state_dict(late if last else early)
+    assert optimizer.core.steps == 2
+    np.testing.assert_array_equal(optimizer.core.velocity, velocity)
+    optimizer.load_state_dict(early)
+    assert optimizer.core.steps == 1
+    assert len(weights(model)) == optimizer.core.exchange.size

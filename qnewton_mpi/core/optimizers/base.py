@@ -73,6 +73,9 @@ class Optimizer(ABC, Generic[S]):
         By which the learning rate is multiplied, as a schedule wants it; 1 at first.
     rate : float
         The learning rate α of the step, its factor included.
+    resting : sequence of slice
+        Of the N coordinates, those that do not move; none at first. The same on every rank. May still be set while the
+        gradients of a step are evaluated.
     rows : list of (N,)
         Where the gradients of this rank's replicas go. A `loss_and_gradient` that writes there and returns the row
         saves a copy.
@@ -105,6 +108,7 @@ class Optimizer(ABC, Generic[S]):
         self.shapes = shapes or [(exchange.size,)]
         self.rate_factor = 1.0
         self.rate = math.nan
+        self.resting: Sequence[slice] = ()
         self.trend = LossTrend()
         self.gradient_seconds = 0.0
         self.evaluations = 0
@@ -176,6 +180,8 @@ class Optimizer(ABC, Generic[S]):
         if not isinstance(self.settings.lr, str):
             self.rate = self.rate_factor * self.fixed_rate(self.settings.lr)
         mean, direction, figures = self.direction(loss_and_gradient)
+        if self.resting:
+            direction = self.rested(direction)
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
         gg, dd, gd = self.products(mean, direction)
@@ -193,6 +199,13 @@ class Optimizer(ABC, Generic[S]):
         """Return ḡᵀḡ, dᵀd and ḡᵀd of this step. Collective."""
         gg, dd, gd = self.exchange.dots((mean, mean), (direction, direction), (mean, direction))
         return gg, dd, gd
+
+    def rested(self, direction: Array) -> Array:
+        """Return a copy of d, (held,), that is zero where coordinates rest. Local."""
+        direction, first = self.xp.asarray(direction, copy=True), self.exchange.held.start
+        for span in self.resting:
+            direction[max(span.start - first, 0) : max(span.stop - first, 0)] = 0
+        return direction
 
     @abstractmethod
     def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:

@@ -107,8 +107,8 @@ class NaturalGradient(Optimizer[S]):
         return mean, d, figures
 
     def products(self, mean: Array, direction: Array) -> tuple[float, float, float]:
-        """Return ḡᵀḡ, dᵀd and ḡᵀd of this step, which are known. Local."""
-        return self.norms
+        """Return ḡᵀḡ, dᵀd and ḡᵀd of this step, which are known, unless a part of it rests."""
+        return super().products(mean, direction) if self.resting else self.norms
 
     def bound(self, dz: float, dd: float) -> float:
         """Return the largest rate of a step: of KL divergence δ, and three times as long as those before. Local.

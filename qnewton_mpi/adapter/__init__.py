@@ -1,0 +1,1 @@
+"""What `qnewton_mpi.torch` is made of (extra `torch`)."""

@@ -1,0 +1,101 @@
+"""The state of a rank's optimizer as tensors in a dict, to be saved with `torch.save`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from qnewton_mpi.core import state
+from qnewton_mpi.core.optimizers import Optimizer
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.device import to_host
+
+TYPES = {"state": dict, "param_groups": list, "core": dict, "origin": dict, "digest": str}
+
+
+def saved(core: Optimizer[Any]) -> dict[str, Any]:
+    """Return the state, without the parameters: what it is ("core"), whose ("origin"), and a digest of it. Local."""
+    arrays = {path: state.value(owner, name) for path, _, owner, name in state.entries(core) if path != "held"}
+    tensors = {path: torch.tensor(array) for path, array in arrays.items() if array is not None}
+    return {"core": tensors, "origin": origin(core), "digest": digest(tensors)}
+
+
+def origin(core: Optimizer[Any]) -> dict[str, Any]:
+    """Return what a state has to have in common with the optimizer that takes it. Local."""
+    communicator = core.exchange.communicator
+    return {
+        "rank": communicator.rank,
+        "ranks": communicator.size,
+        "method": type(core).__name__,
+        "exchange": core.exchange.name,
+        "seed": core.seed,
+        "dtype": str(core.held.dtype),
+        "shapes": [list(shape) for shape in core.shapes],
+    }
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of tensors by name. Local."""
+    sha = hashlib.sha256()
+    for path, tensor in sorted(tensors.items()):
+        sha.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def check(core: Optimizer[Any], found: Any) -> None:
+    """Raise `UserError` for what is not, as it was saved, a state of this rank of such an optimizer. Local."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in TYPES.items()):
+        raise UserError("this is no state of QuasiNewton: load what its state_dict() has returned")
+    for what, here in origin(core).items():
+        there = found["origin"].get(what)
+        if there == here:
+            continue
+        if what == "shapes":
+            raise UserError("the state does not fit this model: its parameters have other shapes")
+        raise UserError(f"the state is of {what} {there!r:.40}, this is {here!r}: every rank saves and loads its own")
+    arrays = found["core"]
+    named = all(isinstance(path, str) and isinstance(tensor, torch.Tensor) for path, tensor in arrays.items())
+    if not named or "steps" not in arrays or digest(arrays) != found["digest"]:
+        raise UserError("the state is not as it was saved: load another one")
+
+
+def load(core: Optimizer[Any], found: Mapping[str, Any]) -> None:
+    """Take a state that `check` has passed on all ranks. Collective.
+
+    Raises
+    ------
+    UserError
+        On all ranks, before any state has changed: where the ranks' states are of different steps.
+    """
+    communicator, before = core.exchange.communicator, core.steps
+    steps = communicator.mpi.allgather(int(found["core"]["steps"]))
+    if len(set(steps)) > 1:
+        raise UserError(f"the ranks' states are of steps {', '.join(map(str, steps))}: load those of one step")
+    core.steps = steps[0]  # on which it depends what has state
+    kept = [(owner, name, getattr(owner, name)) for _, _, owner, name in state.entries(core)]
+
+    def read(path: str, _: state.Kind) -> NDArray[Any] | None:
+        if path == "held":
+            return to_host(core.held)
+        tensor = found["core"].get(path)
+        return None if tensor is None else tensor.cpu().numpy()
+
+    def restore() -> None:
+        try:
+            state.restore(core, read)
+        except ValueError as error:
+            raise UserError(f"the state does not fit this model: {error}") from error
+
+    try:
+        communicator.together(restore)
+    except UserError:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+        core.steps = before
+        raise
+    core.parameters = core.exchange.collect(core.held)
