@@ -16,14 +16,11 @@ from qnewton_mpi import __version__
 from qnewton_mpi.config import DEFAULT_REPLICAS, RunConfig, TrainSettings, read_toml, resolve, run_config
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type, describe
-from qnewton_mpi.errors import InterruptedRunError, UserError
+from qnewton_mpi.errors import ENDED_BY_CTRL_C, INTERRUPTED, USAGE_ERROR, InterruptedRunError, UserError
 from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
 from qnewton_mpi.studies.plan import read_study
-
-USAGE_ERROR = 2
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,6 +41,11 @@ def run(arguments: Sequence[str]) -> int:
         if communicator.rank == 0:
             print(f"qnewton-mpi: {stopped}", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except KeyboardInterrupt:
+        if communicator.size > 1:  # the others may not have been told, and wait
+            raise
+        print("qnewton-mpi: interrupted", file=sys.stderr, flush=True)
+        return ENDED_BY_CTRL_C
     except BrokenPipeError:  # `qnewton-mpi plot … | head`
         if communicator.size > 1:
             raise

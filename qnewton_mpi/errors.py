@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+USAGE_ERROR = 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+ENDED_BY_CTRL_C = 130  # as shells have it: 128 + SIGINT
+
 
 class UserError(Exception):
     """A mistake in options, data or set-up.
@@ -39,3 +43,8 @@ class NonFiniteGradientError(UserError):
 
 class InterruptedRunError(Exception):
     """The run was told to stop and did, at the same step on all ranks. The program ends with code 75."""
+
+
+def raised_by_all(kind: type[BaseException] | None) -> bool:
+    """Tell whether all ranks leave a context so, and may meet there: without an exception, or with one that all raise."""
+    return kind is None or issubclass(kind, (UserError, InterruptedRunError))

@@ -36,10 +36,7 @@ def watch(path: Path, every: float, once: bool) -> None:
         shown = rows
         if once or run.attributes["status"] != RUNNING:
             return
-        try:
-            time.sleep(every)
-        except KeyboardInterrupt:
-            return
+        time.sleep(every)
 
 
 def summary(run: Run, width: int) -> str:
