@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> int:
     """Settle streams and threads before NumPy and MPI are loaded, then run the command line."""
     from qnewton_mpi import streams
-    from qnewton_mpi.parallel.environment import prepare
+    from qnewton_mpi.errors import ENDED_BY_CTRL_C
+    from qnewton_mpi.parallel.environment import launched_tasks, prepare
 
     streams.settle()
     prepare()
-    from qnewton_mpi.cli import run
-
+    try:
+        from qnewton_mpi.cli import run
+    except KeyboardInterrupt:
+        if launched_tasks()[1] == 0:
+            print("qnewton-mpi: interrupted", file=sys.stderr, flush=True)
+        os._exit(ENDED_BY_CTRL_C)  # MPI is half set up perhaps: its end would wait for other ranks
     return run(sys.argv[1:])
 
 

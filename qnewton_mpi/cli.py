@@ -16,7 +16,15 @@ from qnewton_mpi import __version__
 from qnewton_mpi.config import DEFAULT_REPLICAS, RunConfig, TrainSettings, read_toml, resolve, run_config
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type, describe
-from qnewton_mpi.errors import InterruptedRunError, NoReaderError, UserError, printable
+from qnewton_mpi.errors import (
+    ENDED_BY_CTRL_C,
+    INTERRUPTED,
+    USAGE_ERROR,
+    InterruptedRunError,
+    NoReaderError,
+    UserError,
+    printable,
+)
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import reason, replace_whole, writing
 from qnewton_mpi.parallel import cost
@@ -24,8 +32,6 @@ from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception, 
 from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
 from qnewton_mpi.studies.plan import read_study
 
-USAGE_ERROR = 2
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 LONGEST_LINE = 1000  # characters of an error, whatever was given
 LONGEST_PAUSE = 86_400.0  # seconds
 
@@ -65,6 +71,12 @@ def run(arguments: Sequence[str]) -> int:
         if first:
             tell(str(stopped))
         return INTERRUPTED
+    except KeyboardInterrupt:
+        if communicator is not None and communicator.size > 1:  # the others may not have been told, and wait
+            raise
+        if first:
+            tell("interrupted")
+        return ENDED_BY_CTRL_C
     return 0
 
 

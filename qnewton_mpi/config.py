@@ -76,7 +76,7 @@ class TrainSettings:
         None, "seconds after which to save, stop and exit with 75 (default: a minute before SLURM's limit)", POSITIVE
     )
     stop_signals: str = setting(
-        "USR1,USR2,TERM",
+        "USR1,USR2,TERM,INT",
         "signals at which to save, stop and exit with 75; leave out what a library of yours takes for itself",
         (known_signals, "must be names of signals without SIG, with commas between them"),
     )

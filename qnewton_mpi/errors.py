@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+USAGE_ERROR = 2
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+ENDED_BY_CTRL_C = 130  # as shells have it: 128 + SIGINT
+
 
 class UserError(Exception):
     """A mistake in options, data or set-up.
@@ -60,3 +64,8 @@ def _escape(character: str) -> str:
     """Return the escape of a character; of a byte that is not of UTF-8, as Python has it in paths, that byte's."""
     byte = ord(character) - 0xDC00
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
+
+
+def raised_by_all(kind: type[BaseException] | None) -> bool:
+    """Tell whether all ranks leave a context alike, and may meet there: without an exception, or with one of all."""
+    return kind is None or issubclass(kind, (UserError, InterruptedRunError))

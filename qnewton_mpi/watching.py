@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import sys
@@ -27,21 +26,20 @@ def watch(path: Path, every: float, once: bool) -> None:
         Where the file is missing, not of a run, or damaged.
     """
     shown: tuple[int, str] | None = None
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            run = Run(path)
-            word = run.state.partition(":")[0]
-            news = len(run.epochs["step"]), word
-            if sys.stdout.isatty():
-                clear = "\x1b[1A\x1b[2K" * 3 if shown else ""
-                width = max(1, shutil.get_terminal_size().columns)
-                print(clear + "\n".join(line[:width] for line in summary(run, width)), flush=True)
-            elif news != shown:
-                print("  ".join(summary(run, 80)), flush=True)
-            shown = news
-            if once or word not in (RUNNING, PERHAPS_DEAD):
-                return
-            time.sleep(every)
+    while True:
+        run = Run(path)
+        word = run.state.partition(":")[0]
+        news = len(run.epochs["step"]), word
+        if sys.stdout.isatty():
+            clear = "\x1b[1A\x1b[2K" * 3 if shown else ""
+            width = max(1, shutil.get_terminal_size().columns)
+            print(clear + "\n".join(line[:width] for line in summary(run, width)), flush=True)
+        elif news != shown:
+            print("  ".join(summary(run, 80)), flush=True)
+        shown = news
+        if once or word not in (RUNNING, PERHAPS_DEAD):
+            return
+        time.sleep(every)
 
 
 def summary(run: Run, width: int) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import ENDED_BY_CTRL_C, USAGE_ERROR, UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -25,7 +25,7 @@ HostArray = NDArray[Any]
 COMMUNICATION = "communication"
 GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
 LAST_WORDS = 0.3  # seconds from an error's text to MPI_Abort: launchers drop what they have not read by then
-PHASES = ("algebra", "gradient", COMMUNICATION, "evaluation", "checkpoint")
+PHASES = ("loading", "restore", "output", "algebra", "gradient", COMMUNICATION, "evaluation", "checkpoint")
 
 
 def load_mpi() -> ModuleType:
@@ -188,19 +188,22 @@ def abort_on_exception(communicator: Communicator) -> None:
     """Make an uncaught exception on any rank end the whole job: traceback on stderr, then MPI_Abort. Local.
 
     Without it the other ranks would wait for ever in their next collective. Of a `UserError` one line is printed, and
-    the exit code is 2; where all ranks have it, rank 0 speaks. A program that has an `excepthook` of its own keeps it.
+    the exit code is 2, of Ctrl-C too, with 130; where all ranks have it, rank 0 speaks. A program that has an
+    `excepthook` of its own keeps it.
     """
     if sys.excepthook is not sys.__excepthook__:
         return
 
     def report_and_abort(kind: type[BaseException], error: BaseException, trace: Any) -> NoReturn:
         sys.stdout.flush()
-        if isinstance(error, UserError):
+        if issubclass(kind, (UserError, KeyboardInterrupt)):
             if communicator.rank > 0:
                 time.sleep(1)  # in which rank 0 ends the job, if it has the error too
-            communicator.abort(f"qnewton-mpi: {error}", code=2)
+            if issubclass(kind, KeyboardInterrupt):
+                communicator.abort("qnewton-mpi: interrupted", ENDED_BY_CTRL_C)
+            communicator.abort(f"qnewton-mpi: {error}", USAGE_ERROR)
         lines = "".join(traceback.format_exception(kind, error, trace)).rstrip()
         text = f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}"
-        communicator.abort(text, code=130 if issubclass(kind, KeyboardInterrupt) else 1)
+        communicator.abort(text, code=1)
 
     sys.excepthook = report_and_abort

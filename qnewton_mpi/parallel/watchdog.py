@@ -9,6 +9,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from qnewton_mpi.errors import raised_by_all
 from qnewton_mpi.parallel.communicator import COMMUNICATION, PHASES, Communicator
 
 
@@ -19,6 +20,9 @@ class Watchdog:
     watchdog when it was last alive. A rank that has been in a phase for longer than the limit is stalled if it does not
     wait for others, or if its watchdog is as still as itself: the process is stopped, in a collective perhaps. Ranks
     that all wait, do so for a rank of another node, whose own watchdog names it.
+
+    The ranks leave the context together, watched until the last has come, and free what they share; on an exception
+    that is not raised by all of them each leaves by itself.
 
     Parameters
     ----------
@@ -41,17 +45,24 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._communicator.notes = self._notes[self._node.rank, :2]
-        self._communicator.enter("algebra")
+        self._communicator.enter("loading")
         self._notes[self._node.rank, 2] = time.monotonic()
         self._node.Barrier()
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        together = raised_by_all(kind)
+        if together:
+            with self._communicator.waiting():
+                self._node.Barrier()
         self._stop.set()
         self._thread.join()
         self._communicator.notes = None
         self._notes[self._node.rank, [0, 2]] = np.inf  # done: never stalled for those who still watch
+        if together:
+            self._window.Free()
+            self._node.Free()
 
     def _watch(self) -> None:
         pause = min(1.0, self._limit / 10)
@@ -62,7 +73,7 @@ class Watchdog:
                 awake = now  # this process was stopped, with the whole job perhaps: what it missed counts for nobody
             self._notes[self._node.rank, 2] = last = now
             ages, silences = (now - np.maximum(self._notes[:, column], awake) for column in (0, 2))
-            alive = silences < self._limit
+            alive = (silences < self._limit) & np.isfinite(silences)
             stalled = (ages > self._limit) & ~((self._notes[:, 1] == PHASES.index(COMMUNICATION)) & alive)
             # All waiting: for another node, which is given time to say it better.
             lost = bool((ages > 2 * self._limit).all())

@@ -78,19 +78,29 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     InterruptedRunError
         On every rank, where it was told to stop; a checkpoint has been written, if there is a folder for them.
     """
-    with logging_to(communicator, config.training.log_dir):
-        Run(config, communicator, labels or {}).go()
+    training = config.training
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(logging_to(communicator, training.log_dir))
+        if training.stall_timeout is not None:
+            stack.enter_context(Watchdog(communicator, training.stall_timeout))
+        told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit))
+        Run(config, communicator, labels or {}, told).go()
     return config.output
 
 
 class Run:
     """A run: its parts, and how far it is. All methods are collective."""
 
-    def __init__(self, config: RunConfig, communicator: Communicator, labels: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: RunConfig, communicator: Communicator, labels: Mapping[str, Any], interruption: Interruption
+    ) -> None:
         training = config.training
-        self.config, self.training, self.communicator = config, training, communicator
+        self.config, self.training, self.communicator, self.interruption = config, training, communicator, interruption
+        communicator.enter("loading")
         device = communicator.together(lambda: open_device(training.device, communicator.node_rank))
         self.dataset = load_data(config, communicator, device.xp)
+        interruption.check()
+        communicator.enter("algebra")
         self.network = network = Convnet(self.dataset.input_shape, training.activation, device.xp)
         samples = len(self.dataset.train)
         if training.batch > samples:
@@ -122,6 +132,8 @@ class Run:
     def go(self) -> None:
         """Do all steps that are left, evaluate and save between them."""
         resumed = self.open_checkpoints()
+        self.interruption.check()
+        self.communicator.enter("output")
         root = self.communicator.rank == 0
         with contextlib.ExitStack() as stack:
             self.file = self.communicator.together(
@@ -129,27 +141,25 @@ class Run:
             )
             self.progress = self.open_progress()
             stack.enter_context(contextlib.closing(self.progress))
-            if self.training.stall_timeout is not None:
-                stack.enter_context(Watchdog(self.communicator, self.training.stall_timeout))
-            interruption = stack.enter_context(
-                Interruption(self.communicator, self.training.stop_signals, self.training.time_limit)
-            )
             if resumed is None:
                 self.evaluate()
                 if self.training.on_nonfinite == "rollback":
                     self.save()
             every = self.training.evaluate_every or self.order.steps_per_epoch
             saves = self.training.checkpoint_every or self.order.steps_per_epoch
+            if self.position.step < self.steps:
+                self.interruption.begin()
             while self.position.step < self.steps:
                 step = self.step()
                 if step % every == 0 or step == self.steps:
                     self.evaluate()
-                stop = interruption.agreed()
+                stop = self.interruption.agreed()
                 if stop or step % saves == 0 or step == self.steps:
                     saved = self.save()
                     if stop and step < self.steps:
                         how = "; go on with --resume" if saved else ", without a checkpoint (--checkpoint DIR)"
-                        raise InterruptedRunError(f"stopped after step {step} of {self.steps}{how}")
+                        raise InterruptedRunError(f"stopped after step {step} of {self.steps}{how} ({stop})")
+            self.communicator.enter("output")
 
     def open_checkpoints(self) -> int | None:
         """Return the step of the checkpoint that this run goes on from, if any."""
@@ -165,6 +175,7 @@ class Run:
     def restore(self) -> int | None:
         """Go back to the newest sound checkpoint; return its step, or None if there is none."""
         assert self.checkpoints is not None
+        self.communicator.enter("restore")
         step, passed_over = self.checkpoints.load(self.things)
         for line in passed_over if self.communicator.rank == 0 else ():
             LOG.warning("passed over %s", line)
@@ -174,6 +185,7 @@ class Run:
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
             # The run that was not interrupted did without this collective.
             self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas = counted
+        self.communicator.enter("algebra")
         return step
 
     @property
