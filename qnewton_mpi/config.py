@@ -24,6 +24,7 @@ DEFAULT_REPLICAS = 8
 DEFAULT_EPOCHS = 10
 POLICIES = ("abort", "skip", "rollback")
 LONGEST_TOML = 100_000  # bytes
+MOST_DOTS = 100  # in a line of it: for a key of 50,000 parts, a.a.a. …, `tomllib` takes minutes
 
 
 def known_signals(names: str) -> bool:
@@ -130,7 +131,11 @@ def read_toml(path: str) -> dict[str, Any]:
         For a file that cannot be read, is no TOML, or names an option twice, once with a dash.
     """
     try:
-        table = tomllib.loads(read_whole(Path(path), LONGEST_TOML).decode("utf-8-sig"))
+        text = read_whole(Path(path), LONGEST_TOML).decode("utf-8-sig")
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.count(".") > MOST_DOTS:
+                raise ValueError(f"line {number} has more than {MOST_DOTS} dots")
+        table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: its TOML, its UTF-8, thousands of digits
         raise UserError(f"{printable(path)}: cannot be read as TOML: {reason(error)}") from error
     options: dict[str, Any] = {}

@@ -132,6 +132,7 @@ def test_strings_of_the_command_line_and_values_of_toml_are_one(tmp_path):
         (b"seed = " + b"9" * 5000, "cannot be read as TOML"),
         (b"a = 1\0", "cannot be read as TOML"),
         (b"lr = 1\nlr = 2", "cannot be read as TOML"),
+        (b"lr = 1\n" + b"a." * 40_000 + b"a = 1", "cannot be read as TOML: line 2 has more than 100 dots"),
         (b"data-dir = 'x'\ndata_dir = 'y'", "data_dir is there twice"),
         (b"a-b-c = 1\na_b-c = 2", "a_b_c is there twice"),
         (b"#" * 200_000, "has 200,000 bytes, and 100,000 at most"),
