@@ -29,7 +29,7 @@ from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import reason, replace_whole, writing
 from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception, load_mpi
-from qnewton_mpi.parallel.environment import check_launcher, launched_tasks
+from qnewton_mpi.parallel.environment import launched_tasks
 from qnewton_mpi.studies.plan import read_study
 
 LONGEST_LINE = 1000  # characters of an error, whatever was given
@@ -52,7 +52,6 @@ def run(arguments: Sequence[str]) -> int:
         abort_on_exception(communicator)
         # One-rank jobs of a mismatched launcher are all rank 0: the launcher knows which of them is the first.
         first = communicator.rank == 0 and (communicator.size > 1 or first)
-        check_launcher(communicator.size)
         checked = communicator.from_root(lambda: check(command, communicator.size))
         COMMANDS[command.command](checked, communicator)
     except NoReaderError:  # `qnewton-mpi plot … | head`

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import math
 import os
@@ -12,11 +11,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from mpi4py import MPI
 
 from qnewton_mpi.adapter.saved import check, load, saved
 from qnewton_mpi.adapter.surroundings import Surroundings
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
-from qnewton_mpi.core.create import create, method_settings
+from qnewton_mpi.core.create import create, digest, method_settings
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
@@ -67,15 +67,18 @@ class QuasiNewton(torch.optim.Optimizer):
     replicas_per_rank : int
         R, so that M = R · ranks.
     module : Module, optional
-        Whose buffers, as running statistics, are to stay as they are in a probe. Methods that probe require it.
+        Whose buffers, as running statistics, are to stay as they are in a probe, and to be those of rank 0 on all ranks
+        after each step, as with `DistributedDataParallel`. Methods that probe require it.
     exchange : str
         A key of `EXCHANGES`, or "auto".
     transport : str
         One of `TRANSPORTS`: how vectors on GPUs cross the network.
-    communicator : Communicator, optional
+    communicator : Communicator or MPI.Intracomm, optional
         Of all ranks by default.
     seed : int
         For what a method draws at random.
+    stall_timeout : float, optional
+        Seconds that a rank may wait for another's program, in a step or here, before the job is ended.
     **settings
         Of the method, as lr, damping: `OPTIMIZERS[method].settings_type`. Where lr is "auto", the groups have lr = 1
         and a scheduler scales the rate that the method finds.
@@ -89,8 +92,8 @@ class QuasiNewton(torch.optim.Optimizer):
     Raises
     ------
     UserError
-        On all ranks: for settings, parameters or a number of replicas that cannot be used, and where the parameters
-        differ between ranks.
+        On all ranks: for settings, parameters or a number of replicas that cannot be used, or that differ between
+        ranks.
 
     Examples
     --------
@@ -119,23 +122,33 @@ class QuasiNewton(torch.optim.Optimizer):
         module: torch.nn.Module | None = None,
         exchange: str = "auto",
         transport: str = "auto",
-        communicator: Communicator | None = None,
+        communicator: Communicator | MPI.Intracomm | None = None,
         seed: int = 0,
+        stall_timeout: float | None = None,
         **settings: Any,
     ) -> None:
-        self.communicator = Communicator() if communicator is None else communicator
+        self.communicator = Communicator.of(communicator, stall_timeout)
         abort_on_exception(self.communicator)
         if self.communicator.size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
 
-        if samples < 1 or replicas_per_rank < 1:
-            raise UserError(f"samples={samples}, replicas_per_rank={replicas_per_rank}: both must be at least 1")
-        lr = method_settings(method, **settings).lr
-        self._lr = 1.0 if isinstance(lr, str) else float(lr)
-        self._parameters = self.communicator.together(lambda: self._gather(params, module))
+        def prepare() -> Tensors:
+            if samples < 1 or replicas_per_rank < 1:
+                raise UserError(f"samples={samples}, replicas_per_rank={replicas_per_rank}: both must be at least 1")
+            lr = method_settings(method, **settings).lr
+            self._lr = 1.0 if isinstance(lr, str) else float(lr)
+            return self._gather(params, module)
+
+        self._parameters = self.communicator.together(prepare)
         self._tensors = self._parameters.moved
         flat = self._parameters.vector()
-        self._agree(flat)
+        self._surroundings = Surroundings(flat.device, module)
+        self.communicator.agree(
+            {"replicas_per_rank": replicas_per_rank, "module": None if module is None else type(module).__name__},
+            "start all ranks with the same settings",
+        )
+        buffers = repr([(buffer.dtype, tuple(buffer.shape)) for buffer in self._surroundings.buffers])
+        self.communicator.agree({"buffers": digest(buffers.encode())}, "build the same module on all ranks")
 
         self.core = create(
             method,
@@ -159,7 +172,6 @@ class QuasiNewton(torch.optim.Optimizer):
             )
         self._replica = 0  # of this rank's, the one being evaluated
         self._shared = False  # whether the closure has asked for its share
-        self._surroundings = Surroundings(flat.device, module)
         self._failure: UserError | None = None  # of this rank, in this step
         self._frozen = [False] * len(self._tensors)
         self._bind()
@@ -227,6 +239,7 @@ class QuasiNewton(torch.optim.Optimizer):
             raise
         if core.parameters is not self._bound:
             self._bind()
+        self._share_buffers()
         return self.figures["loss"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -278,18 +291,6 @@ class QuasiNewton(torch.optim.Optimizer):
             raise UserError(f"the parameters cannot be used: {error}") from error
         _check_groups(self.param_groups)
         return Tensors(self.param_groups, module)
-
-    def _agree(self, flat: torch.Tensor) -> None:
-        """Raise `UserError` where the ranks do not start with the same parameters. Collective."""
-        text = repr([tuple(p.shape) for p in self._tensors]).encode()
-        digest = hashlib.sha256(text + flat.cpu().numpy().tobytes()).digest()
-        digests = self.communicator.mpi.allgather(digest)
-        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        if others:
-            raise UserError(
-                f"the parameters of rank(s) {', '.join(map(str, others))} differ from those of rank 0: call "
-                "torch.manual_seed with the same seed on every rank before the model is built, or load one file"
-            )
 
     def _bind(self) -> None:
         """Make the parameters views of the core's vector."""
@@ -368,7 +369,9 @@ class QuasiNewton(torch.optim.Optimizer):
             with self._noting_failure():
                 self._parameters.check_present(~self._found)
         own = np.concatenate([[self._failure is not None], self._found, self._frozen], dtype=np.int64)
-        failed, found, frozen = np.split(self.communicator.allreduce(own), [1, 1 + len(self._found)])
+        counts = [len(own)] * self.communicator.size
+        everyone = self.communicator.meet(own, counts, f"step {self.core.steps}").reshape(-1, len(own))
+        failed, found, frozen = np.split(everyone.sum(axis=0), [1, 1 + len(self._found)])
         if failed:
             self.communicator.together(self._fail)
         for k in np.flatnonzero((frozen > 0) & (frozen < self.communicator.size)):
@@ -378,6 +381,18 @@ class QuasiNewton(torch.optim.Optimizer):
                 f"{self._parameters.name(self._tensors[k])} is frozen on rank(s) {ranks} alone: freeze it on all"
             )
         self.core.resting = list(itertools.compress(self._parameters.spans, found == 0))
+
+    def _share_buffers(self) -> None:
+        """Give all ranks the buffers of rank 0. Collective."""
+        values = [buffer.cpu().contiguous() for buffer in self._surroundings.buffers]
+        if self.communicator.size == 1 or not values:
+            return
+        parts = [value.reshape(-1).view(torch.uint8) for value in values]
+        whole = torch.cat(parts)
+        self.communicator.broadcast(whole.numpy())
+        for part, shared in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
+            part.copy_(shared)
+        self._surroundings.set_buffers(values)
 
     def _fail(self) -> None:
         if self._failure is not None:

@@ -5,11 +5,13 @@ import os
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from qnewton_mpi.config import read_toml, resolve, run_config
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel import partition
+from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import open_device
 from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, launched_tasks, prepare
 
@@ -182,6 +184,13 @@ def test_threads_are_one_unless_the_user_says_otherwise():
         {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"},
         {"PMI_SIZE": "2", "PMI_RANK": "1"},
         {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "3"},
+        {"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "0"},
+        {"JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "0"},
+        {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"},
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_SIZE": "2", "CROSS_SIZE": "1"},
+        {"PMIX_RANK": "1", "PMIX_NAMESPACE": "prte"},
+        {"PALS_RANKID": "3"},
     ],
 )
 def test_mismatched_launchers_are_noticed(environ):
@@ -195,9 +204,29 @@ def test_a_launcher_that_says_nonsense_is_none():
     assert launched_tasks({"PMI_SIZE": "4", "PMI_RANK": "3"}) == (4, 3)
 
 
-def test_a_batch_script_may_start_one_rank():
-    check_launcher(1, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
-    check_launcher(1, {})
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # of a batch script
+        {"WORLD_SIZE": "8", "RANK": "3"},  # set by hand
+        {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"},
+        {"PMIX_RANK": "0"},
+        {"PMI_SIZE": "unknown", "PMI_RANK": "²"},
+    ],
+)
+def test_one_rank_may_be_meant(environ):
+    check_launcher(1, environ)
+
+
+def test_programs_see_through_launchers_too(monkeypatch):
+    monkeypatch.setattr(
+        "qnewton_mpi.parallel.communicator.check_launcher", lambda _: check_launcher(1, {"PMI_SIZE": "2"})
+    )
+    for parent in (None, MPI.COMM_WORLD):
+        with pytest.raises(UserError, match="the launcher started 2 tasks"):
+            Communicator(parent)
+    Communicator(MPI.COMM_SELF)  # alone on purpose
 
 
 class FakeCupy:

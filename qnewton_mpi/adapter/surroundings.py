@@ -53,13 +53,22 @@ class Surroundings:
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
-        random, buffers = self._random(), [buffer.clone() for buffer in self._module.buffers()]
+        random, buffers = self._random(), [buffer.clone() for buffer in self.buffers]
         try:
             yield
         finally:
             self._set_random(random)
-            for buffer, value in zip(self._module.buffers(), buffers, strict=True):
-                buffer.copy_(value)
+            self.set_buffers(buffers)
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The module's buffers."""
+        return list(self._module.buffers())
+
+    def set_buffers(self, values: list[torch.Tensor]) -> None:
+        """Copy values into the module's buffers."""
+        for buffer, value in zip(self.buffers, values, strict=True):
+            buffer.copy_(value)
 
     def _random(self) -> list[torch.Tensor]:
         on_gpu = self._device.type == "cuda"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from array_api_compat import is_cupy_array
+from mpi4py import MPI
+from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel import cost
+from qnewton_mpi.parallel import cost, farewell
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
-from qnewton_mpi.parallel.device import Array
+from qnewton_mpi.parallel.device import Array, to_host
 from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
+
+MOST_ALIKE = 8  # samples that all replicas have in common, one step after the other, before that is no chance
 
 
 def method_settings(method: str, **settings: Any) -> Settings:
@@ -39,14 +45,15 @@ def create(
     shapes: Sequence[tuple[int, ...]] | None = None,
     exchange: str = "auto",
     transport: str = "auto",
-    communicator: Communicator | None = None,
+    communicator: Communicator | MPI.Intracomm | None = None,
     seed: int = 0,
+    stall_timeout: float | None = None,
     **settings: Any,
 ) -> Optimizer[Any]:
     """Return an optimizer. Collective.
 
-    An exception that no one catches ends all ranks from here on (`abort_on_exception`), unless the program has an
-    `excepthook` of its own.
+    An exception that no one catches ends all ranks (`abort_on_exception`), unless the program has an `excepthook` of
+    its own, and so does a rank that leaves while others wait for it.
 
     Parameters
     ----------
@@ -64,17 +71,19 @@ def create(
         A key of `EXCHANGES`; "auto" is what should take the least time.
     transport : str
         One of `TRANSPORTS`: how arrays on GPUs cross the network.
-    communicator : Communicator, optional
+    communicator : Communicator or MPI.Intracomm, optional
         Of all ranks by default.
     seed : int
         For what a method draws at random.
+    stall_timeout : float, optional
+        Seconds that a rank may wait for another's program, in a step or here, before the job is ended.
     **settings
         Of the method, as lr, damping: numbers, or words as on the command line.
 
     Raises
     ------
     UserError
-        On every rank, for any of these that cannot be used.
+        On every rank, for any of these that cannot be used, or that is not the same on all.
 
     Examples
     --------
@@ -88,22 +97,58 @@ def create(
     >>> bool(np.allclose(optimizer.parameters, centres.mean(axis=0), atol=0.01))
     True
     """
-    communicator = Communicator() if communicator is None else communicator
+    communicator = Communicator.of(communicator, stall_timeout)
     abort_on_exception(communicator)
-    options = method_settings(method, **settings)
-    for name, value, known in (("exchange", exchange, ["auto", *EXCHANGES]), ("transport", transport, TRANSPORTS)):
-        if value not in known:
-            raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+
+    def check() -> Settings:
+        options = method_settings(method, **settings)
+        for name, value, known in (("exchange", exchange, ["auto", *EXCHANGES]), ("transport", transport, TRANSPORTS)):
+            if value not in known:
+                raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
+        least = OPTIMIZERS[method].least_replicas(options)
+        if replicas < least:
+            raise UserError(
+                f"{method}, lr={options.lr}, needs {least} replicas and has {replicas}: start more ranks with mpiexec, "
+                "or have more replicas a rank"
+            )
+        return options
+
+    options = communicator.together(check)
+    device = "cuda" if is_cupy_array(parameters) else "cpu"
+    communicator.agree(
+        {
+            "method": method,
+            **asdict(options),
+            "replicas": replicas,
+            "samples": samples,
+            "seed": seed,
+            "exchange": exchange,
+            "transport": transport,
+            "device": device,
+            "dtype": str(parameters.dtype),
+        },
+        "start all ranks with the same settings",
+    )
+    communicator.agree(
+        {"shapes": digest(repr(shapes).encode()), "parameters": digest(to_host(parameters))},
+        "draw them from the same seed on every rank (torch.manual_seed before a model is built), or load one file",
+    )
     kind = OPTIMIZERS[method]
-    if replicas < kind.least_replicas(options):
-        raise UserError(
-            f"{method}, lr={options.lr}, needs {kind.least_replicas(options)} replicas and has {replicas}: start "
-            "more ranks with mpiexec, or have more replicas a rank"
-        )
     if exchange == "auto":
         exchange = cost.choose(kind.traffic(options), communicator.size, replicas, len(parameters))
-    device = "cuda" if is_cupy_array(parameters) else "cpu"
     mover = EXCHANGES[exchange](
         communicator, replicas, len(parameters), open_transport(transport, device, communicator)
     )
-    return kind(options, parameters, mover, samples, seed, shapes)
+    optimizer = kind(options, parameters, mover, samples, seed, shapes)
+    optimizer.most_alike = MOST_ALIKE
+    return optimizer
+
+
+def digest(content: bytes | NDArray[Any]) -> bytes:
+    """Return a digest by which the ranks compare. Local."""
+    return hashlib.blake2b(content).digest()  # type: ignore[arg-type]
+
+
+if MPI.Is_initialized() and MPI.COMM_WORLD.Get_size() > 1:  # what fails before the first optimizer is waited for, too
+    abort_on_exception(MPI.COMM_WORLD)
+    farewell.watch()

@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
 from qnewton_mpi.core.kernels import blockwise_products, double_products, inner
 from qnewton_mpi.core.secants import Matrix
@@ -181,10 +182,18 @@ class Exchange(ABC):
         self._count(lambda n: 8 * n * (n - 1))
         return float(self.communicator.allgather(np.array([value]), [1] * self.communicator.size).max())
 
-    def share(self, figures: Matrix) -> Matrix:
-        """Return every replica's row of figures, (M, p), from this rank's (R, p)."""
-        self._count(lambda n: (n - 1) * self.replicas * figures[0].nbytes)
-        return self.communicator.allgather(figures, self.counts)
+    def share(self, figures: Matrix, note: NDArray[np.int64], step: int) -> tuple[Matrix, NDArray[np.int64]]:
+        """Return every replica's row of figures, (M, p), from this rank's (R, p), and every rank's note, (n, k).
+
+        Here a rank may wait for another that is late, or has left (`Communicator.meet`).
+        """
+        width, words = figures.shape[1], len(note)
+        self._count(lambda n: (n - 1) * (8 * width * self.replicas + n * note.nbytes))
+        counts = [words + count * width for count in self.counts]
+        numbers = np.concatenate([note.view(np.float64), figures.reshape(-1)])
+        parts = np.split(self.communicator.meet(numbers, counts, f"step {step}"), np.cumsum(counts)[:-1])
+        everyone = np.concatenate([part[words:] for part in parts]).reshape(-1, width)
+        return everyone, np.stack([part[:words] for part in parts]).view(np.int64)
 
     def _sum(self, rows: Array) -> Array:
         """Return the sum of this rank's rows, (N,)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array
 
-from qnewton_mpi.parallel.device import Array
+from qnewton_mpi.parallel.device import Array, to_host
 
 # Numbers at a time: few enough to stay in a core's cache until they are added.
 PIECE = 1 << 16
@@ -52,6 +52,15 @@ def inner(x: Array, y: Array) -> Array:
         return _kernels()[1](x, y)
     reshape = array_namespace(x).reshape
     return blockwise_products(reshape(x, (1, -1)), reshape(y, (1, -1)))[0, 0]
+
+
+def checksum(vector: Array) -> int:
+    """Return the sum of a vector's words of 64 bits, modulo 2⁶⁴, as a signed number: the same where all bits are."""
+    if not (is_numpy_array(vector) or is_cupy_array(vector)):
+        vector = to_host(vector)
+    even = vector.shape[0] - vector.shape[0] % 2
+    words, rest = vector[:even].view("int64"), vector[even:].view("int32").astype("int64")
+    return int(words.sum() + rest.sum())
 
 
 def double_products(a: Array, b: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A duplicated MPI communicator: collectives on host buffers, agreement on errors."""
+"""A duplicated MPI communicator: collectives on host buffers, agreement on errors and settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import ENDED_BY_CTRL_C, USAGE_ERROR, UserError
+from qnewton_mpi.parallel.environment import check_launcher
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -47,13 +48,21 @@ def load_mpi() -> ModuleType:
 class Communicator:
     """Collectives on contiguous NumPy buffers over a private duplicate of an MPI communicator.
 
-    Upper-case (buffer) calls only, but for `together` and `from_root`, which serve set-up and errors. Every method is
-    collective unless it says otherwise.
+    Upper-case (buffer) calls only, but for `together`, `agree` and `from_root`, which serve set-up and errors. Every
+    method is collective unless it says otherwise. In `together`, `agree`, `from_root` and `meet` a rank may wait for
+    another's program: the job is ended where that has left (`farewell`), or does not come in time.
 
     Parameters
     ----------
     parent : MPI.Comm, optional
-        Duplicated once; the world by default.
+        The world by default. All that is built on it shares one duplicate, freed with the last of them and with it.
+    stall_timeout : float, optional
+        Seconds that a rank may wait for another's program; for ever by default.
+
+    Raises
+    ------
+    UserError
+        On every rank, where a launcher that is not the MPI library's has started several worlds of one rank each.
 
     Attributes
     ----------
@@ -75,16 +84,32 @@ class Communicator:
     'of rank 0'
     """
 
-    def __init__(self, parent: MPI.Comm | None = None) -> None:
+    def __init__(self, parent: MPI.Comm | None = None, stall_timeout: float | None = None) -> None:
         mpi = load_mpi()
-        self.mpi: MPI.Comm = (mpi.COMM_WORLD if parent is None else parent).Dup()
-        self.rank = self.mpi.Get_rank()
-        self.size = self.mpi.Get_size()
-        node = self.mpi.Split_type(mpi.COMM_TYPE_SHARED)
-        self.node_rank = node.Get_rank()
-        node.Free()
+        if parent != mpi.COMM_SELF:  # which is alone on purpose
+            check_launcher(mpi.COMM_WORLD.Get_size())
+        if stall_timeout is not None and not stall_timeout > 0:
+            raise UserError(f"stall_timeout={stall_timeout}: more than 0 seconds, or None")
+        from qnewton_mpi.parallel.farewell import Gates
+
+        self._gates = Gates(mpi.COMM_WORLD if parent is None else parent, stall_timeout)
+        duplicate = self._gates.duplicate
+        self.mpi, self.node_rank = duplicate.mpi, duplicate.node_rank
+        self.rank, self.size = duplicate.rank, duplicate.size
         self.seconds = 0.0
         self.notes: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, given: Communicator | MPI.Comm | None, stall_timeout: float | None = None) -> Communicator:
+        """Return what a program means by a communicator: one of these, MPI's, or None for the world."""
+        if isinstance(given, Communicator):
+            if stall_timeout is not None:
+                given._gates.stall_timeout = stall_timeout
+            return given
+        mpi = load_mpi()
+        if given is not None and (not isinstance(given, mpi.Intracomm) or given == mpi.COMM_NULL):
+            raise UserError(f"communicator={given!r}: must be a Communicator, an MPI.Intracomm, or None for all ranks")
+        return cls(given, stall_timeout)
 
     def enter(self, phase: str) -> None:
         """Note that this rank begins a phase, one of `PHASES`, where somebody watches. Local."""
@@ -132,6 +157,27 @@ class Communicator:
         self._time(self.mpi.Alltoallv, [send, sent], [receive, received])
         return receive
 
+    def broadcast(self, array: HostArray) -> None:
+        """Fill the array with that of rank 0."""
+        self._time(self.mpi.Bcast, array)
+
+    def meet(self, numbers: HostArray, counts: Sequence[int], purpose: str) -> HostArray:
+        """Return the numbers of all ranks one after the other, `counts` of each, from where a program may be late.
+
+        Parameters
+        ----------
+        numbers : (counts[rank],)
+        counts : sequence of int
+        purpose : str
+            For those that wait in vain, as "step 3".
+        """
+        if self.size == 1:
+            return numbers
+        everyone = np.empty(sum(counts), numbers.dtype)
+        with self.timed():
+            self._gates.enter(lambda: self.mpi.Iallgatherv(numbers, [everyone, counts]), purpose)
+        return everyone
+
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if it raises `UserError` on any, raise the lowest rank's on all.
 
@@ -143,11 +189,28 @@ class Communicator:
             result = action()
         except UserError as error:
             failure = error
-        with self.waiting():
-            failures = [error for error in self.mpi.allgather(failure) if error is not None]
+        failures = [(rank, error) for rank, error in enumerate(self._of_all(failure)) if error is not None]
         if failures:
-            raise failures[0]
+            rank, first = failures[0]
+            raise first if rank == 0 or type(first) is not UserError else UserError(f"rank {rank}: {first}")
         return result  # type: ignore[return-value]
+
+    def agree(self, things: Mapping[str, Any], advice: str) -> None:
+        """Raise `UserError` on every rank, with the first of the things that is not the same on all, and advice.
+
+        Of bytes, as digests, only the ranks are told.
+        """
+        everyone = self._of_all(dict(things))
+        for name, first in everyone[0].items():
+            others = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != first]
+            if others and isinstance(first, bytes):
+                ranks = ", ".join(map(str, others))
+                raise UserError(f"the {name} of rank(s) {ranks} differ from those of rank 0: {advice}")
+            if others:
+                other = others[0]
+                raise UserError(
+                    f"rank {other} has {name}={everyone[other].get(name)}, rank 0 has {name}={first}: {advice}"
+                )
 
     def from_root(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 alone; return its result, or raise its `UserError`, on every rank."""
@@ -158,18 +221,19 @@ class Communicator:
             except UserError as error:
                 outcome = None, error
         with self.waiting():
+            self._gates.enter(self.mpi.Ibarrier, "an agreement")
             result, failure = self.mpi.bcast(outcome)
         if failure is not None:
             raise failure
         return result  # type: ignore[no-any-return]
 
+    def halfway(self, whether: bool) -> None:
+        """Note whether the others cannot go on without this rank, from the last gate on. Local."""
+        self._gates.place.halfway = whether and self.size > 1
+
     def abort(self, text: str, code: int) -> NoReturn:
         """Print `text` to stderr and end the job, all its ranks, with exit code `code`. Local."""
-        print(text, file=sys.stderr, flush=True)
-        time.sleep(LAST_WORDS)
-        self.mpi.Abort(code)
-        time.sleep(GRACE)
-        os._exit(code)
+        abort(text, code)
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -183,8 +247,23 @@ class Communicator:
         with self.timed():
             collective(*buffers)
 
+    def _of_all(self, mine: T) -> list[T]:
+        """Return what each rank has, pickled."""
+        with self.waiting():
+            self._gates.enter(self.mpi.Ibarrier, "an agreement")
+            return self.mpi.allgather(mine)
 
-def abort_on_exception(communicator: Communicator) -> None:
+
+def abort(text: str, code: int) -> NoReturn:
+    """Print `text` to stderr and end the job, all its ranks, with exit code `code`. Local."""
+    print(text, file=sys.stderr, flush=True)
+    time.sleep(LAST_WORDS)
+    load_mpi().COMM_WORLD.Abort(code)
+    time.sleep(GRACE)
+    os._exit(code)
+
+
+def abort_on_exception(communicator: Communicator | MPI.Comm) -> None:
     """Make an uncaught exception on any rank end the whole job: traceback on stderr, then MPI_Abort. Local.
 
     Without it the other ranks would wait for ever in their next collective. Of a `UserError` one line is printed, and
@@ -200,10 +279,10 @@ def abort_on_exception(communicator: Communicator) -> None:
             if communicator.rank > 0:
                 time.sleep(1)  # in which rank 0 ends the job, if it has the error too
             if issubclass(kind, KeyboardInterrupt):
-                communicator.abort("qnewton-mpi: interrupted", ENDED_BY_CTRL_C)
-            communicator.abort(f"qnewton-mpi: {error}", USAGE_ERROR)
+                abort("qnewton-mpi: interrupted", ENDED_BY_CTRL_C)
+            whose = f"rank {communicator.rank}: " if communicator.rank > 0 else ""
+            abort(f"qnewton-mpi: {whose}{error}", USAGE_ERROR)
         lines = "".join(traceback.format_exception(kind, error, trace)).rstrip()
-        text = f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}"
-        communicator.abort(text, code=1)
+        abort(f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}", code=1)
 
     sys.excepthook = report_and_abort

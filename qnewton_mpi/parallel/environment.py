@@ -10,13 +10,22 @@ from qnewton_mpi.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
-# (number of tasks, index of this task) as launchers tell them; srun's are the step's, since a batch script itself,
-# which may rightly start a one-rank program, also sees SLURM_NTASKS.
+# (number of tasks, index of this task, what has to be there too) as launchers tell them. srun's are the step's, since a
+# batch script itself, which may rightly start a one-rank program, also sees SLURM_NTASKS. WORLD_SIZE and RANK are also
+# set by hand, for torch.distributed under mpiexec: they count with what torchrun (and `accelerate launch`, which uses
+# it) or `deepspeed` set beside them.
 LAUNCHERS = (
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("PMI_SIZE", "PMI_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", None),
+    ("PMI_SIZE", "PMI_RANK", None),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", None),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", None),
+    ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", None),
+    ("HOROVOD_SIZE", "HOROVOD_RANK", None),
+    ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID"),
+    ("WORLD_SIZE", "RANK", "CROSS_SIZE"),
 )
+# Those that tell the index alone; the first task is not seen through, but the others, which end the job.
+INDICES = ("PMIX_RANK", "PALS_RANKID")
 
 
 def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -32,9 +41,14 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
 
 def launched_tasks(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Return (number of tasks, index of this task) as the launcher tells them; (1, 0) without one."""
-    said = [(environ.get(tasks, ""), environ.get(index, "0")) for tasks, index in LAUNCHERS]
-    told = [(int(tasks), int(index)) for tasks, index in said if tasks.isdecimal() and index.isdecimal()]
-    return max(told, default=(1, 0))
+
+    def number(name: str) -> int:
+        text = environ.get(name, "")
+        return int(text) if text.isdecimal() else 0
+
+    told = [(number(size), number(index)) for size, index, sign in LAUNCHERS if sign is None or sign in environ]
+    told += [(number(index) + 1, number(index)) for index in INDICES]
+    return max((1, 0), *told)
 
 
 def check_launcher(size: int, environ: Mapping[str, str] = os.environ) -> None:
@@ -46,5 +60,6 @@ def check_launcher(size: int, environ: Mapping[str, str] = os.environ) -> None:
     if size == 1 and tasks > 1:
         raise UserError(
             f"the launcher started {tasks} tasks, but each sees an MPI world of one rank: use the mpiexec that belongs "
-            "to the MPI library of `qnewton-mpi info`, or srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open MPI)"
+            "to the MPI library of `qnewton-mpi info`, or srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open MPI); torchrun "
+            "and its like start no MPI ranks"
         )

@@ -78,7 +78,7 @@ def test_parameters_that_differ_are_told(communicator):
         QuasiNewton(model.parameters(), **options)
         return
     others = ", ".join(map(str, range(1, communicator.size)))
-    with pytest.raises(UserError, match=rf"rank\(s\) {others} differ from those of rank 0: call torch.manual_seed"):
+    with pytest.raises(UserError, match=rf"rank\(s\) {others} differ from those of rank 0: .*torch.manual_seed"):
         QuasiNewton(model.parameters(), **options)
 
 
@@ -197,3 +197,94 @@ def test_states_that_only_one_rank_cannot_take_are_told_on_all(communicator):
     optimizer.load_state_dict(early)
     assert optimizer.core.steps == 1
     assert len(weights(model)) == optimizer.core.exchange.size
+
+
+def trained(communicator, model, steps, optimizer=None, **options):
+    """Train on samples of each rank's own; return the optimizer."""
+    optimizer = optimizer or QuasiNewton(model.parameters(), samples=16, communicator=communicator, **options)
+    random = torch.Generator().manual_seed(communicator.rank)
+    for _ in range(steps):
+        x = torch.randn(16, 3, generator=random) + communicator.rank
+        optimizer.zero_grad()
+        loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+        loss.backward()
+        optimizer.step(lambda: loss)  # noqa: B023
+    return optimizer
+
+
+def fails_on_all(communicator, match, call):
+    if communicator.size == 1:
+        return
+    with pytest.raises(UserError, match=match) as error:
+        call()
+    assert len(set(communicator.mpi.allgather(str(error.value)))) == 1
+
+
+def seeded():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("method", "adam", "has method=adam, rank 0 has method=momentum"),
+        ("samples", 5, "has samples=5, rank 0 has samples=4"),
+        ("replicas_per_rank", 2, "has replicas_per_rank=2, rank 0 has replicas_per_rank=1"),
+        ("replicas_per_rank", 0, r"rank \d: samples=4, replicas_per_rank=0: both must be at least 1"),
+        ("module", torch.nn.Linear(1, 1), "has module=Linear, rank 0 has module=None"),
+        ("exchange", "sliced", "has exchange=sliced, rank 0 has exchange=auto"),
+        ("seed", 1, "has seed=1, rank 0 has seed=0"),
+        ("lr", 0.2, "has lr=0.2, rank 0 has lr=0.1"),
+    ],
+)
+def test_settings_of_one_rank_are_told(communicator, name, value, told):
+    options = {"samples": 4, "method": "momentum", "lr": 0.1}
+    options |= {name: value} if communicator.rank == communicator.size - 1 else {}
+    fails_on_all(
+        communicator, told, lambda: QuasiNewton(seeded().parameters(), **options, communicator=communicator.mpi)
+    )
+
+
+def test_a_parameter_frozen_on_one_rank_is_told(communicator):
+    model = seeded()
+    model.bias.requires_grad_(communicator.rank < communicator.size - 1)
+    fails_on_all(communicator, r"the shapes of rank\(s\) \d differ", lambda: trained(communicator, model, 1))
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sliced"])
+def test_what_one_rank_does_to_its_model_is_told(communicator, exchange):
+    model = seeded()
+    optimizer = trained(communicator, model, 3, method="momentum", lr=0.01, exchange=exchange)
+    if communicator.rank == communicator.size - 1:
+        model.bias.data.mul_(0.5)
+    told = r"step 4: the parameters of rank \d differ from those of rank 0"
+    fails_on_all(communicator, told, lambda: trained(communicator, model, 1, optimizer))
+
+
+def test_a_scheduler_that_sees_the_loss_of_its_rank_is_told(communicator):
+    model = seeded()
+    optimizer = trained(communicator, model, 1, method="momentum", lr=0.01)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    for loss in (1.0, 0.5 + communicator.rank):
+        scheduler.step(loss)
+    told = r"step 2: rank 1 has 0.5 times the learning rate, rank 0 1 times: let a schedule see the same on all ranks"
+    fails_on_all(communicator, told, lambda: trained(communicator, model, 1, optimizer))
+
+
+def test_running_statistics_are_those_of_rank_0(communicator):
+    """Buffers of all kinds; what rank 0 has is what it would have alone."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    model.register_buffer("table", torch.full((2, 2), torch.inf))
+    alone = torch.nn.BatchNorm1d(3)
+    trained(communicator, model, 4, method="momentum", lr=0.01, module=model)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        alone(torch.randn(16, 3, generator=random))
+    torch.testing.assert_close(model[0].running_mean, alone.running_mean)
+    torch.testing.assert_close(model[0].running_var, alone.running_var)
+    assert model[0].num_batches_tracked == 4
+    assert bool((model.table == torch.inf).all())
+    everyone = communicator.mpi.allgather([buffer.numpy().tobytes() for buffer in model.buffers()])
+    assert all(theirs == everyone[0] for theirs in everyone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import Exchange
-from qnewton_mpi.core.kernels import combination
+from qnewton_mpi.core.kernels import checksum, combination
 from qnewton_mpi.core.rate import GAIN_SHARE, LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.errors import NonFiniteGradientError
+from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
@@ -83,6 +85,11 @@ class Optimizer(ABC, Generic[S]):
         Time that this rank has spent in `loss_and_gradient`.
     evaluations : int
         Gradients that all replicas together have evaluated, those of probes included.
+    alike : int
+        Steps up to the last one in which all replicas had the same loss and gradient norm, so the same batch.
+    most_alike : float
+        How many samples the replicas may so have in common before it is an error, or a warning where the method does
+        not look at their differences; infinite at first.
     """
 
     settings_type: ClassVar[type[Settings]]
@@ -112,6 +119,8 @@ class Optimizer(ABC, Generic[S]):
         self.trend = LossTrend()
         self.gradient_seconds = 0.0
         self.evaluations = 0
+        self.alike = 0
+        self.most_alike = math.inf
         self.xp = array_namespace(parameters)
         exchange.divide(self.pieces())
         self.held = exchange.hold(parameters)
@@ -175,16 +184,21 @@ class Optimizer(ABC, Generic[S]):
         ------
         NonFiniteGradientError
             On every rank, before any state has changed.
+        UserError
+            On every rank, before any state has changed: where the ranks are not at one step, rate factor or point, and
+            where all replicas have the same batch and the method needs their differences.
         """
         self.steps += 1
         if not isinstance(self.settings.lr, str):
             self.rate = self.rate_factor * self.fixed_rate(self.settings.lr)
+        self.note = self.noted()
         mean, direction, figures = self.direction(loss_and_gradient)
         if self.resting:
             direction = self.rested(direction)
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
         gg, dd, gd = self.products(mean, direction)
+        self.exchange.communicator.halfway(False)
         norms = math.sqrt(gg * dd)
         cosine = gd / norms if norms > 0 else math.nan
         return {
@@ -233,6 +247,7 @@ class Optimizer(ABC, Generic[S]):
             On every rank, unless it is a trial.
         """
         local = self.exchange.local
+        self.exchange.communicator.halfway(False)  # others wait for what follows in a gate
         self.evaluations += self.exchange.replicas
         at_once = getattr(loss_and_gradient, "at_once", None)
         self.exchange.communicator.enter("gradient")
@@ -251,7 +266,9 @@ class Optimizer(ABC, Generic[S]):
             squares = to_host(self.xp.vecdot(self.gradients, self.gradients))
         self.gradient_seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
-        everyone = self.exchange.share(np.stack([to_host(losses), squares], axis=1, dtype=np.float64))
+        figures = np.stack([to_host(losses), squares], axis=1, dtype=np.float64)
+        everyone, notes = self.exchange.share(figures, self.note, self.steps)
+        self.compare(notes)
         finite = np.logical_and.reduce(np.isfinite(everyone), axis=1)
         if trial:
             everyone[~finite] = np.inf, 0
@@ -261,9 +278,55 @@ class Optimizer(ABC, Generic[S]):
             self.steps -= 1
             first = int(np.argmin(finite))
             raise NonFiniteGradientError(self.steps + 1, first, *everyone[first])
+        if displacements is None:
+            self.look_for_differences(everyone)
+        self.exchange.communicator.halfway(True)
         self.losses = everyone[:, 0]
         self.square = float(everyone[:, 1].mean())  # of a gradient's norm, mean over the replicas
         return self.gradients, float(everyone[:, 0].mean())
+
+    def noted(self) -> NDArray[np.int64]:
+        """Return what has to be the same on all ranks at a step, as bits: its number, the rate factor, w. Local."""
+        several = self.exchange.communicator.size > 1
+        factor = np.float64(self.rate_factor).view(np.int64)
+        return np.array([self.steps, factor, checksum(self.parameters) if several else 0])
+
+    def compare(self, notes: NDArray[np.int64]) -> None:
+        """Raise `UserError` where the ranks' notes (n, 3) differ. Local: all ranks have the same."""
+        differ = notes != notes[0]
+        if not differ.any():
+            return
+        self.steps -= 1
+        rank, what = np.argwhere(differ)[0]
+        steps, factors = notes[:, 0], notes[:, 1].view(np.float64)
+        raise UserError(
+            (
+                f"rank {rank} is at step {steps[rank]}, rank 0 at step {steps[0]}: let all ranks take the same steps, "
+                "from checkpoints of one step",
+                f"step {steps[0]}: rank {rank} has {factors[rank]:g} times the learning rate, rank 0 {factors[0]:g} "
+                "times: let a schedule see the same on all ranks, as the loss that step() returns",
+                f"step {steps[0]}: the parameters of rank {rank} differ from those of rank 0: change and load them on "
+                "all ranks alike; where no one did, keep to nodes of one kind, or take exchange='sliced'",
+            )[what]
+        )
+
+    def look_for_differences(self, everyone: NDArray[np.float64]) -> None:
+        """Count the steps in which all replicas' losses and squared norms (M, 2) are the same; tell if it goes on."""
+        others = self.exchange.replicas - 1
+        same = others > 0 and everyone[0, 1] > 0 and bool((everyone == everyone[0]).all())
+        self.alike = self.alike + 1 if same else 0
+        if others * self.samples * self.alike < self.most_alike:
+            return
+        text = (
+            f"all {others + 1} replicas have the same batch: give each rank samples of its own, as by a "
+            "DistributedSampler or a seed with the rank in it"
+        )
+        if self.least_replicas(self.settings) > 1:  # without any noise the curvature or the rate is wrong
+            self.steps -= 1
+            raise UserError(f"step {self.steps + 1}: {text}")
+        self.most_alike = math.inf
+        if self.exchange.communicator.rank == 0:
+            warnings.warn(text, stacklevel=2)
 
     def noise(self, gg: float) -> float:
         """Return tr C, C the covariance of the mean gradient, from ḡᵀḡ and the M replicas that were evaluated last."""

@@ -1,0 +1,234 @@
+"""Who has left: no rank waits for ever in a collective for one whose program has ended.
+
+Each rank counts, for each group of ranks, the gates that it has entered: the collectives in which it may have to wait
+for another rank's program. At its end it sends the counts to the next rank of each communicator. A rank that waits
+looks for such messages: one that left having entered fewer gates will never come, which no time has to prove. Where
+some ranks have left and others wait, one of those that wait comes right after one of those that left, and hears of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+from mpi4py import MPI
+
+from qnewton_mpi.parallel.communicator import GRACE, abort
+
+# On duplicates, and on the world by ranks that have none of those: below the 32,767 that MPI promises.
+FAREWELL, WHO_WAITS, I_WAIT = 32_749, 32_750, 32_751
+LOOK_EVERY = 0.1  # seconds between looks for messages, while waiting
+NAP = 1e-4  # seconds between tries, from then on: the core is free for others
+ANSWERS_WITHIN = 1.0  # seconds in which those that wait too say so
+DUPLICATE = MPI.Comm.Create_keyval()  # of a communicator: the `Duplicate` that all that is built on it shares
+
+Group = tuple[int, ...]
+"""Ranks, as the world numbers them."""
+
+
+@dataclass
+class Place:
+    """How far a rank is with a group.
+
+    Attributes
+    ----------
+    entered : int
+        Gates.
+    purpose : str
+        Of the last of them.
+    halfway : bool
+        Whether more collectives follow on that gate, without which the others cannot go on.
+    """
+
+    entered: int = 0
+    purpose: str = ""
+    halfway: bool = False
+
+
+class Duplicate:
+    """A private duplicate of a communicator, freed with the last reference to it. Building one is collective.
+
+    Parameters
+    ----------
+    parent : MPI.Comm
+
+    Attributes
+    ----------
+    mpi : MPI.Comm
+    rank, size : int
+    node_rank : int
+        Position among the ranks that share this node's memory.
+    """
+
+    def __init__(self, parent: MPI.Comm) -> None:
+        self.mpi = parent.Dup()
+        self.rank, self.size = self.mpi.Get_rank(), self.mpi.Get_size()
+        node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        self.node_rank = node.Get_rank()
+        node.Free()
+        DUPLICATES.add(self)
+
+    def __del__(self) -> None:
+        if not MPI.Is_finalized():
+            self.mpi.Free()
+
+    def tell(self, tag: int, ranks: Iterable[int], content: Any) -> None:
+        """Send a small message to some ranks, without waiting for anything. Local."""
+        SENT.extend(self.mpi.isend(content, rank, tag) for rank in ranks)
+
+
+DUPLICATES: weakref.WeakSet[Duplicate] = weakref.WeakSet()
+PLACES: dict[Group, Place] = {}  # of this rank
+LEFT: dict[int, dict[int, Place]] = {}  # of those that have left, by rank, and by the hash of the group
+ANSWERS: set[tuple[int, Any]] = set()  # who has said that it waits, and where
+SENT: list[MPI.Request] = []
+PROCESS = os.getpid()  # not one that it forks
+
+
+class Gates:
+    """The gates of a communicator. Building them is collective, and a gate where there is no duplicate yet.
+
+    Parameters
+    ----------
+    parent : MPI.Comm
+    stall_timeout : float, optional
+        Seconds after which a wait ends the job, whoever has left or not.
+
+    Attributes
+    ----------
+    duplicate : Duplicate
+    """
+
+    def __init__(self, parent: MPI.Comm, stall_timeout: float | None) -> None:
+        watch()
+        self.stall_timeout = stall_timeout
+        group, world = parent.Get_group(), MPI.COMM_WORLD.Get_group()
+        self.group: Group = tuple(group.Translate_ranks(None, world))
+        group.Free()
+        world.Free()
+        self.place = PLACES.setdefault(self.group, Place())
+        shared = cast("Duplicate | None", parent.Get_attr(DUPLICATE))
+        if shared is None:
+            self.enter(parent.Ibarrier, "the set-up")
+            shared = Duplicate(parent)
+            parent.Set_attr(DUPLICATE, shared)
+        self.duplicate = shared
+
+    def enter(self, collective: Callable[[], MPI.Request], purpose: str) -> None:
+        """Do a collective; end the job where a rank cannot come to it. Collective.
+
+        Parameters
+        ----------
+        collective : callable
+            Begins it.
+        purpose : str
+            For those that wait in vain, as "step 3".
+        """
+        place = self.place
+        place.entered += 1
+        place.purpose = purpose
+        if len(self.group) == 1:
+            return
+        request, started = collective(), time.monotonic()
+        look, asked = started + LOOK_EVERY, None
+        while not request.Test():
+            now = time.monotonic()
+            if now < started + LOOK_EVERY:
+                os.sched_yield()  # there may be more ranks than cores
+                continue
+            time.sleep(NAP)
+            if now < look:
+                continue
+            look = now + LOOK_EVERY
+            here = hash(self.group), place.entered
+            receive(here)
+            self._end_without_one_that_left()
+            if self.stall_timeout is None or now < started + self.stall_timeout:
+                continue
+            if asked is None:
+                asked = now
+                if purpose != "the set-up":
+                    self.duplicate.tell(WHO_WAITS, range(len(self.group)), here)
+            elif now > asked + ANSWERS_WITHIN:
+                self._end_stalled({rank for rank, where in ANSWERS if where == here}, now - started)
+
+    def _end_without_one_that_left(self) -> None:
+        """End the job where a rank has left before the gate that this one waits in. Local."""
+        rank, place = MPI.COMM_WORLD.Get_rank(), self.place
+        for other in LEFT.keys() & set(self.group):
+            last = LEFT[other].get(hash(self.group), Place())
+            if last.entered >= place.entered:
+                continue
+            if rank != min(set(self.group) - LEFT.keys()):
+                time.sleep(1)  # in which the first that waits ends the job, if it has heard of one that left
+            told = f"rank {other} has left before rank {rank}, which waits for it in {place.purpose}"
+            if last.entered:
+                told = f"rank {other} has left after {last.purpose}, rank {rank} waits for it in {place.purpose}"
+            advice = (
+                "give all ranks as many steps (drop_last=True, a DistributedSampler), and let none end before another"
+            )
+            abort(f"qnewton-mpi: {told}: {advice}", code=2)
+
+    def _end_stalled(self, waiting: set[int], seconds: float) -> NoReturn:
+        """End the job, some ranks of which, as the group numbers them, have said that they wait. Local."""
+        rank = MPI.COMM_WORLD.Get_rank()
+        if waiting and rank != self.group[min(waiting)]:
+            time.sleep(1)  # in which that one ends the job
+        missing = ", ".join(str(other) for k, other in enumerate(self.group) if k not in waiting)
+        whom = f"rank(s) {missing}" if waiting else "another rank"
+        abort(
+            f"qnewton-mpi: stalled: rank {rank} has waited for {whom} in {self.place.purpose} for {seconds:.0f} s; the "
+            "job is ended (stall_timeout)",
+            code=1,
+        )
+
+
+def receive(here: Any = None) -> None:
+    """Take in the messages that have come, and say that this rank waits where that is asked. Local."""
+    status = MPI.Status()
+    for mpi in (MPI.COMM_WORLD, *(duplicate.mpi for duplicate in DUPLICATES)):
+        while mpi.Iprobe(tag=FAREWELL):
+            rank, places = mpi.recv(tag=FAREWELL)
+            LEFT[rank] = places
+    for duplicate in DUPLICATES:
+        while duplicate.mpi.Iprobe(tag=WHO_WAITS, status=status):
+            where = duplicate.mpi.recv(source=status.source, tag=WHO_WAITS)
+            if where == here:
+                duplicate.tell(I_WAIT, [status.source], here)
+        while duplicate.mpi.Iprobe(tag=I_WAIT, status=status):
+            ANSWERS.add((status.source, duplicate.mpi.recv(source=status.source, tag=I_WAIT)))
+
+
+def bid_farewell() -> None:
+    """Tell the next ranks that this one has left, and how far it came. Local."""
+    if os.getpid() != PROCESS or MPI.Is_finalized():
+        return
+    world = MPI.COMM_WORLD
+    rank, size = world.Get_rank(), world.Get_size()
+    content = rank, {hash(group): place for group, place in PLACES.items()}
+    for duplicate in DUPLICATES:
+        duplicate.tell(FAREWELL, [(duplicate.rank + 1) % duplicate.size], content)
+    if not PLACES:  # else the world's messages are left to the program, which may take any
+        SENT.append(world.isend(content, (rank + 1) % size, FAREWELL))
+    started = time.monotonic()
+    for group, place in PLACES.items():
+        before = group[group.index(rank) - 1]
+        while place.halfway and before not in LEFT:  # where all leave, nobody waits
+            receive()
+            if time.monotonic() > started + GRACE:
+                abort(f"qnewton-mpi: rank {rank} has left in the middle of {place.purpose}; others wait", code=2)
+
+
+@functools.cache
+def watch() -> None:
+    """Have this rank bid farewell when it ends, with the end of Python or of MPI. Local."""
+    if MPI.COMM_WORLD.Get_size() > 1:
+        atexit.register(bid_farewell)
+        # The attributes of this communicator are deleted first of all in MPI_Finalize.
+        MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=lambda *_: bid_farewell()), None)
