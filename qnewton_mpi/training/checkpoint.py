@@ -278,6 +278,8 @@ class Checkpoints:
         shared["configuration"] = np.array(json.dumps(document).encode())
         sums = {MASTER: _write(partial / MASTER, shared), **files}
         replace_whole(partial / SUMS, _lines(sums).encode())
+        if not _is_whole(partial):
+            raise OSError("files of other ranks are not there: it must be a folder that all nodes see")
         final = self.folder / name_of(step)
         old = final.with_name(f".{final.name}.old")
         _remove(old)
