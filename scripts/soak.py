@@ -62,7 +62,8 @@ def victim(rank: int, step: int, phase: str, started: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    call, one_step, sync = loop.ReplicaLoss.at_once, loop.Run.step, checkpoint._sync
+    call, one_step = loop.ReplicaLoss.at_once, loop.Run.step
+    write, sync = checkpoint.replace_whole, checkpoint.sync_folder
 
     def gradient(self: loop.ReplicaLoss, *arguments: object) -> object:
         here["step"] = self.step + 1
@@ -74,16 +75,18 @@ def victim(rank: int, step: int, phase: str, started: Path) -> None:
         die("after a step")
         return done
 
-    def syncing(path: Path) -> None:
+    def writing(path: Path, *parts: bytes | memoryview) -> None:
         if path.name == checkpoint.SUMS:
             die("save: sums")
-        if path.name == "checkpoints":
-            die("save: renamed")
-        sync(path)
+        write(path, *parts)
+
+    def syncing(folder: Path) -> None:
+        die("save: renamed")
+        sync(folder)
 
     loop.ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
     loop.Run.step = whole_step  # type: ignore[method-assign]
-    checkpoint._sync = syncing
+    checkpoint.replace_whole, checkpoint.sync_folder = writing, syncing
     before(loop.Run, "evaluate", "evaluation")
     before(loop.Run, "save", "save: begun")
     before(checkpoint.Checkpoints, "_write_rank", "save: rank's file")

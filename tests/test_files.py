@@ -1,6 +1,7 @@
 """Files that are whole or not there, images with sums, locks."""
 
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.images import column, open_image, write_image
+from qnewton_mpi.files.images import column, dataset, image_of, open_image, open_summed, write_image
 from qnewton_mpi.files.locks import Holder, locked
 from qnewton_mpi.files.whole import printable, read_whole, replace_whole
 
@@ -184,3 +185,40 @@ def test_a_lock_is_no_link(tmp_path):
     with pytest.raises(UserError, match="cannot be made"):
         locked(tmp_path / "lock", "--output r.h5").__enter__()
     assert not (tmp_path / "precious").exists()
+
+
+def test_an_open_file_is_the_one_that_was_compared(tmp_path):
+    path, image = tmp_path / "part.h5", bytes(image_of(lambda file: file.update({"x": np.arange(1e5)})))
+    path.write_bytes(image)
+    digest = hashlib.sha256(image).hexdigest()
+    with open_summed(path, digest) as file:
+        path.unlink()
+        path.write_bytes(b"another")
+        assert dataset(file, "x")[-1] == 99999
+    with pytest.raises(ValueError, match=r"part.h5 does not match"), open_summed(path, digest):
+        pass
+    path.write_bytes(image)
+    with open_summed(path, digest) as file:
+        os.truncate(path, 4000)
+        with pytest.raises(OSError, match="cut off while it was read"):
+            dataset(file, "x")[()]
+
+
+def test_data_that_is_elsewhere_or_nowhere_is_refused(tmp_path):
+    def fill(file):
+        file["group/x"] = np.arange(3)
+        file["link"] = h5py.SoftLink("/group")
+        file.create_dataset("unwritten", (1000,), np.float64)
+
+    path, image = tmp_path / "part.h5", image_of(fill)
+    path.write_bytes(image)
+    with open_summed(path, hashlib.sha256(image).hexdigest()) as file:
+        assert dataset(file, "group/x")[()].tolist() == [0, 1, 2]
+        for name, told in (
+            ("link/x", "is a link"),
+            ("unwritten", "is not all there"),
+            ("group/x/y", "is missing"),
+            ("group", "is not an array"),
+        ):
+            with pytest.raises(ValueError, match=told):
+                dataset(file, name)

@@ -115,3 +115,22 @@ def test_command(qnewton, tmp_path):
         assert failed.returncode == 2
         assert failed.stderr.count("\n") == 1
         assert match in failed.stderr
+
+
+def test_only_sound_checkpoints_count(qnewton, tmp_path):
+    """As with --resume: what is damaged is passed over with a word, and parameters that are not there are no zeros."""
+    arguments = ("--steps", "2", "--checkpoint-every", "1", "--output", "run.h5", "--checkpoint", "saved")
+    assert qnewton(2, "train", *arguments, cwd=tmp_path).returncode == 0
+    options = ("--samples", "8", "--top", "1", "--overwrite")
+    found = []
+    for step in (2, 1):
+        finished = qnewton(2, "spectrum", "saved", *options, cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr.count("passed over") == 2 - step
+        found.append(finished.stdout)
+        max((tmp_path / "saved" / f"step-{step:010d}").glob("rank-*.h5")).unlink()
+    assert found[0] != found[1]
+    finished = qnewton(2, "spectrum", "saved", *options, cwd=tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1
+    assert "no sound checkpoint in saved" in finished.stderr

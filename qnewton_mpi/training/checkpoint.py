@@ -278,6 +278,8 @@ class Checkpoints:
         shared["configuration"] = np.array(json.dumps(document).encode())
         sums = {MASTER: _write(partial / MASTER, shared), **files}
         replace_whole(partial / SUMS, _lines(sums).encode())
+        if not _is_whole(partial):
+            raise OSError("files of other ranks are not there: it must be a folder that all nodes see")
         final = self.folder / name_of(step)
         old = final.with_name(f".{final.name}.old")
         _remove(old)
@@ -387,7 +389,7 @@ class _Saved:
         self._master = stack.enter_context(open_summed(folder / MASTER, sums.get(MASTER, "")))
         self.about: dict[str, Any] = json.loads(dataset(self._master, "configuration")[()])
         if self.about["schema"] != SCHEMA:
-            raise UserError(f"{folder} is of schema {self.about['schema']}, this version reads {SCHEMA}")
+            raise UserError(f"{folder} is of schema {self.about['schema']!r}, this version reads {SCHEMA}")
         if self.about["step"] != step:
             raise ValueError(f"is of step {self.about['step']}")
         self.lengths: list[int] = self.about["lengths"]
@@ -594,7 +596,7 @@ def steps_in(folder: Path) -> list[int]:
 def _sums(folder: Path) -> dict[str, str]:
     """Return what SHA256SUMS says, by the names of the files."""
     with os.fdopen(regular_descriptor(folder / SUMS), "rb") as file:
-        text = file.read(MOST_SUMS).decode("ascii")
+        text = file.read(MOST_SUMS).decode("ascii", "replace")
     sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
     if _lines(sums) != text:
         raise ValueError(f"{SUMS} is damaged")

@@ -183,6 +183,16 @@ def test_state_that_is_not_finite_is_not_written(communicator, folder):
     assert [path.name for path in folder.iterdir()] == [name_of(1)]
 
 
+def test_a_folder_that_not_all_nodes_see(communicator, folder):
+    if communicator.size == 1:
+        pytest.skip("needs two ranks")
+    optimizer = start("sgd", communicator, "sliced")
+    seen = folder if communicator.rank == 0 else folder.with_name("another-disk")
+    communicator.from_root(folder.mkdir)
+    with pytest.raises(UserError, match=r"step 1 not written to .* a folder that all nodes see"):
+        checkpoints(seen, optimizer).save(1, {"optimizer": optimizer})
+
+
 def forge(source, name, change, everywhere=True):
     """Change a file of a checkpoint, and the sums to match it: in SHA256SUMS alone or in checkpoint.h5 too."""
     if change is not None:
