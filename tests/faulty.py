@@ -61,10 +61,10 @@ def faulty_enter(self, phase):
     entered[phase] += 1
     if rank == 1 and phase == place and entered[phase] == count:
         happens()
-    if rank == 0 and phase == COMMUNICATION and entered[place] >= count and fault in ("block", "stop"):
-        if made["Watchdog"]._limit != PATIENCE:  # it will wait for rank 1
-            MPI.COMM_WORLD.recv(source=1)
-        made["Watchdog"]._limit = PATIENCE
+    watchdog = made.get("Watchdog")
+    if rank == 0 and phase == COMMUNICATION and entered[place] >= count and watchdog and watchdog._limit != PATIENCE:
+        MPI.COMM_WORLD.recv(source=1)  # which is where it stays, so that this rank will wait for it
+        watchdog._limit = PATIENCE
 
 
 def happens():
