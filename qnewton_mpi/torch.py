@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -58,8 +57,8 @@ class QuasiNewton(torch.optim.Optimizer):
     Parameters
     ----------
     params : iterable of Parameter, or of dict
-        As for any optimizer, the same on all ranks, float32 or float64, on the CPU or one GPU. Those frozen now are
-        left out. All groups have one learning rate.
+        As for any optimizer, the same on all ranks, float32 or float64, on the CPU or one GPU. Those that are frozen
+        now, or have no elements, are left out. All groups have one learning rate, and no other settings.
     samples : int
         b, how many independent predictions each replica's loss is the mean of: for a language model, tokens.
     method : str
@@ -68,7 +67,8 @@ class QuasiNewton(torch.optim.Optimizer):
         R, so that M = R · ranks.
     module : Module, optional
         Whose buffers, as running statistics, are to stay as they are in a probe, and to be those of rank 0 on all ranks
-        after each step, as with `DistributedDataParallel`. Methods that probe require it.
+        after each step, as with `DistributedDataParallel`; whose parameters are looked at where one gets no more
+        gradients. Methods that probe require it.
     exchange : str
         A key of `EXCHANGES`, or "auto".
     transport : str
@@ -225,13 +225,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self._failure = None
         self._surroundings.begin()
         self._found = np.zeros(len(self._tensors), bool)
-        with self._noting_failure():
-            _check_groups(self.param_groups)
-            self._follow()
-            self._frozen = self._parameters.frozen()
-            core.rate_factor = self._rate_factor()
-            if steps == 0 and self._probes:
-                self._try()
+        self._attempt(self._prepare)
         try:
             self.figures = core.step(self._loss_and_gradient)
         except UserError:
@@ -304,6 +298,15 @@ class QuasiNewton(torch.optim.Optimizer):
         if self.core.held is not self.core.parameters:
             self.core.held = self.core.exchange.hold(self.core.parameters)
 
+    def _prepare(self) -> None:
+        """Take what has become of the parameters and their groups since the last step."""
+        _check_groups(self.param_groups)
+        self._follow()
+        self._frozen = self._parameters.frozen()
+        self.core.rate_factor = self._rate_factor()
+        if self.core.steps == 0 and self._probes:
+            self._try()
+
     def _rate_factor(self) -> float:
         rates = {float(group["lr"]) for group in self.param_groups}
         if len(rates) > 1:
@@ -314,28 +317,29 @@ class QuasiNewton(torch.optim.Optimizer):
         """See that the closure repeats itself."""
         with self._surroundings.on_trial():
             losses = [self._evaluate(0, fresh=True) for _ in range(2)]
+            self._parameters.note_gradients()
         if not math.isclose(*losses, rel_tol=1e-6):
             raise UserError(
                 f"the closure returned the loss {losses[0]:g}, then {losses[1]:g} for the same parameters: it must use "
                 "the same batch at each call within a step, and PyTorch's random numbers only"
             )
 
-    @contextlib.contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        """Keep a mistake that only this rank may see for `_agree_on_step`, which all ranks take part in."""
-        try:
-            yield
-        except UserError as error:
-            self._failure = self._failure or error
+    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Do what may fail on this rank alone, unless something has already; `_agree_on_step` tells all ranks."""
+        if self._failure is None:
+            try:
+                return action(*arguments)
+            except UserError as error:
+                self._failure = error
+        return math.nan
 
     def _loss_and_gradient(self, point: Array, replica: int) -> tuple[float, Array]:
-        own, loss = replica - self.core.exchange.local.start, math.nan
-        if self._failure is None:
-            with self._noting_failure():
-                loss = self._evaluate_at(point, own)
+        own = replica - self.core.exchange.local.start
+        loss = self._attempt(self._evaluate_at, point, own)
         if own == len(self.core.exchange.local) - 1:
-            with self._noting_failure():
-                self._follow()
+            self._parameters.note_gradients()
+            self._attempt(self._follow)
+            self._attempt(self._parameters.check_present, (~self._found).tolist())
             self._agree_on_step()
         return loss, self.core.rows[own]
 
@@ -365,22 +369,21 @@ class QuasiNewton(torch.optim.Optimizer):
         UserError
             On all ranks, where one has failed, or not all have frozen the same parameters.
         """
-        if self._failure is None:
-            with self._noting_failure():
-                self._parameters.check_present(~self._found)
-        own = np.concatenate([[self._failure is not None], self._found, self._frozen], dtype=np.int64)
-        counts = [len(own)] * self.communicator.size
-        everyone = self.communicator.meet(own, counts, f"step {self.core.steps}").reshape(-1, len(own))
-        failed, found, frozen = np.split(everyone.sum(axis=0), [1, 1 + len(self._found)])
+        known, size = len(self._tensors), self.communicator.size
+        own = np.empty(2 * known + 1, np.int64)
+        own[:known], own[known:-1], own[-1] = self._found, self._frozen, self._failure is not None
+        everyone = self.communicator.meet(own, [len(own)] * size, f"step {self.core.steps}")
+        counts = everyone.reshape(size, -1).sum(axis=0)
+        found, frozen, failed = counts[:known], counts[known:-1], counts[-1]
         if failed:
             self.communicator.together(self._fail)
-        for k in np.flatnonzero((frozen > 0) & (frozen < self.communicator.size)):
-            everyone = self.communicator.mpi.allgather(self._frozen[k])
-            ranks = ", ".join(str(rank) for rank, frozen_there in enumerate(everyone) if frozen_there)
+        for k in np.flatnonzero((frozen > 0) & (frozen < size)):
+            frozen_there = everyone.reshape(size, -1)[:, known + k]
+            ranks = ", ".join(map(str, np.flatnonzero(frozen_there)))
             raise UserError(
                 f"{self._parameters.name(self._tensors[k])} is frozen on rank(s) {ranks} alone: freeze it on all"
             )
-        self.core.resting = list(itertools.compress(self._parameters.spans, found == 0))
+        self.core.resting = [self._parameters.spans[k] for k in np.flatnonzero(found == 0)]
 
     def _share_buffers(self) -> None:
         """Give all ranks the buffers of rank 0. Collective."""

@@ -167,6 +167,10 @@ class Tensors:
             for k, p in enumerate(self.moved)
         )
 
+    def note_gradients(self) -> None:
+        """Take the gradients that are there for used."""
+        self._used = [p.grad if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in self.moved]
+
     def take_gradients(self, views: Iterable[torch.Tensor]) -> list[bool]:
         """Copy the gradients to views, zero where there are none; return for each parameter whether there is one.
 
@@ -189,12 +193,10 @@ class Tensors:
                 raise UserError(f"{self.name(self.moved[k])} has a sparse gradient: use sparse=False in its layer")
             else:
                 view.copy_(gradient)
-                self._used[k] = weakref.ref(gradient), gradient._version
         return [gradient is not None for gradient in found]
 
-    def check_present(self, idle: Iterable[bool]) -> None:
+    def check_present(self, idle: list[bool]) -> None:
         """Raise `UserError` where a parameter that had no gradient in this step is no longer one of the model's."""
-        idle = list(idle)
         lacking = [k for k, p in enumerate(self.moved) if idle[k] and p.requires_grad]
         new = [k for k in lacking if self.moved[k] in self._inside and not self._idle[k]]
         inside = set(self._module.parameters()) if new else set()
