@@ -93,8 +93,30 @@ def test_plot_and_its_table(qnewton, one_line_error, tmp_path):
     assert (tmp_path / "nll.png").read_bytes().startswith(b"\x89PNG")
     assert finished.stdout.count("sgd M=8 lr=") == finished.stdout.count("fisher M=8 lr=") == 1
     one_line_error(1, "plot", "sgd.h5", "--output", "nll.png", match="nll.png exists.*--overwrite")
-    one_line_error(1, "plot", "missing.h5", match="missing.h5: is not the file of a run")
-    one_line_error(1, "plot", "sgd.h5", "--output", "nll.nothing", match="cannot be written")
+    one_line_error(1, "plot", "missing.h5", match="missing.h5: cannot be read")
+    one_line_error(1, "plot", "missing.h5", "--output", "nll.nothing", match="cannot be written with this suffix")
+    before = (tmp_path / "sgd.h5").read_bytes()
+    (tmp_path / "sgd.png").write_bytes(before)
+    one_line_error(1, "plot", "sgd.h5", match="sgd.png exists.*--overwrite")
+    one_line_error(1, "plot", "sgd.png", "--overwrite", match="sgd.png: is not a picture")
+    one_line_error(1, "plot", "sgd.h5", "--output", "sgd.h5", "--overwrite", match="cannot be written with this suffix")
+    assert (tmp_path / "sgd.h5").read_bytes() == (tmp_path / "sgd.png").read_bytes() == before
+
+
+def test_a_run_file_cut_off_is_told_by_every_command(qnewton, one_line_error, tmp_path):
+    saves = ("train", "--replicas", "2", "--steps", "2", "--checkpoint", "saved", "--output", "run.h5")
+    assert qnewton(1, *saves, cwd=tmp_path).returncode == 0
+    path = tmp_path / "run.h5"
+    path.write_bytes(path.read_bytes()[:-1])
+    commands = (
+        ("watch", path),
+        ("plot", path),
+        ("spectrum", path, "--top", "1"),
+        ("report", path),
+        (*saves, "--resume"),
+    )
+    for command in commands:
+        one_line_error(1, *command, match="run.h5: is damaged: it has|run.h5: is the file of a run, not of a study")
 
 
 def test_info_tells_of_every_rank(qnewton):
@@ -289,10 +311,14 @@ def test_bad_files(one_line_error, tmp_path):
 def test_existing_output(qnewton, one_line_error, tmp_path):
     path = tmp_path / "run.h5"
     path.write_text("precious")
-    one_line_error(2, "train", "--steps", "1", "--output", path, match="run.h5 exists.*--overwrite")
-    assert path.read_text() == "precious"
-    assert qnewton(2, "train", "--steps", "1", "--output", path, "--overwrite").returncode == 0
-    assert Run(path).attributes["status"] == "finished"
+    for how in ((), ("--overwrite",)):
+        match = "run.h5: is not a run" if how else "run.h5 exists.*--overwrite"
+        one_line_error(2, "train", "--steps", "1", "--output", path, *how, match=match)
+        assert path.read_text() == "precious"
+    path.write_text("")
+    for _ in range(2):
+        assert qnewton(2, "train", "--steps", "1", "--output", path, "--overwrite").returncode == 0
+        assert Run(path).finished
 
 
 def test_divergence_ends_the_run_and_keeps_its_file(one_line_error, tmp_path):
@@ -378,22 +404,25 @@ def test_a_killed_runs_file_opens(mpiexec, tmp_path):
     process = subprocess.Popen(
         [*command, "--output", str(path)],
         env=mpiexec.environ,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        text=True,
         start_new_session=True,
     )
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 100
+        while not condition():
+            assert time.monotonic() < deadline, "waited too long"
+            time.sleep(0.05)
+
     try:
-        told = 0
-        while told < 3:
-            line = process.stderr.readline()
-            assert line, "the run ended by itself"
-            told += "train NLL" in line
+        wait_for(lambda: path.exists() and len(Run(path).epochs["train_nll"]) >= 3)
+        assert Run(path).state.startswith("running")
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         subprocess.run(["pkill", "-KILL", "-f", str(path)], check=False)  # ranks in sessions of their own
         process.wait()
-        process.stderr.close()
+    wait_for(lambda: Run(path).state.startswith("killed: process"))
     run = Run(path)
     assert run.attributes["status"] == "running"
     assert len(run.epochs["train_nll"]) >= 3

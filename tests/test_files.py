@@ -1,5 +1,6 @@
 """Files that are whole or not there, images with sums, locks."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -16,6 +17,7 @@ import pytest
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import column, dataset, image_of, open_image, open_summed, write_image
 from qnewton_mpi.files.locks import Holder, locked
+from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import printable, read_whole, replace_whole
 
 
@@ -64,6 +66,36 @@ def test_where_there_is_no_room_the_file_stays(tmp_path, monkeypatch):
 def test_paths_in_messages():
     assert printable("a\nb\0\udcff\ud800") == r"a\nb\x00\xff\ud800"
     assert len(printable("a" * 5000)) < 200
+
+
+def test_only_what_is_of_the_kind_is_replaced(tmp_path):
+    write_image(tmp_path / "run", "run", filled)
+    write_image(tmp_path / "spectrum", "spectrum", filled)
+    with h5py.File(tmp_path / "old", "w") as file:
+        file.attrs["version_qnewton_mpi"] = "0.1.0"
+    with h5py.File(tmp_path / "another", "w") as file:
+        file["measured"] = np.zeros(3)
+    (tmp_path / "text").write_text("precious")
+    (tmp_path / "table").write_text("| row | rate |\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "text.png").write_text("precious")
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "folder").mkdir()
+    may = {"run": {"run", "old", "empty"}, "spectrum": {"spectrum", "empty"}, "table": {"table", "empty"}}
+    names = [path.name for path in tmp_path.iterdir()]
+    for kind in (*may, "picture"):
+        for name in names:
+            with pytest.raises(UserError):
+                check_output(tmp_path / name, kind, overwrite=False)
+            allowed = name in may.get(kind, {"picture.png"})
+            with contextlib.nullcontext() if allowed else pytest.raises(UserError):
+                check_output(tmp_path / name, kind, overwrite=True)
+    check_output(tmp_path / "new" / "file", "run", overwrite=False)
+    check_output(tmp_path / "new" / "file.SVG", "picture", overwrite=False)
+    with pytest.raises(UserError, match="Not a directory"):
+        check_output(tmp_path / "text" / "file", "run", overwrite=True)
+    assert names == [path.name for path in tmp_path.iterdir()]
 
 
 def filled(file):

@@ -10,7 +10,7 @@ import pytest
 
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.studies.plan import at_edge, best_rate, next_rate, read_study
-from qnewton_mpi.studies.report import markdown, reached_at, read_results
+from qnewton_mpi.studies.report import draw, markdown, reached_at, read_results
 from qnewton_mpi.studies.store import read_runs
 from qnewton_mpi.training.runfile import EPOCH_FIGURES
 
@@ -212,6 +212,73 @@ def test_report_writes_beside_the_study(qnewton, tmp_path):
     again = qnewton(1, "report", "study.h5", cwd=tmp_path)
     assert again.returncode == 2
     assert "study.md exists" in again.stderr
+    assert qnewton(1, "report", "study.h5", "--overwrite", cwd=tmp_path).returncode == 0
+    (tmp_path / "study.md").write_text("Notes of mine")
+    kept = qnewton(1, "report", "study.h5", "--overwrite", cwd=tmp_path)
+    assert kept.returncode == 2
+    assert "study.md: is not a table" in kept.stderr
+    assert (tmp_path / "study.md").read_text() == "Notes of mine"
     missing = qnewton(2, "report", "nothing.h5", cwd=tmp_path)
     assert missing.returncode == 2
-    assert missing.stderr.count("is not the file of a study") == 1
+    assert missing.stderr.count("nothing.h5: cannot be read") == 1
+
+
+def change(name, value):
+    return lambda file: file["A-0"].attrs.__setitem__(name, value)
+
+
+def replace_column(value):
+    def damage(file):
+        del file["B-1/epochs/train_nll"]
+        file["B-1/epochs/train_nll"] = value
+
+    return damage
+
+
+def shorten(file):
+    for figure in EPOCH_FIGURES:
+        column = file[f"B-1/epochs/{figure}"][:-1]
+        del file[f"B-1/epochs/{figure}"]
+        file[f"B-1/epochs/{figure}"] = column
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda file: file.__setitem__("more", np.zeros(3)), "more is no group"),
+        (lambda file: file.__setitem__("more", h5py.ExternalLink("/dev/zero", "/")), "more is a link"),
+        (lambda file: file.create_group("more"), "status"),
+        (change("row", 5), "row"),
+        (change("baseline", "yes"), "baseline"),
+        (change("status", "well"), "status well"),
+        (change("lr", [0.1, 0.2]), "lr is no number or text"),
+        (replace_column(1.0), "not a column"),
+        (replace_column(np.zeros(2)), "differ in length"),
+        (shorten, "the runs of row 'B' have not as many evaluations"),
+        (lambda file: file["new-0"].attrs.update({"stage": "tuning", "row": "C"}), "row 'C' has no run that counts"),
+    ],
+)
+def test_studies_that_are_not_as_they_should_be(tmp_path, damage, match):
+    make_study(tmp_path / "study.h5")
+    with h5py.File(tmp_path / "study.h5", "a") as file:
+        damage(file)
+    with pytest.raises(UserError, match=match):
+        read_results(tmp_path / "study.h5")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.0, 1e308])
+@pytest.mark.parametrize("name", ["B", "x_{$²$} | 007", "2" * 5000])
+def test_whatever_a_study_says_is_reported(tmp_path, value, name):
+    pytest.importorskip("matplotlib")
+    make_study(tmp_path / "study.h5")
+    with h5py.File(tmp_path / "study.h5", "a") as file:
+        for run in ("B-0", "B-1"):
+            file[run].attrs.update({"row": name, "lr": "auto"})
+            for figure in ("train_nll", "tail_train_nll", "wall_seconds"):
+                file[f"{run}/epochs/{figure}"][1:] = value
+    results = read_results(tmp_path / "study.h5")
+    lines = markdown(results).splitlines()
+    assert len(lines) == 5
+    assert {line.replace("\\|", "").count("|") for line in lines} == {12}
+    draw(results, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")

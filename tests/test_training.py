@@ -1,6 +1,4 @@
-"""Schedules, averages, the file of a run."""
-
-import fcntl
+"""Schedules and averages."""
 
 import numpy as np
 import pytest
@@ -8,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qnewton_mpi.core.schedules import factor
-from qnewton_mpi.errors import UserError
 from qnewton_mpi.training.averages import Averages
-from qnewton_mpi.training.runfile import Run, RunFile
+from qnewton_mpi.training.runfile import Run
 
 
 @given(warmup=st.integers(0, 5), steps=st.integers(6, 30))
@@ -63,46 +60,3 @@ def test_schedules_and_averages_reach_the_run(qnewton, tmp_path):
         assert run.epochs["ema_test_nll"][-1] > 0
     rates = runs["cosine"].steps["step_norm"] / runs["cosine"].steps["gradient_norm"]
     np.testing.assert_allclose(rates, [0.3 * factor("cosine", 4, step, 20) for step in range(20)], rtol=1e-5)
-
-
-def test_rows_wait_for_room_on_the_disk(tmp_path, monkeypatch, caplog):
-    path = tmp_path / "run.h5"
-    room = [True]
-
-    def fallocate(*arguments):
-        if not room[0]:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", fallocate)
-    file = RunFile(path, {}, ["step"], np.zeros(3))
-    room[0] = False
-    for step in range(3):
-        file.add_step({"step": step})
-        assert not file.flush()
-    assert caplog.text.count("no room for more (No space left on device)") == 1
-    assert len(Run(path).steps["step"]) == 0
-    room[0] = True
-    assert file.flush()
-    assert Run(path).steps["step"].tolist() == [0, 1, 2]
-    room[0] = False
-    file.add_step({"step": 3})
-    with pytest.raises(UserError, match="disk is full"):
-        file.__exit__(None, None, None)
-    assert Run(path).attributes["status"].startswith("failed: ")
-    with pytest.raises(UserError, match="cannot be written"):
-        RunFile(path, {}, ["step"], np.zeros(3))
-
-
-@pytest.mark.parametrize("failure", [None, ValueError("é" * 1000)], ids=["finished", "failed"])
-def test_a_reader_does_not_disturb_the_end_of_a_run(tmp_path, failure):
-    """One that opens the file holds HDF5's shared lock while it does."""
-    path = tmp_path / "run.h5"
-    file = RunFile(path, {}, ["step"], np.zeros(3))
-    file.add_step({"step": 1})
-    with path.open("rb") as reader:
-        fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        file.__exit__(type(failure), failure, None)
-    run = Run(path)
-    status = run.attributes["status"]
-    assert status == "finished" if failure is None else status.startswith("failed: ééé")
-    assert run.steps["step"].tolist() == [1]

@@ -173,7 +173,7 @@ class RunFile:
                 for name, values in columns.items():
                     file[f"{group}/{name}"] = np.asarray(values)
             file["parameters"] = self._parameters
-            text = status.encode("utf-8", "backslashreplace")[:STATUS_BYTES].decode("utf-8", "ignore")
+            text = status.encode("utf-8", "backslashreplace")[:STATUS_BYTES].decode("utf-8", "ignore").encode()
             file.create_dataset("status", data=text, dtype=h5py.string_dtype(length=STATUS_BYTES))
 
         write_image(self.path, "run", fill)
