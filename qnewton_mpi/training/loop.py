@@ -145,6 +145,8 @@ class Run:
         )
         if rows is Rows.DONE:
             return
+        if resumed is not None:
+            LOG.info("goes on after step %d", resumed)
         root = self.communicator.rank == 0
         with contextlib.ExitStack() as stack:
             self.file = self.communicator.together(
@@ -197,7 +199,6 @@ class Run:
         for line in passed_over if self.communicator.rank == 0 else ():
             LOG.warning("passed over %s", line)
         if step is not None:
-            LOG.info("goes on after step %d", step)
             counted = self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
             # The run that was not interrupted did without this collective.
