@@ -7,7 +7,7 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +61,12 @@ class ReplicaLoss:
         return self.network.losses_and_gradients(parameters, *self.split.batch(self.network.xp.asarray(indices)))
 
 
-def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, Any] | None = None) -> Path:
+def train(
+    config: RunConfig,
+    communicator: Communicator,
+    labels: Mapping[str, Any] | None = None,
+    halted: Callable[[], bool] = lambda: False,
+) -> Path:
     """Do a run, or go on with one, and return the path of its file. Collective.
 
     Parameters
@@ -71,6 +76,8 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     communicator : Communicator
     labels : mapping, optional
         More attributes for the run's file.
+    halted : callable, optional
+        Asked at each step whether to stop for a reason of the caller's, as by `Interruption`.
 
     Raises
     ------
@@ -87,7 +94,7 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
         stack.enter_context(held(config, communicator))
         if training.stall_timeout is not None:
             stack.enter_context(Watchdog(communicator, training.stall_timeout))
-        told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit))
+        told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit, halted))
         communicator.together(Run(config, communicator, labels or {}, told).go)  # rank 0 alone may fail to end its file
     return config.output
 
@@ -339,8 +346,10 @@ class Run:
                 LOG.warning("%s; the run goes on", error)
             return False
         if self.file is not None:
+            first = self.file.attributes[SAVED] == NONE_SAVED
             self.file.attributes[SAVED] = self.position.step
-            self.file.flush()
+            if first:  # later ones are told with the next rows: that there is one is what counts
+                self.file.flush()
         self.communicator.enter("algebra")
         LOG.info("checkpoint of step %d in %s", self.position.step, self.checkpoints.folder)
         return True
