@@ -22,6 +22,7 @@ TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 MOUNTS = Path("/proc/self/mountinfo")
 ALONE = {"localflock", "local_lock=flock", "local_lock=all"}  # options of a mount whose locks end at the host
 MOST_BYTES = 4096  # of a lock file
+UNKNOWN, ENDED = -1, -2
 _TOLD: set[int] = set()  # file systems
 
 
@@ -35,7 +36,7 @@ class Holder:
         The machine, the space of its process numbers (a container has its own), and the identifier of its present boot.
     pid, started : int
         The process, and when it began, in ticks since the boot: a number that was given again is not taken for it.
-        `started` is -1 where the system does not say.
+        `started` is UNKNOWN where the system does not say.
     job, restart : str, int
         SLURM's job, if it is part of one, and how often that job went back to the queue before.
     alone : bool
@@ -248,13 +249,14 @@ def _runs(pid: int, started: int) -> bool:
         return False
     except OSError:  # another user's, of which /proc may show nothing
         pass
-    return _started(pid) in (started, -1)
+    found = _started(pid)
+    return found != ENDED and (found == started or UNKNOWN in (found, started))
 
 
 def _started(pid: int) -> int:
-    """Return when a process began; -1 where the system does not say, -2 for one that has ended and is not reaped."""
+    """Return when a process began, UNKNOWN where the system does not say, or ENDED for one that is not yet reaped."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return -1
-    return -2 if fields[0] in "ZX" else int(fields[19])
+        return UNKNOWN
+    return ENDED if fields[0] in "ZX" else int(fields[19])
