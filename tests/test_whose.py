@@ -12,6 +12,7 @@ from test_data import write_mnist
 
 from qnewton_mpi.config import resolve, run_config
 from qnewton_mpi.errors import InterruptedRunError, UserError
+from qnewton_mpi.files.images import USER_BLOCK
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.training.checkpoint import name_of, steps_in
@@ -148,14 +149,23 @@ def test_a_file_of_other_options(go, whole):
     refused(go, "other.h5 is of another run than c: seed was 3 and is 0:", "other.h5", output="other.h5", resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\x89HDF\r\n\x1a\n"])
+@pytest.mark.parametrize("content", [b"text", b"\x89HDF\r\n\x1a\n"])
 def test_a_file_that_is_of_no_run(go, whole, content):
     whole.with_name("x.h5").write_bytes(content)
     back_to(SAVES)
     refused(go, "x.h5", "x.h5", output="x.h5", resume=True)
+    refused(go, "x.h5", "x.h5", output="x.h5", resume=True, overwrite=True)
     refused(go, "x.h5", "x.h5", output="x.h5", resume=True, checkpoint="none")
     refused(go, "x.h5 exists: .*--overwrite", "x.h5", output="x.h5", checkpoint="none")
-    go(output="x.h5", resume=True, overwrite=True)
+
+
+def test_a_file_that_is_damaged(go, whole):
+    whole.write_bytes(whole.read_bytes()[:-1])
+    refused(go, "is damaged.*: name another --output, or replace it with --overwrite", resume=True)
+    refused(go, "is damaged.*: name another --output, or replace it with --overwrite", resume=True, checkpoint="none")
+    back_to(SAVES)
+    go(resume=True, overwrite=True)
+    assert Run(whole).steps["step"].tolist() == list(range(SAVES + 1, STEPS + 1))
 
 
 def test_another_output_begins_after_the_checkpoint(go, whole, caplog):
@@ -246,9 +256,10 @@ def test_outputs_that_are_never_replaced(go, tmp_path, output, message, option):
 def test_files_of_earlier_versions_are_compared_by_their_options(go):
     """They have no identifier, no digest of the data, and do not tell whether there was a checkpoint."""
     unfinished(go, told=4)
+    Path("r.h5").write_bytes(Path("r.h5").read_bytes()[USER_BLOCK:])  # nor sums
     with h5py.File("r.h5", "r+") as file:
         for name in ("run", "data_digest", "saved_step", "saved_in"):
             del file.attrs[name]
     refused(go, "seed was 0 and is 1", resume=True, seed=1)
-    refused(go, "of a run that may have one: is --checkpoint right", resume=True, checkpoint="typo")
+    refused(go, "r.h5 has rows that would be lost: is --checkpoint right", resume=True, checkpoint="typo")
     go(resume=True)

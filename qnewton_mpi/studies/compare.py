@@ -119,7 +119,7 @@ class Work:
             raise InterruptedRunError
         config = run_config(options)
         output = str(store.unfinished(name))
-        config = replace(config, training=replace(config.training, output=output, overwrite=True))
+        config = replace(config, training=replace(config.training, output=output))
         config = group.from_root(lambda: resolve(config, group.size))
         with contextlib.suppress(NonFiniteGradientError):  # its file says so
             train(config, group, {"row": row.name, "stage": stage, "baseline": row.baseline}, self.halt.came_at_once)

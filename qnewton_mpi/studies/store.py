@@ -55,7 +55,7 @@ class Store:
         self.folder = output.with_suffix(".runs")
 
     def open(self) -> None:
-        """Make the folder, and forget who had claimed what when a launch was cut off: on one rank, first.
+        """Make the folder, and forget who had claimed and begun what when a launch was cut off: on one rank, first.
 
         Raises
         ------
@@ -67,8 +67,8 @@ class Store:
             raise UserError(f"{self.folder}: must be a folder, of the runs that are done: name another --output")
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for claim in self.folder.glob("*.claim"):
-                claim.unlink()
+            for left in (*self.folder.glob("*.claim"), *self.folder.glob("*.part")):
+                left.unlink()
         if self.output.exists():
             read_runs(self.output)
 

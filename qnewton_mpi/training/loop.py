@@ -21,7 +21,7 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
-from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError
+from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError, printable
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
@@ -229,7 +229,7 @@ class Run:
         attributes = {**self.attributes, "run": self.identifier}
         if self.checkpoints is not None:
             saved = NONE_SAVED if resumed is None else resumed
-            attributes |= {SAVED: saved, SAVED_IN: str(self.checkpoints.folder.resolve())}
+            attributes |= {SAVED: saved, SAVED_IN: printable(self.checkpoints.folder.resolve())}
         kept = resumed if rows is Rows.KEPT else None
         return RunFile(self.config.output, attributes, figures, to_host(self.optimizer.parameters), kept)
 

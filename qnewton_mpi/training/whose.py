@@ -18,6 +18,7 @@ from qnewton_mpi.config import RunConfig
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.files.outputs import check_output
+from qnewton_mpi.files.whole import printable
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.runfile import Run
@@ -72,13 +73,13 @@ def held(config: RunConfig, communicator: Communicator) -> Iterator[None]:
 
 def _hold(config: RunConfig, stack: contextlib.ExitStack) -> None:
     output, training = config.output, config.training
-    stack.enter_context(locked(lock_of(output), f"--output {output}"))
+    stack.enter_context(locked(lock_of(output), f"--output {printable(output)}"))
     check_output(output, "run", training.overwrite or training.resume)
     if training.checkpoint is not None:
         folder = Path(training.checkpoint)
         if not folder.exists():  # one that stays empty was a mistake in its name
             stack.callback(_remove_empty, folder)
-        stack.enter_context(locked(folder / ".lock", f"--checkpoint {folder}"))
+        stack.enter_context(locked(folder / ".lock", f"--checkpoint {printable(folder)}"))
 
 
 def _remove_empty(folder: Path) -> None:
@@ -131,7 +132,7 @@ def rows_of(config: RunConfig, configuration: Mapping[str, Any], run: str, step:
     if last > step:
         LOG.info("%s: its rows after step %d are done again", output, step)
     if last < step:
-        LOG.warning("%s: the rows of steps %d to %d are missing", output, last + 1, step)
+        LOG.warning("%s has no rows of steps %d to %d", output, last + 1, step)
     return Rows.KEPT
 
 
@@ -144,15 +145,19 @@ def _rows_without_checkpoint(config: RunConfig, configuration: Mapping[str, Any]
     if config.training.overwrite:
         LOG.warning("no checkpoint in %s: starts from the beginning, and replaces %s", folder, output)
         return Rows.NEW
-    before = Run(output)
+    try:
+        before = Run(output)
+    except UserError as error:
+        raise UserError(f"{error}: {OTHERWISE}") from error
     saved = before.attributes.get(SAVED)
     if other := differences(before.attributes, configuration):
         problem = f"is of another run: {other}"
     elif before.finished:
         problem = "is finished"
-    elif saved is None or saved != NONE_SAVED:
-        which = "may have one" if saved is None else f"has one of step {saved}, in {before.attributes.get(SAVED_IN)}"
-        problem = f"is of a run that {which}"
+    elif saved is None:
+        problem = "has rows that would be lost"
+    elif saved != NONE_SAVED:
+        problem = f"is of a run that has one of step {saved}, in {before.attributes.get(SAVED_IN)}"
     else:
         LOG.warning("no checkpoint in %s, and none was made before: starts from the beginning, in %s", folder, output)
         return Rows.NEW
