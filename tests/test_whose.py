@@ -15,8 +15,8 @@ from qnewton_mpi.errors import InterruptedRunError, UserError
 from qnewton_mpi.files.images import USER_BLOCK
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.training import loop
 from qnewton_mpi.training.checkpoint import name_of, steps_in
-from qnewton_mpi.training.loop import train
 from qnewton_mpi.training.runfile import Run
 
 STEPS, SAVES = 6, 3
@@ -24,24 +24,29 @@ STEPS, SAVES = 6, 3
 
 @pytest.fixture
 def go(tmp_path, monkeypatch):
-    """Return go(**options): a short run of `sgd` in an empty folder, with checkpoints."""
+    """Return go(**options): a short run of `sgd` in an empty folder, with checkpoints.
+
+    With `stop` it is stopped after that step; with `fail` it fails after the first.
+    """
     monkeypatch.chdir(tmp_path)
     data = tmp_path.with_name(f"{tmp_path.name}-data")
     write_mnist(data, 64)
-    communicator = Communicator()
+    communicator, one_step, done = Communicator(), loop.Run.step, [0]
 
-    def go(told=lambda: False, **options):
+    def counted(run):
+        done[0] = one_step(run)
+        return done[0]
+
+    monkeypatch.setattr(loop.Run, "step", counted)
+
+    def go(stop=10**6, fail=False, **options):
+        done[0] = 0
         defaults = {"method": "sgd", "lr": 0.01, "replicas": 2, "batch": 32, "steps": STEPS, "evaluate_every": 1000}
-        defaults |= {
-            "data": "mnist",
-            "data_dir": str(data),
-            "output": "r.h5",
-            "checkpoint": "c",
-            "checkpoint_every": SAVES,
-            "progress": "off",
-        }
+        defaults |= {"data": "mnist", "data_dir": str(data), "output": "r.h5", "checkpoint": "c"}
+        defaults |= {"checkpoint_every": SAVES, "progress": "off"}
         options = {name: value for name, value in {**defaults, **options}.items() if value is not None}
-        train(resolve(run_config(options), 1), communicator, told=told)
+        halted = (lambda: done[0] and 1 // 0) if fail else (lambda: done[0] >= stop - 1)  # a stop is a step late
+        loop.train(resolve(run_config(options), 1), communicator, halted=halted)
 
     return go
 
@@ -51,12 +56,6 @@ def whole(go, tmp_path):
     """Return the path of a finished run."""
     go()
     return tmp_path / "r.h5"
-
-
-def after(steps):
-    """Return `told` that stops a run in its first steps."""
-    asked = iter(range(10**6))
-    return lambda: next(asked) >= steps - 1
 
 
 def steps_here():
@@ -71,10 +70,10 @@ def back_to(step):
             shutil.rmtree(f"c/{name_of(later)}")
 
 
-def unfinished(go, told=2):
+def unfinished(go, stop=2):
     """Leave a run that was stopped, with a checkpoint."""
-    with pytest.raises(InterruptedRunError):
-        go(told=after(told))
+    with pytest.raises(InterruptedRunError, match=f"stopped after step {stop} of {STEPS}"):
+        go(stop=stop)
 
 
 def refused(go, match, path="r.h5", **options):
@@ -113,15 +112,14 @@ def test_a_mistyped_folder_starts_nothing(go, whole, options, match):
 
 def test_a_mistyped_folder_of_a_run_that_had_saved(go):
     unfinished(go)
-    saved = steps_here()[-1]
     there = os.path.realpath("c")
-    refused(go, f"r.h5 is of a run that has one of step {saved}, in {there}: is --ch", checkpoint="typo", resume=True)
+    refused(go, f"r.h5 is of a run that has one of step 2, in {there}: is --ch", checkpoint="typo", resume=True)
     go(checkpoint="typo", resume=True, overwrite=True)
 
 
 def test_what_was_killed_before_its_first_save_begins_again(go, caplog):
     with pytest.raises(ZeroDivisionError):
-        go(told=lambda: 1 // 0)
+        go(fail=True)
     assert steps_here() == []
     refused(go, "lr was 0.01 and is 0.02", resume=True, lr=0.02)
     go(resume=True)
@@ -180,7 +178,7 @@ def test_another_output_begins_after_the_checkpoint(go, whole, caplog):
 
 
 def test_rows_after_the_checkpoint_are_done_again(go, tmp_path, caplog):
-    unfinished(go, told=4)
+    unfinished(go, stop=5)
     back_to(SAVES)
     go(resume=True)
     assert f"r.h5: its rows after step {SAVES} are done again" in caplog.text
@@ -225,7 +223,7 @@ def test_locks_do_not_outlast_a_run_however_it_ends(go, tmp_path):
     with pytest.raises(UserError):
         go(batch=10**6, overwrite=True)
     with contextlib.suppress(ZeroDivisionError):
-        go(told=lambda: 1 // 0, overwrite=True)
+        go(fail=True, overwrite=True)
     assert list(tmp_path.rglob("*lock*")) == []
 
 
@@ -255,7 +253,7 @@ def test_outputs_that_are_never_replaced(go, tmp_path, output, message, option):
 
 def test_files_of_earlier_versions_are_compared_by_their_options(go):
     """They have no identifier, no digest of the data, and do not tell whether there was a checkpoint."""
-    unfinished(go, told=4)
+    unfinished(go, stop=5)
     Path("r.h5").write_bytes(Path("r.h5").read_bytes()[USER_BLOCK:])  # nor sums
     with h5py.File("r.h5", "r+") as file:
         for name in ("run", "data_digest", "saved_step", "saved_in"):

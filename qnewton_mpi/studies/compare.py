@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qnewton_mpi.config import resolve, run_config
-from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError
+from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, TooLateError, UserError
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.studies.halt import Halt
@@ -66,14 +66,21 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator,
         world.from_root(lambda: store.merge(sorted({name for names, _ in outcomes for name in names})))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
-    """What one group of ranks does of a study. All methods are collective over the group."""
+    """What one group of ranks does of a study. All methods are collective over the group.
+
+    Attributes
+    ----------
+    worked : bool
+        Whether it has done a run.
+    """
 
     study: Study
     store: Store
     group: Communicator
     halt: Halt
+    worked: bool = False
 
     def do(self) -> tuple[list[str], UserError | InterruptedRunError | None]:
         """Do the rows that no other group does; return the names of their runs, and what ended the work early."""
@@ -82,10 +89,11 @@ class Work:
             try:
                 if self.group.from_root(lambda row=row: self.store.claim(run_name(row.name, row.options))):  # type: ignore[misc]
                     names += self.run_row(row)
-            except UserError as error:
-                self.halt.send(at_once=False)
-                return names, UserError(f"row {row.name!r}: {error}")
-            except InterruptedRunError:
+            except (UserError, InterruptedRunError) as error:
+                late = isinstance(error, TooLateError) and self.worked  # for the next run, but the study has got on
+                if not late and isinstance(error, UserError):
+                    self.halt.send(at_once=False)
+                    return names, UserError(f"row {row.name!r}: {error}")
                 self.halt.send(at_once="time_limit" not in row.options)  # then it is the job that was told to stop
                 how = "the same command goes on from the runs that are done"
                 return names, InterruptedRunError(f"stopped in row {row.name!r}; {how}")
@@ -123,6 +131,7 @@ class Work:
         config = group.from_root(lambda: resolve(config, group.size))
         with contextlib.suppress(NonFiniteGradientError):  # its file says so
             train(config, group, {"row": row.name, "stage": stage, "baseline": row.baseline}, self.halt.came_at_once)
+        self.worked = True
 
         def keep() -> None:
             store.keep(name)
