@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import io
 import os
 import sys
@@ -191,9 +192,12 @@ def check(command: argparse.Namespace, ranks: int) -> argparse.Namespace:
         options = {**(read_toml(command.toml) if command.toml is not None else {}), **given}
         command.config = resolve(run_config(options), ranks)
     if command.command == "compare":
-        command.plan = read_study(command.study)
         if ranks % command.ranks_per_run:
             raise UserError(f"--ranks-per-run {command.ranks_per_run} does not divide the {ranks} rank(s)")
+        command.plan = read_study(command.study, command.ranks_per_run)
+        names = [row.name for row in command.plan.rows]
+        if command.again and not fnmatch.filter(names, command.again):
+            raise UserError(f"--again {printable(command.again)}: no row is called so; there are {', '.join(names)}")
     if command.command == "bench":
         if command.quick:
             command.sizes, command.rounds = command.sizes[:1], 1

@@ -15,7 +15,6 @@ from qnewton_mpi.core.schedules import SCHEDULES
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError, printable
-from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import read_whole, reason
 from qnewton_mpi.models.convnet import ACTIVATIONS
 from qnewton_mpi.parallel.transport import TRANSPORTS
@@ -175,7 +174,7 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     Raises
     ------
     UserError
-        Where M does not fit the ranks, the batch or the method, or the output exists and is not to be overwritten.
+        Where M does not fit the ranks, the batch or the method, or an option needs a folder of checkpoints.
     """
     training = config.training
     m = training.replicas or max(DEFAULT_REPLICAS, ranks)
@@ -197,6 +196,5 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
         if training.on_nonfinite == "rollback":
             raise UserError("--on-nonfinite rollback needs something to go back to: --checkpoint DIR")
     output = training.output or f"runs/{training.data}-{training.method}-m{m}-seed{training.seed}.h5"
-    check_output(Path(output), "run", training.overwrite or training.resume)
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
     return replace(config, training=replace(training, replicas=m, output=output, epochs=epochs))

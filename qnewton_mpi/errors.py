@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class TooLateError(UserError):
+    """The job is about to end, before the run has done a step: it would go back to the queue for ever."""
+
+
 class NoReaderError(UserError):
     """Nobody reads what is printed any more, as of `| head`. The program ends without a word, with code 0."""
 
@@ -45,6 +49,11 @@ class NonFiniteGradientError(UserError):
         )
         self.step = step
         self.replica = replica
+        self._arguments = step, replica, loss, squared_norm
+
+    def __reduce__(self) -> tuple[type[NonFiniteGradientError], tuple[int, int, float, float]]:
+        """Be pickled, as between ranks, by what it was made of."""
+        return type(self), self._arguments
 
 
 class InterruptedRunError(Exception):

@@ -80,36 +80,6 @@ def test_replicas_that_fit_nowhere(options, ranks, message):
         resolve(run_config(options), ranks)
 
 
-def test_existing_output_is_refused_unless_overwritten(tmp_path):
-    path = tmp_path / "run.h5"
-    path.write_text("precious")
-    with pytest.raises(UserError, match="--overwrite"):
-        resolve(run_config({"output": str(path)}), 1)
-    assert resolve(run_config({"output": str(path), "overwrite": True}), 1).output == path
-    assert path.read_text() == "precious"
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        ("folder", "is a folder"),
-        ("fifo", "is no regular file"),
-        ("link", "is a symbolic link"),
-        ("file/run.h5", "Not a directory"),
-        ("a" * 300, "File name too long"),
-        ("a/" * 3000 + "run.h5", "File name too long"),
-    ],
-)
-def test_outputs_that_are_never_overwritten(tmp_path, output, message):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "link").symlink_to("file")
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(UserError, match=message) as caught:
-        resolve(run_config({"output": f"{tmp_path}/{output}", "overwrite": True}), 1)
-    assert len(str(caught.value)) < 400
-
-
 def test_defaults():
     config = resolve(run_config({}), 3)
     assert (config.training.method, config.replicas, config.training.epochs) == ("kronecker", 8, 10)

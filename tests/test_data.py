@@ -51,6 +51,16 @@ def no_named_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "_cache", lambda: tmp_path / "cache")
 
 
+def test_data_sets_have_the_same_digest_where_they_are_the_same(tmp_path):
+    write_mnist(tmp_path / "a")
+    write_mnist(tmp_path / "b")
+    write_mnist(tmp_path / "other", labels=[0, 1, 2, 3, 4, 6])
+    write_mnist(tmp_path / "longer", 7)
+    digests = [datasets.load("mnist", str(tmp_path / name)).digest for name in ("a", "b", "other", "longer")]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 @given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=3), packed=st.booleans(), seed=st.integers(0, 9))
 def test_idx_round_trip(tmp_path_factory, shape, packed, seed):
     array = np.random.default_rng(seed).integers(0, 256, shape)

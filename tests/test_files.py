@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.files import locks
 from qnewton_mpi.files.images import column, dataset, image_of, open_image, open_summed, write_image
 from qnewton_mpi.files.locks import Holder, locked
 from qnewton_mpi.files.outputs import check_output
@@ -203,6 +204,113 @@ def test_a_holder_on_another_host_is_not_taken_for_dead(tmp_path, monkeypatch):
     without_locks(monkeypatch)
     with pytest.raises(UserError, match=r"on elsewhere .* or remove .*lock if that process is gone"):
         locked(path, "--checkpoint c").__enter__()
+
+
+def test_a_holder_is_dead_only_where_that_is_certain(monkeypatch):
+    here = Holder.here()
+    assert replace(here, pid=os.getppid(), started=locks.UNKNOWN).dead() is False
+    assert replace(here, space="a container").dead() is None
+    assert replace(here, boot="another").dead() is True
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
+        started = Holder.here().started
+    assert replace(here, pid=ended.pid, started=started).dead() is True
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    first = replace(Holder.here(), host="elsewhere")
+    assert first.dead() is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # its earlier start is over
+    assert first.dead() is True
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert first.dead() is None
+
+
+def test_a_file_that_alone_was_the_lock_is_one_where_there_are_locks_again(tmp_path):
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(asdict(replace(Holder.here(alone=True), host="elsewhere"))))
+    with pytest.raises(UserError, match="on elsewhere"):
+        locked(path, "--checkpoint c").__enter__()
+    path.write_text(json.dumps(asdict(replace(Holder.here(), host="elsewhere"))))  # and its lock is free: it is gone
+    with locked(path, "--checkpoint c"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mount", "held"),
+    [
+        ("nfs4 server:/x rw,local_lock=none", False),
+        ("nfs server:/x rw,local_lock=all", True),
+        ("lustre x rw,flock", False),
+        ("lustre x rw,localflock", True),
+        ("beegfs beegfs_nodev rw", True),
+    ],
+)
+def test_locks_that_end_at_the_host(tmp_path, monkeypatch, mount, held):
+    path, device = tmp_path / "lock", tmp_path.stat().st_dev
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        f"1 1 999:999 / / rw - ext4 x rw\n36 35 {os.major(device)}:{os.minor(device)} / / rw m:1 - {mount}\n"
+    )
+    monkeypatch.setattr(locks, "MOUNTS", mounts)
+    path.write_text(json.dumps(asdict(replace(Holder.here(), host="elsewhere"))))
+    if held:
+        with pytest.raises(UserError, match="on elsewhere"):
+            locked(path, "--checkpoint c").__enter__()
+    else:
+        with locked(path, "--checkpoint c"):
+            pass
+
+
+def test_one_takes_over_from_a_dead_holder(tmp_path, monkeypatch):
+    """Another that saw the same one, and comes to write its name later, sees who was faster."""
+    path = tmp_path / "lock"
+    dead = replace(Holder.here(alone=True), boot="another")
+    path.write_text(json.dumps(asdict(dead)))
+    without_locks(monkeypatch)
+    faster = contextlib.ExitStack()
+    taking = locks._may_live
+
+    def slow(holder, without):
+        if holder == dead and not faster._exit_callbacks:
+            faster.push(lambda *_: None)
+            faster.enter_context(locked(path, "--output r.h5"))
+        return taking(holder, without)
+
+    monkeypatch.setattr(locks, "_may_live", slow)
+    with faster, pytest.raises(UserError, match=f"process {os.getpid()} on "):
+        locked(path, "--output r.h5").__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_warning_for_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    without_locks(monkeypatch)
+    monkeypatch.setattr(locks, "_TOLD", set())
+    for name in ("a", "b"):
+        with locked(tmp_path / name / "lock", "--output r.h5"):
+            pass
+    assert caplog.text.count("this file system has no locks (No locks available)") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[" * 3000, b'{"pid": 1}', b"\xff", b"null"], ids=["", "{}", "[[[", "few", "ff", "null"]
+)
+def test_a_lock_file_that_says_nothing(tmp_path, monkeypatch, content):
+    path = tmp_path / "lock"
+    path.write_bytes(content)
+    with locked(path, "--output r.h5"):
+        pass
+    path.write_bytes(content)
+    without_locks(monkeypatch)
+    with pytest.raises(UserError, match="written by another program"):
+        locked(path, "--output r.h5").__enter__()
+
+
+def test_hostile_holders(tmp_path, monkeypatch):
+    without_locks(monkeypatch)
+    path = tmp_path / "lock"
+    for change in ({"pid": -1}, {"pid": 1 << 40}, {"host": "a\nb"}, {"started": "x"}):
+        path.write_text(json.dumps(asdict(Holder.here()) | change))
+        with pytest.raises(UserError, match="written by another program") as caught:
+            locked(path, "--output r.h5").__enter__()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_process_of_the_same_number_is_not_the_holder():

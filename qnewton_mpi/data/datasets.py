@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -58,11 +59,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split of one data set."""
+    """A training and a test split of one data set.
+
+    Attributes
+    ----------
+    digest : str
+        Of all images and labels: data sets with the same are the same.
+    """
 
     name: str
     train: Split
     test: Split
+    digest: str
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -173,10 +181,19 @@ def load(name: str, data_dir: str | None, xp: ModuleType = np, dtype: Any = np.f
     second = counts @ np.arange(256.0) ** 2 / counts.sum(axis=1)
     scale = 1 / np.sqrt(second - mean**2)
     constants = [xp.asarray(c[:, None, None], dtype=dtype) for c in (scale, -mean * scale)]
-    splits = (
+    training, testing = (
         Split(xp.asarray(i), xp.asarray(la), *constants) for i, la in ((train, train_labels), (test, test_labels))
     )
-    return Dataset(name, *splits)
+    return Dataset(name, training, testing, _digest(arrays))
+
+
+def _digest(arrays: tuple[Bytes, ...]) -> str:
+    """Return a digest of arrays of bytes and of their shapes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def locate(name: str, data_dir: str | None) -> list[Path] | None:

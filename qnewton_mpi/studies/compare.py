@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qnewton_mpi.config import resolve, run_config
-from qnewton_mpi.errors import NonFiniteGradientError
+from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, TooLateError, UserError
+from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.studies.halt import Halt
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
 from qnewton_mpi.training.loop import load_data, train
@@ -20,6 +22,8 @@ from qnewton_mpi.training.runfile import rate_text
 
 def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator, again: str = "") -> None:
     """Run what is missing of a study and write its file. Collective.
+
+    Where a run fails or is stopped, no group begins another, and what is done is kept for the next start.
 
     Parameters
     ----------
@@ -35,62 +39,109 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator,
     Raises
     ------
     UserError
-        On every rank, for data that cannot be had and files that cannot be written.
+        On every rank, for another program that does this study, data that cannot be had, files that cannot be written.
+    InterruptedRunError
+        On every rank, where a run was told to stop.
     """
     store = Store(output, again)
-    world.from_root(store.open)
-    for data in {(row.options.get("data"), row.options.get("data_dir")) for row in study.rows}:
-        options = dict(zip(("data", "data_dir"), data, strict=True))
-        load_data(run_config({k: v for k, v in options.items() if v is not None}), world)
-    group = Communicator(world.mpi.Split(world.rank // ranks_per_run))
+    with contextlib.ExitStack() as stack:
 
-    def work() -> list[str]:
-        names: list[str] = []
-        for row in study.rows:
-            if group.from_root(lambda row=row: store.claim(run_name(row.name, row.options))):  # type: ignore[misc]
-                names += run_row(study, row, store, group)
-        return names
+        def open_store() -> None:
+            for path in (output, store.folder):  # studies whose files differ in the suffix share a folder
+                stack.enter_context(locked(lock_of(path), f"--output {output}"))
+            store.open()
 
-    names = world.mpi.allgather(world.together(work))
-    world.from_root(lambda: store.merge(sorted({name for some in names for name in some})))
-
-
-def run_row(study: Study, row: Row, store: Store, group: Communicator) -> list[str]:
-    """Tune a row, run it on the seeds, and return the names of all its runs. Collective over the group."""
-    names = []
-    rates: list[float | None] = [*row.rates] if row.rates else [None]
-    if len(rates) > 1:
-        scores: dict[float, float] = {}
-        waiting, extensions = [*row.rates], study.extensions
-        while waiting:
-            for rate in waiting:
-                names.append(run_once(row, rate, study.tuning_seed, "tuning", store, group))
-                scores[rate] = group.from_root(lambda: store.run(names[-1]).reached(study.tune_by))
-            beyond = next_rate(scores) if extensions > 0 else None
-            waiting, extensions = [] if beyond is None else [beyond], extensions - 1
-        rates = [best_rate(scores)]
-    return names + [run_once(row, rates[0], seed, "final", store, group) for seed in study.seeds]
+        world.from_root(open_store)
+        for data in {(row.options.get("data"), row.options.get("data_dir")) for row in study.rows}:
+            options = dict(zip(("data", "data_dir"), data, strict=True))
+            load_data(run_config({k: v for k, v in options.items() if v is not None}), world)
+        group = Communicator(world.mpi.Split(world.rank // ranks_per_run))
+        halt = Halt(world, range(0, world.size, ranks_per_run))
+        names, failure = Work(study, store, group, halt).do()
+        outcomes = world.mpi.allgather((names, failure))
+        halt.end()
+        failures = [failure for _, failure in outcomes if failure is not None]
+        if failures:
+            raise min(failures, key=lambda failure: isinstance(failure, InterruptedRunError))  # an error says more
+        world.from_root(lambda: store.merge(sorted({name for names, _ in outcomes for name in names})))
 
 
-def run_once(row: Row, rate: float | None, seed: int, stage: str, store: Store, group: Communicator) -> str:
-    """Do a run unless it is stored, and return its name. One that diverges is a result too. Collective."""
-    options: dict[str, Any] = {**row.options, "seed": seed, "progress": "off", **({} if rate is None else {"lr": rate})}
-    name = run_name(row.name, options)
-    if group.from_root(lambda: store.has(name)):
+@dataclass
+class Work:
+    """What one group of ranks does of a study. All methods are collective over the group.
+
+    Attributes
+    ----------
+    worked : bool
+        Whether it has done a run.
+    """
+
+    study: Study
+    store: Store
+    group: Communicator
+    halt: Halt
+    worked: bool = False
+
+    def do(self) -> tuple[list[str], UserError | InterruptedRunError | None]:
+        """Do the rows that no other group does; return the names of their runs, and what ended the work early."""
+        names = []
+        for row in self.study.rows:
+            try:
+                if self.group.from_root(lambda row=row: self.store.claim(run_name(row.name, row.options))):  # type: ignore[misc]
+                    names += self.run_row(row)
+            except (UserError, InterruptedRunError) as error:
+                late = isinstance(error, TooLateError) and self.worked  # for the next run, but the study has got on
+                if not late and isinstance(error, UserError):
+                    self.halt.send(at_once=False)
+                    return names, UserError(f"row {row.name!r}: {error}")
+                self.halt.send(at_once="time_limit" not in row.options)  # then it is the job that was told to stop
+                how = "the same command goes on from the runs that are done"
+                return names, InterruptedRunError(f"stopped in row {row.name!r}; {how}")
+        return names, None
+
+    def run_row(self, row: Row) -> list[str]:
+        """Tune a row, run it on the seeds, and return the names of all its runs."""
+        names = []
+        rates: list[float | None] = [*row.rates] if row.rates else [None]
+        if len(rates) > 1:
+            scores: dict[float, float] = {}
+            waiting, extensions = [*row.rates], self.study.extensions
+            while waiting:
+                for rate in waiting:
+                    names.append(self.run_once(row, rate, self.study.tuning_seed, "tuning"))
+                    scores[rate] = self.group.from_root(lambda: self.store.run(names[-1]).reached(self.study.tune_by))
+                beyond = next_rate(scores) if extensions > 0 else None
+                waiting, extensions = [] if beyond is None else [beyond], extensions - 1
+            rates = [best_rate(scores)]
+        return names + [self.run_once(row, rates[0], seed, "final") for seed in self.study.seeds]
+
+    def run_once(self, row: Row, rate: float | None, seed: int, stage: str) -> str:
+        """Do a run unless it is stored, and return its name. One that diverges is a result too."""
+        store, group = self.store, self.group
+        options: dict[str, Any] = {**row.options, "seed": seed, "progress": "off"}
+        options |= {} if rate is None else {"lr": rate}
+        name = run_name(row.name, options)
+        if group.from_root(lambda: store.has(name)):
+            return name
+        if group.from_root(self.halt.came):
+            raise InterruptedRunError
+        config = run_config(options)
+        output = str(store.unfinished(name))
+        config = replace(config, training=replace(config.training, output=output))
+        config = group.from_root(lambda: resolve(config, group.size))
+        with contextlib.suppress(NonFiniteGradientError):  # its file says so
+            train(config, group, {"row": row.name, "stage": stage, "baseline": row.baseline}, self.halt.came_at_once)
+        self.worked = True
+
+        def keep() -> None:
+            store.keep(name)
+            reached = store.run(name).reached("train_nll")
+            what = "diverged" if math.isnan(reached) else f"train NLL {reached:.4f}"
+            print(
+                f"{row.name}, lr {rate_text(config.optimizer.lr)}, seed {seed}, {stage}: {what}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        group.from_root(keep)
         return name
-    config = run_config(options)
-    output = str(store.unfinished(name))
-    config = replace(config, training=replace(config.training, output=output, overwrite=True))
-    config = group.from_root(lambda: resolve(config, group.size))
-    with contextlib.suppress(NonFiniteGradientError):  # its file says so
-        train(config, group, {"row": row.name, "stage": stage, "baseline": row.baseline})
-    if group.rank == 0:
-        store.keep(name)
-        reached = store.run(name).reached("train_nll")
-        what = "diverged" if math.isnan(reached) else f"train NLL {reached:.4f}"
-        print(
-            f"{row.name}, lr {rate_text(config.optimizer.lr)}, seed {seed}, {stage}: {what}",
-            file=sys.stderr,
-            flush=True,
-        )
-    return name

@@ -20,6 +20,7 @@ import h5py
 
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import open_image, subgroup, write_image
+from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import writing
 from qnewton_mpi.training.runfile import WRITER, Run
 
@@ -54,28 +55,30 @@ class Store:
         self.folder = output.with_suffix(".runs")
 
     def open(self) -> None:
-        """Make the folder, and forget who had claimed what when a launch was cut off: on one rank, first.
+        """Make the folder, and forget who had claimed and begun what when a launch was cut off: on one rank, first.
 
         Raises
         ------
         UserError
-            Where the folder cannot be made, or the output is not a study's.
+            Where the folder cannot be written, or what is at one of the two places is not a study's.
         """
-        try:
+        check_output(self.output, "study", overwrite=True)
+        if self.folder.is_symlink() or self.folder == self.output:
+            raise UserError(f"{self.folder}: must be a folder, of the runs that are done: name another --output")
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made ({error}): name another --output") from error
-        for claim in self.folder.glob("*.claim"):
-            claim.unlink()
+            for left in (*self.folder.glob("*.claim"), *self.folder.glob("*.part")):
+                left.unlink()
         if self.output.exists():
             read_runs(self.output)
 
     def claim(self, name: str) -> bool:
         """Tell whether a name was not claimed before; from now on it is."""
-        try:
-            (self.folder / f"{name}.claim").touch(exist_ok=False)
-        except FileExistsError:
-            return False
+        with writing(self.folder):
+            try:
+                (self.folder / f"{name}.claim").touch(exist_ok=False)
+            except FileExistsError:
+                return False
         return True
 
     def has(self, name: str) -> bool:
@@ -92,7 +95,8 @@ class Store:
 
     def keep(self, name: str) -> None:
         """Declare a run written whole."""
-        self.unfinished(name).rename(self._path(name))
+        with writing(self.folder):
+            self.unfinished(name).rename(self._path(name))
 
     def merge(self, names: list[str]) -> None:
         """Write the named runs into the output; then the folder goes.
@@ -114,7 +118,8 @@ class Store:
 
         with writing(self.output):
             write_image(self.output, "study", fill)
-        shutil.rmtree(self.folder)
+        with writing(self.folder):
+            shutil.rmtree(self.folder)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.h5"

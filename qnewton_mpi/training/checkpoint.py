@@ -46,6 +46,7 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import HDF5_ERRORS, dataset, image_of, open_summed
 from qnewton_mpi.files.whole import printable, reason, regular_descriptor, replace_whole, sync_folder
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.training.whose import differences
 
 T = TypeVar("T")
 HostArray = NDArray[Any]
@@ -57,35 +58,18 @@ MOST_SUMS = 2**26  # bytes, of a million ranks' sums
 PARAMETERS, STEP = "optimizer/held", "position/step"
 UNREADABLE = (*HDF5_ERRORS, IndexError)
 SHORTAGES = {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENFILE: "too many files are open on this machine"}
-# Options that may differ between a run and its continuation; `exchange` then changes rounding.
-FREE = {
-    "output",
-    "overwrite",
-    "progress",
-    "data_dir",
-    "exchange",
-    "transport",
-    "checkpoint",
-    "checkpoint_every",
-    "resume",
-    "time_limit",
-    "stop_signals",
-    "stall_timeout",
-    "check_replicas",
-    "on_nonfinite",
-    "log_dir",
-}
 
 
 @dataclass
 class Position:
-    """How far a run is: what the loop itself carries from step to step."""
+    """How far a run is: what the loop itself carries from step to step, and which run it is (bytes)."""
 
     lengths: ClassVar = {"skipped": "skipped"}
     step: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
     skipped: NDArray[np.int64] | None = None
+    run: NDArray[np.uint8] | None = None
 
     @property
     def state(self) -> dict[str, Kind]:
@@ -102,7 +86,7 @@ class Checkpoints:
     exchange : Exchange
         Which tells what each rank holds.
     configuration : mapping
-        All options of the run, compared with those of a checkpoint.
+        All options of the run and the digest of its data, compared with those of a checkpoint (`differences`).
     """
 
     def __init__(
@@ -325,10 +309,7 @@ class Checkpoints:
 
     def _compare(self, source: Path, about: Mapping[str, Any]) -> None:
         """Raise `UserError` where a checkpoint is of a run with other options, or of another model."""
-        before, now = about["configuration"], json.loads(json.dumps(self.configuration))
-        differing = sorted(k for k in before.keys() | now.keys() if k not in FREE and before.get(k) != now.get(k))
-        if differing:
-            told = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in differing)
+        if told := differences(about["configuration"], self.configuration):
             raise UserError(f"--resume: {source} is of another run: {told}")
         if about["size"] != self.exchange.size:
             raise UserError(

@@ -8,13 +8,13 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from qnewton_mpi.errors import INTERRUPTED, USAGE_ERROR, InterruptedRunError, UserError, raised_by_all
+from qnewton_mpi.errors import INTERRUPTED, USAGE_ERROR, InterruptedRunError, TooLateError, UserError, raised_by_all
 from qnewton_mpi.parallel.communicator import GRACE, Communicator
 from qnewton_mpi.parallel.log import LOG
 
@@ -25,7 +25,7 @@ NOTICE = 600.0  # a batch system that tells a job of its end does so within thes
 ECHO = 1.0
 END_TIME = "SLURM_JOB_END_TIME"  # seconds since 1970
 LATEST = 1e11  # of them: what is more is in other units
-TIME_LIMIT, SLURM_LIMIT = 1000, 1001  # causes of a stop beside the numbers of signals
+TIME_LIMIT, SLURM_LIMIT, HALTED = 1000, 1001, 1002  # causes of a stop beside the numbers of signals
 
 
 class Interruption:
@@ -47,10 +47,18 @@ class Interruption:
         Their names without SIG, with commas between them.
     time_limit : float, optional
         Seconds from now; by default until a minute before SLURM ends the job, where rank 0's environment says when.
+    halted : callable, optional
+        Asked on each rank whether there is another reason to stop, also from step to step. Local.
     """
 
-    def __init__(self, communicator: Communicator, signals: str, time_limit: float | None = None) -> None:
-        self._communicator = communicator
+    def __init__(
+        self,
+        communicator: Communicator,
+        signals: str,
+        time_limit: float | None = None,
+        halted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._communicator, self._halted = communicator, halted
         self._signals = [signal.Signals[f"SIG{name}"] for name in signals.split(",")]
         now = time.monotonic()
         self._slurm = now + communicator.from_root(seconds_left)
@@ -93,7 +101,7 @@ class Interruption:
         ------
         InterruptedRunError
             On every rank, where one had a signal.
-        UserError
+        TooLateError
             On every rank, where the SLURM job is about to end: with a limit so short that it comes to no step, it would
             go back to the queue for ever.
         """
@@ -117,7 +125,7 @@ class Interruption:
         return _name(cause, self._left()) if cause else ""
 
     def _cause(self) -> int:
-        return self._told or self._limit * (time.monotonic() > self._end)
+        return self._told or self._limit * (time.monotonic() > self._end) or HALTED * self._halted()
 
     def _left(self) -> float:
         return self._slurm - time.monotonic()
@@ -171,17 +179,17 @@ def seconds_left(environ: Mapping[str, str] = os.environ) -> float:
 
 def _name(cause: int, left: float = math.inf) -> str:
     """Say what stops a run."""
-    names = {TIME_LIMIT: "--time-limit", SLURM_LIMIT: f"{END_TIME} leaves {left:.0f} s"}
+    names = {TIME_LIMIT: "--time-limit", SLURM_LIMIT: f"{END_TIME} leaves {left:.0f} s", HALTED: "others were stopped"}
     return names[cause] if cause in names else signal.Signals(cause).name
 
 
-def _before_any_step(cause: int, left: float) -> UserError | InterruptedRunError | None:
+def _before_any_step(cause: int, left: float) -> TooLateError | InterruptedRunError | None:
     """Return how a run ends that has a cause to stop and no step done, `left` seconds before SLURM ends the job."""
     if cause in (0, TIME_LIMIT):  # which lets one step be done: so a run that is resumed gets on
         return None
-    if cause == SLURM_LIMIT or (cause != signal.SIGINT and left < NOTICE):
+    if cause == SLURM_LIMIT or (cause not in (signal.SIGINT, HALTED) and left < NOTICE):
         told = "" if cause == SLURM_LIMIT else f"{_name(cause)}, and "
-        return UserError(
+        return TooLateError(
             f"{told}{END_TIME} leaves {left:.0f} s before a step was done, {MARGIN:.0f} s being kept for a checkpoint: "
             "give the job more time, or say --time-limit SECONDS"
         )

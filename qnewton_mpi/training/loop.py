@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
-from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError
+from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError, printable
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
@@ -32,6 +33,7 @@ from qnewton_mpi.training.checkpoint import Checkpoints, Position
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, RunFile
+from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
 EVALUATION_BATCH = 1024
@@ -59,7 +61,12 @@ class ReplicaLoss:
         return self.network.losses_and_gradients(parameters, *self.split.batch(self.network.xp.asarray(indices)))
 
 
-def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, Any] | None = None) -> Path:
+def train(
+    config: RunConfig,
+    communicator: Communicator,
+    labels: Mapping[str, Any] | None = None,
+    halted: Callable[[], bool] = lambda: False,
+) -> Path:
     """Do a run, or go on with one, and return the path of its file. Collective.
 
     Parameters
@@ -69,22 +76,26 @@ def train(config: RunConfig, communicator: Communicator, labels: Mapping[str, An
     communicator : Communicator
     labels : mapping, optional
         More attributes for the run's file.
+    halted : callable, optional
+        Asked at each step whether to stop for a reason of the caller's, as by `Interruption`.
 
     Raises
     ------
     UserError
-        On every rank: for data that cannot be had, a device that is not there, a gradient that is not finite, a
-        checkpoint that cannot be gone on from, parameters that differ between ranks.
+        On every rank: for an output or checkpoints that are another's, data that cannot be had or differ between the
+        ranks, a device that is not there, a gradient that is not finite, a checkpoint that cannot be gone on from,
+        parameters that differ between ranks.
     InterruptedRunError
         On every rank, where it was told to stop; a checkpoint has been written, if there is a folder for them.
     """
     training = config.training
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(communicator, training.log_dir))
+        stack.enter_context(held(config, communicator))
         if training.stall_timeout is not None:
             stack.enter_context(Watchdog(communicator, training.stall_timeout))
-        told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit))
-        Run(config, communicator, labels or {}, told).go()
+        told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit, halted))
+        communicator.together(Run(config, communicator, labels or {}, told).go)  # rank 0 alone may fail to end its file
     return config.output
 
 
@@ -125,26 +136,35 @@ class Run:
         )
         self.exchange = self.optimizer.exchange
         self.averages = Averages(self.optimizer.parameters, self.steps, training.ema)
-        self.position = Position(skipped=np.zeros(0, np.int64))
+        drawn = communicator.from_root(lambda: secrets.token_bytes(8))
+        self.position = Position(skipped=np.zeros(0, np.int64), run=np.frombuffer(drawn, np.uint8))
         machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
-        self.attributes = {**config.flat(), **machine, "exchange": self.exchange.name, **labels}
+        self.configuration = {**config.flat(), DIGEST: self.dataset.digest}
+        self.attributes = {**self.configuration, **machine, "exchange": self.exchange.name, **labels}
 
     def go(self) -> None:
         """Do all steps that are left, evaluate and save between them."""
         resumed = self.open_checkpoints()
         self.interruption.check()
         self.communicator.enter("output")
+        rows = self.communicator.from_root(
+            lambda: rows_of(self.config, self.configuration, self.identifier, resumed, self.steps)
+        )
+        if rows is Rows.DONE:
+            return
+        if resumed is not None:
+            LOG.info("goes on after step %d", resumed)
         root = self.communicator.rank == 0
         with contextlib.ExitStack() as stack:
             self.file = self.communicator.together(
-                lambda: stack.enter_context(self.open_file(resumed)) if root else None
+                lambda: stack.enter_context(self.open_file(resumed, rows)) if root else None
             )
             self.progress = self.open_progress()
             stack.enter_context(contextlib.closing(self.progress))
-            if resumed is None:
+            if rows is Rows.NEW:
                 self.evaluate()
-                if self.training.on_nonfinite == "rollback":
-                    self.save()
+            if resumed is None and self.training.on_nonfinite == "rollback":
+                self.save()
             every = self.training.evaluate_every or self.order.steps_per_epoch
             saves = self.training.checkpoint_every or self.order.steps_per_epoch
             if self.position.step < self.steps:
@@ -163,14 +183,20 @@ class Run:
 
     def open_checkpoints(self) -> int | None:
         """Return the step of the checkpoint that this run goes on from, if any."""
-        training = self.training
+        training, step = self.training, None
         self.checkpoints: Checkpoints | None = None
-        if training.checkpoint is None:
-            return None
-        folder = Path(training.checkpoint)
-        self.checkpoints = Checkpoints(folder, self.communicator, self.exchange, self.config.flat())
-        self.checkpoints.prepare(training.resume, training.overwrite)
-        return self.restore() if training.resume else None
+        if training.checkpoint is not None:
+            folder = Path(training.checkpoint)
+            self.checkpoints = Checkpoints(folder, self.communicator, self.exchange, self.configuration)
+            self.checkpoints.prepare(training.resume, training.overwrite)
+            step = self.restore() if training.resume else None
+        return step
+
+    @property
+    def identifier(self) -> str:
+        """What tells this run from all others, of the same options too."""
+        assert self.position.run is not None
+        return self.position.run.tobytes().hex()
 
     def restore(self) -> int | None:
         """Go back to the newest sound checkpoint; return its step, or None if there is none."""
@@ -180,7 +206,6 @@ class Run:
         for line in passed_over if self.communicator.rank == 0 else ():
             LOG.warning("passed over %s", line)
         if step is not None:
-            LOG.info("goes on after step %d", step)
             counted = self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
             # The run that was not interrupted did without this collective.
@@ -198,10 +223,15 @@ class Run:
             "position": self.position,
         }
 
-    def open_file(self, resumed: int | None) -> RunFile:
+    def open_file(self, resumed: int | None, rows: Rows) -> RunFile:
         """Return the run's file. Local."""
         figures = ("step", *self.optimizer.figures, *PHASES)
-        return RunFile(self.config.output, self.attributes, figures, to_host(self.optimizer.parameters), resumed)
+        attributes = {**self.attributes, "run": self.identifier}
+        if self.checkpoints is not None:
+            saved = NONE_SAVED if resumed is None else resumed
+            attributes |= {SAVED: saved, SAVED_IN: printable(self.checkpoints.folder.resolve())}
+        kept = resumed if rows is Rows.KEPT else None
+        return RunFile(self.config.output, attributes, figures, to_host(self.optimizer.parameters), kept)
 
     def open_progress(self) -> Progress:
         """Return what tells of the run, on one rank. Local."""
@@ -315,13 +345,24 @@ class Run:
             if self.communicator.rank == 0:
                 LOG.warning("%s; the run goes on", error)
             return False
+        if self.file is not None:
+            first = self.file.attributes[SAVED] == NONE_SAVED
+            self.file.attributes[SAVED] = self.position.step
+            if first:  # later ones are told with the next rows: that there is one is what counts
+                self.file.flush()
         self.communicator.enter("algebra")
         LOG.info("checkpoint of step %d in %s", self.position.step, self.checkpoints.folder)
         return True
 
 
 def load_data(config: RunConfig, communicator: Communicator, xp: ModuleType = np) -> datasets.Dataset:
-    """Return the data set; the first rank of each node fetches what is missing, once. Collective."""
+    """Return the data set; the first rank of each node fetches what is missing, once. Collective.
+
+    Raises
+    ------
+    UserError
+        On every rank, where it cannot be had, or is another on some ranks.
+    """
     name, folder = config.training.data, config.training.data_dir
 
     def fetch() -> None:
@@ -329,7 +370,16 @@ def load_data(config: RunConfig, communicator: Communicator, xp: ModuleType = np
             datasets.download(name)
 
     communicator.together(fetch)
-    return communicator.together(lambda: datasets.load(name, folder, xp))
+    dataset = communicator.together(lambda: datasets.load(name, folder, xp))
+    with communicator.waiting():
+        digests = communicator.mpi.allgather(dataset.digest)
+    if others := [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]:
+        where = "--data-dir" if folder else "the folders of the data sets"
+        raise UserError(
+            f"the files of {name} on rank(s) {', '.join(others)} differ from those on rank 0: look at {where} on their "
+            "nodes"
+        )
+    return dataset
 
 
 def evaluate(

@@ -1,0 +1,76 @@
+"""Locks and data of a run on several ranks: an error on all of them, or none."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data import write_mnist
+
+from qnewton_mpi.config import resolve, run_config
+from qnewton_mpi.errors import NonFiniteGradientError, UserError
+from qnewton_mpi.studies.halt import Halt
+from qnewton_mpi.training.loop import load_data
+from qnewton_mpi.training.whose import held
+
+
+@pytest.fixture
+def folder(communicator):
+    """A folder that all ranks share."""
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(tempfile.TemporaryDirectory()) if communicator.rank == 0 else None
+        yield Path(communicator.mpi.bcast(path))
+        communicator.mpi.Barrier()
+
+
+def test_a_lock_is_held_by_all_or_none(communicator, folder):
+    options = {"output": str(folder / "r.h5"), "checkpoint": str(folder / "c")}
+    config = resolve(run_config(options), communicator.size)
+    with held(config, communicator):
+        with pytest.raises(UserError, match=r"--output .*r.h5: is being written by process"):
+            held(config, communicator).__enter__()
+        other = resolve(run_config(options | {"output": str(folder / "s.h5")}), communicator.size)
+        with pytest.raises(UserError, match=r"--checkpoint .*c: is being written by process"):
+            held(other, communicator).__enter__()
+    communicator.mpi.Barrier()
+    assert list(folder.iterdir()) == []
+
+
+def test_data_that_differ_between_ranks(communicator, folder):
+    last = communicator.size - 1
+    mine = folder / str(communicator.rank)
+    write_mnist(mine, 20, labels=np.arange(20) % (9 if communicator.rank == last > 0 else 10))
+    config = run_config({"data": "mnist", "data_dir": str(mine)})
+    if not last:
+        assert len(load_data(config, communicator).train) == 20
+        return
+    with pytest.raises(
+        UserError, match=rf"the files of mnist on rank\(s\) {last} differ from those on rank 0: .*--data"
+    ):
+        load_data(config, communicator)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_halt_is_heard_by_the_first_ranks_of_the_other_groups(communicator, at_once):
+    leaders = range(0, communicator.size, 2)
+    halt = Halt(communicator, leaders)
+    if communicator.rank < 2:
+        halt.send(at_once)
+    listens = communicator.rank in leaders[1:]
+    while listens and not halt.came():  # a message is on its way, however slow
+        pass
+    assert halt.came() == listens
+    assert halt.came_at_once() == (listens and at_once)
+    halt.end()
+    assert not halt.came()
+
+
+def test_what_passes_between_ranks(communicator):
+    def fail():
+        if communicator.rank == communicator.size - 1:
+            raise NonFiniteGradientError(3, 1, np.nan, 1.0)
+
+    with pytest.raises(NonFiniteGradientError, match="step 3: replica 1 has loss nan") as caught:
+        communicator.together(fail)
+    assert (caught.value.step, caught.value.replica) == (3, 1)
