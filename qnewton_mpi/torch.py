@@ -370,8 +370,8 @@ class QuasiNewton(torch.optim.Optimizer):
                 self._parameters.check_present(~self._found)
         own = np.concatenate([[self._failure is not None], self._found, self._frozen], dtype=np.int64)
         counts = [len(own)] * self.communicator.size
-        everyone = self.communicator.meet(own, counts, f"step {self.core.steps}").reshape(-1, len(own))
-        failed, found, frozen = np.split(everyone.sum(axis=0), [1, 1 + len(self._found)])
+        all_ranks = self.communicator.meet(own, counts, f"step {self.core.steps}").reshape(-1, len(own))
+        failed, found, frozen = np.split(all_ranks.sum(axis=0), [1, 1 + len(self._found)])
         if failed:
             self.communicator.together(self._fail)
         for k in np.flatnonzero((frozen > 0) & (frozen < self.communicator.size)):
