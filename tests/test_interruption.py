@@ -65,9 +65,10 @@ def ranks_of(path):
     return [found[rank] for rank in sorted(found)]
 
 
-def wait_for(condition):
-    """Wait, as long as it takes: a test that hangs is ended by pytest's own time-out."""
+def wait_for(condition, seconds=600):
+    deadline = time.monotonic() + seconds
     while not condition():
+        assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
 
 
@@ -273,21 +274,19 @@ def test_too_near_an_end_is_one_line_and_no_reason_to_try_again(qnewton, tmp_pat
     assert qnewton(2, *OPTIONS, "--output", tmp_path / "run.h5", *limit, env=end).returncode == INTERRUPTED
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_at_other_commands(started, qnewton, tmp_path, ranks):
-    path = tmp_path / "run.h5"
-    assert qnewton(1, *OPTIONS, "--steps", "2", "--output", path).returncode == 0
+@pytest.mark.parametrize(("ranks", "table"), [(1, "ALONE"), (1, "COMMANDS"), (2, "COMMANDS")])
+def test_ctrl_c_at_other_commands(mpiexec, ranks, table):
+    """In a command that needs MPI, and in one that does not."""
+    command = "watch" if table == "ALONE" else "info"
     program = (
         "import os, signal, sys;"
-        "from mpi4py import MPI;"
-        "from qnewton_mpi import cli, watching;"
-        "watching.watch = lambda *_: os.kill(os.getpid(), signal.SIGINT);"
-        "sys.exit(cli.run(sys.argv[1:]))"
+        "from qnewton_mpi import cli;"
+        f"cli.{table}['{command}'] = lambda *_: os.kill(os.getpid(), signal.SIGINT);"
+        f"sys.exit(cli.run(['{command}', 'run.h5'][:{2 if command == 'watch' else 1}]))"
     )
-    process = started(ranks, "-c", program, "watch", path)
-    _, err = process.communicate()
-    assert process.returncode == ENDED_BY_CTRL_C
-    assert [line for line in err.splitlines() if "Abort(" not in line and line] == ["qnewton-mpi: interrupted"]
+    ended = mpiexec(ranks, "-c", program)
+    assert ended.returncode == ENDED_BY_CTRL_C, ended.stderr
+    assert [line for line in ended.stderr.splitlines() if line and "Abort(" not in line] == ["qnewton-mpi: interrupted"]
 
 
 def test_resume_without_any_checkpoint_starts(qnewton, tmp_path):

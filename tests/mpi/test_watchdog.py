@@ -18,7 +18,7 @@ LIMIT = 10.0
 def watched(communicator, monkeypatch):
     """Return watch(dog, *pauses): what the watchdog of this rank says, looking after each of the pauses, in seconds.
 
-    Its thread does not run: all ranks' notes stay as the test writes them.
+    One rank after another, without threads: all ranks' notes are as the test wrote them.
     """
     now = [1000.0]
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -29,23 +29,26 @@ def watched(communicator, monkeypatch):
         def abort(text, code):
             raise SystemExit(text)
 
-        left = list(pauses)
+        left = iter(pauses)
 
         def wait(pause):
-            if not left:
-                return True
-            now[0] += left.pop(0)
-            return False
+            step = next(left, None)
+            now[0] += step or 0.0
+            return step is None
 
-        communicator.mpi.Barrier()
-        said = None
-        with monkeypatch.context() as patch:
-            patch.setattr(dog, "_stop", SimpleNamespace(wait=wait, set=lambda: None))
-            patch.setattr(communicator, "abort", abort)
-            try:
-                dog._watch()
-            except SystemExit as ended:
-                said = str(ended)
+        said, alive = None, dog._notes[communicator.rank, 2]
+        for turn in range(communicator.size):
+            communicator.mpi.Barrier()
+            if turn != communicator.rank:
+                continue
+            with monkeypatch.context() as patch:
+                patch.setattr(dog, "_stop", SimpleNamespace(wait=wait, set=lambda: None))
+                patch.setattr(communicator, "abort", abort)
+                try:
+                    dog._watch()
+                except SystemExit as ended:
+                    said = str(ended)
+            dog._notes[communicator.rank, 2] = alive
         communicator.mpi.Barrier()
         return said
 
