@@ -106,12 +106,14 @@ def build_parser() -> Parser:
     _add_options(training.add_argument_group("method"), [(name, o.settings_type) for name, o in OPTIMIZERS.items()])
 
     plotting = commands.add_parser("plot", help="draw NLL against epochs and print a table", allow_abbrev=False)
-    plotting.add_argument("runs", nargs="+", metavar="RUN.h5")
-    plotting.add_argument("--output", metavar="FILE.png", help="default: beside the first run, with its name and .png")
+    plotting.add_argument("runs", nargs="+", type=file_path, metavar="RUN.h5")
+    plotting.add_argument(
+        "--output", type=file_path, metavar="FILE.png", help="default: beside the first run, with its name and .png"
+    )
     plotting.add_argument("--overwrite", action="store_true", help="replace an existing picture")
 
     watching = commands.add_parser("watch", help="the live curve of a run, from its file", allow_abbrev=False)
-    watching.add_argument("run", metavar="RUN.h5")
+    watching.add_argument("run", type=file_path, metavar="RUN.h5")
     watching.add_argument("--every", type=pause, default=2.0, metavar="SECONDS", help="between looks (default 2)")
     watching.add_argument("--once", action="store_true", help="one look")
 
@@ -119,7 +121,9 @@ def build_parser() -> Parser:
         "compare", help="run a study: many runs, tuned alike; resumable", allow_abbrev=False
     )
     comparing.add_argument("study", metavar="STUDY.toml")
-    comparing.add_argument("--output", required=True, metavar="STUDY.h5", help="finished runs are kept in STUDY.runs/")
+    comparing.add_argument(
+        "--output", type=file_path, required=True, metavar="STUDY.h5", help="finished runs are kept in STUDY.runs/"
+    )
     comparing.add_argument(
         "--ranks-per-run",
         type=at_least_one("--ranks-per-run"),
@@ -132,7 +136,7 @@ def build_parser() -> Parser:
     )
 
     reporting = commands.add_parser("report", help="the table (.md) and figure (.png) of a study", allow_abbrev=False)
-    reporting.add_argument("study", metavar="STUDY.h5")
+    reporting.add_argument("study", type=file_path, metavar="STUDY.h5")
     reporting.add_argument("--overwrite", action="store_true", help="replace the report of an earlier state")
 
     benching = commands.add_parser(
@@ -148,7 +152,7 @@ def build_parser() -> Parser:
         "--rounds", type=at_least_one("--rounds"), default=5, metavar="K", help="of timing, in turn (default 5)"
     )
     benching.add_argument("--quick", action="store_true", help="one size, one round: to see that it works")
-    benching.add_argument("--output", metavar="BENCH.h5", help="write the tables there too")
+    benching.add_argument("--output", type=file_path, metavar="BENCH.h5", help="write the tables there too")
     benching.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     spectral = commands.add_parser(
@@ -167,7 +171,9 @@ def build_parser() -> Parser:
     spectral.add_argument("--layers", action="store_true", help="of each layer's diagonal block too")
     spectral.add_argument("--density", action="store_true", help="the density of all eigenvalues too, and a picture")
     spectral.add_argument("--data-dir", metavar="DIR", help="as for train")
-    spectral.add_argument("--output", metavar="FILE.h5", help="default: beside the run, with its name and .spectrum.h5")
+    spectral.add_argument(
+        "--output", type=file_path, metavar="FILE.h5", help="default: beside the run, with its name and .spectrum.h5"
+    )
     spectral.add_argument("--overwrite", action="store_true", help="replace an earlier spectrum")
 
     commands.add_parser("info", help="MPI library, ranks and nodes, threads, devices", allow_abbrev=False)
@@ -204,7 +210,7 @@ def check(command: argparse.Namespace, ranks: int) -> argparse.Namespace:
         if command.replicas is not None and command.replicas < max(2, ranks):
             raise UserError(f"--replicas {command.replicas}: at least 2, and one a rank")
         if command.output:
-            check_output(Path(command.output), "benchmark", command.overwrite)
+            check_output(command.output, "benchmark", command.overwrite)
     return command
 
 
@@ -246,6 +252,19 @@ def at_least_one(option: str) -> Callable[[str], int]:
     return convert
 
 
+def file_path(text: str) -> Path:
+    """Return the path of a file.
+
+    Raises
+    ------
+    UserError
+        For one that can be none's, as that of an empty variable of the shell.
+    """
+    if not Path(text).name:
+        raise UserError(f"'{printable(text)}' is the name of no file")
+    return Path(text)
+
+
 def pause(text: str) -> float:
     """Return the seconds of `--every`.
 
@@ -275,9 +294,9 @@ def plot_command(command: argparse.Namespace) -> None:
     from qnewton_mpi.plotting import plot_runs
     from qnewton_mpi.training.runfile import Run, table
 
-    target = Path(command.output) if command.output else Path(command.runs[0]).with_suffix(".png")
+    target = command.output or command.runs[0].with_suffix(".png")
     check_output(target, "picture", command.overwrite)
-    runs = [Run(Path(name)) for name in command.runs]
+    runs = [Run(path) for path in command.runs]
     plot_runs(runs, target)
     print(f"{table(runs)}\nfigure: {target}", flush=True)
 
@@ -286,7 +305,7 @@ def watch_command(command: argparse.Namespace) -> None:
     """Show a run while it goes on."""
     from qnewton_mpi.watching import watch
 
-    watch(Path(command.run), command.every, command.once)
+    watch(command.run, command.every, command.once)
 
 
 def compare_command(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -302,7 +321,7 @@ def report_command(command: argparse.Namespace) -> None:
     """Write and print the report on a study."""
     from qnewton_mpi.studies.report import draw, markdown, read_results
 
-    path = Path(command.study)
+    path = command.study
     table, picture = path.with_suffix(".md"), path.with_suffix(".png")
     results = read_results(path)
     check_output(table, "table", command.overwrite)
@@ -323,7 +342,7 @@ def bench_command(command: argparse.Namespace, communicator: Communicator) -> No
 
     def end() -> None:
         if command.output:
-            write(tables, Path(command.output))
+            write(tables, command.output)
         print("\n".join(table.text() for table in tables), flush=True)
         if command.output:
             print(f"written to {command.output}", flush=True)
@@ -338,7 +357,7 @@ def spectrum_command(command: argparse.Namespace, communicator: Communicator) ->
     from qnewton_mpi.spectrum import draw, iterate_of, spectrum_of, text, write
 
     path = Path(command.run)
-    output = Path(command.output) if command.output else path.parent / f"{path.resolve().stem}.spectrum.h5"
+    output = command.output or path.parent / f"{path.absolute().stem}.spectrum.h5"
     picture = output.with_suffix(".png")
 
     def start() -> Any:
