@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from qnewton_mpi.adapter.saved import check, load, saved
+from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
 from qnewton_mpi.adapter.surroundings import Surroundings
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
+from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.errors import UserError
@@ -259,16 +260,19 @@ class QuasiNewton(torch.optim.Optimizer):
             different steps, and what is none.
         """
 
-        def check_all() -> None:
-            check(self.core, state_dict)
+        def check() -> list[state.Change]:
+            found = checked(self.core, state_dict)
             groups = state_dict["param_groups"]
             if [_size(group) for group in groups] != [_size(group) for group in self.param_groups]:
                 raise UserError("the state does not fit this model: it has other groups of parameters")
             _check_groups(groups)
+            return found
 
-        self.communicator.together(check_all)
-        load(self.core, state_dict)
+        found = self.communicator.together(check)
+        agree_on_steps(self.core, state_dict)
+        state.assign(found)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.core.parameters = self.core.exchange.collect(self.core.held)
         self._bind()
 
     def __getstate__(self) -> NoReturn:

@@ -399,6 +399,8 @@ def test_a_loss_that_is_no_number_is_told(value):
     optimizer = QuasiNewton(model.parameters(), samples=64, method="sgd")
     squares(model).backward()
     fails("one number", lambda: optimizer.step(lambda: value))
+    fails("no parameter has a gradient", lambda: optimizer.step(lambda: 1.0))  # they went with the step that failed
+    squares(model).backward()
     fails("loss nan", lambda: optimizer.step(lambda: torch.tensor(float("nan"))))
 
 

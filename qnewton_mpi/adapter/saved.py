@@ -47,8 +47,14 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def check(core: Optimizer[Any], found: Any) -> None:
-    """Raise `UserError` for what is not, as it was saved, a state of this rank of such an optimizer. Local."""
+def checked(core: Optimizer[Any], found: Any) -> list[state.Change]:
+    """Return what `state.assign` is to set for the state of this rank of such an optimizer, as it was saved. Local.
+
+    Raises
+    ------
+    UserError
+        For what is none.
+    """
     if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in TYPES.items()):
         raise UserError("this is no state of QuasiNewton: load what its state_dict() has returned")
     for what, here in origin(core).items():
@@ -58,44 +64,24 @@ def check(core: Optimizer[Any], found: Any) -> None:
         if what == "shapes":
             raise UserError("the state does not fit this model: its parameters have other shapes")
         raise UserError(f"the state is of {what} {there!r:.40}, this is {here!r}: every rank saves and loads its own")
-    arrays = found["core"]
-    named = all(isinstance(path, str) and isinstance(tensor, torch.Tensor) for path, tensor in arrays.items())
-    if not named or "steps" not in arrays or digest(arrays) != found["digest"]:
+    tensors = found["core"]
+    named = all(isinstance(path, str) and isinstance(tensor, torch.Tensor) for path, tensor in tensors.items())
+    if not named or digest(tensors) != found["digest"]:
         raise UserError("the state is not as it was saved: load another one")
-
-
-def load(core: Optimizer[Any], found: Mapping[str, Any]) -> None:
-    """Take a state that `check` has passed on all ranks. Collective.
-
-    Raises
-    ------
-    UserError
-        On all ranks, before any state has changed: where the ranks' states are of different steps.
-    """
-    communicator, before = core.exchange.communicator, core.steps
-    steps = communicator.mpi.allgather(int(found["core"]["steps"]))
-    if len(set(steps)) > 1:
-        raise UserError(f"the ranks' states are of steps {', '.join(map(str, steps))}: load those of one step")
-    core.steps = steps[0]  # on which it depends what has state
-    kept = [(owner, name, getattr(owner, name)) for _, _, owner, name in state.entries(core)]
 
     def read(path: str, _: state.Kind) -> NDArray[Any] | None:
         if path == "held":
             return to_host(core.held)
-        tensor = found["core"].get(path)
-        return None if tensor is None else tensor.cpu().numpy()
-
-    def restore() -> None:
-        try:
-            state.restore(core, read)
-        except ValueError as error:
-            raise UserError(f"the state does not fit this model: {error}") from error
+        return tensors[path].cpu().numpy() if path in tensors else None
 
     try:
-        communicator.together(restore)
-    except UserError:
-        for owner, name, value in kept:
-            setattr(owner, name, value)
-        core.steps = before
-        raise
-    core.parameters = core.exchange.collect(core.held)
+        return state.checked(core, read)
+    except ValueError as error:
+        raise UserError(f"the state does not fit this optimizer: {error}") from error
+
+
+def agree_on_steps(core: Optimizer[Any], found: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the states that the ranks have found, and checked, are of different steps. Collective."""
+    steps = core.exchange.communicator.mpi.allgather(int(found["core"]["steps"]))
+    if len(set(steps)) > 1:
+        raise UserError(f"the ranks' states are of steps {', '.join(map(str, steps))}: load those of one step")

@@ -168,7 +168,7 @@ class Tensors:
         )
 
     def note_gradients(self) -> None:
-        """Take the gradients that are there for used."""
+        """Take the gradients that are there for used, by a step or in vain by one that fails."""
         self._used = [p.grad if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in self.moved]
 
     def take_gradients(self, views: Iterable[torch.Tensor]) -> list[bool]:
