@@ -189,7 +189,7 @@ def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     if found.id.get_create_plist().get_nfilters():
         raise ValueError(f"{name} is filtered")
     if found.shape is None or found.nbytes > min(found.id.get_storage_size(), found.file.id.get_filesize()):
-        raise ValueError(f"{name} has no data")
+        raise ValueError(f"{name} is not all there")
     return found
 
 
