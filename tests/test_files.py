@@ -357,7 +357,7 @@ def test_data_that_is_elsewhere_or_nowhere_is_refused(tmp_path):
         for name, told in (
             ("link/x", "is a link"),
             ("unwritten", "is not all there"),
-            ("group/x/y", "is missing"),
+            ("group/x/y", "is no group"),
             ("group", "is not an array"),
         ):
             with pytest.raises(ValueError, match=told):
