@@ -111,7 +111,7 @@ def test_command(qnewton, tmp_path):
         (("run.h5", "--output", "run.h5", "--overwrite"), "run.h5: is not a spectrum"),
         (("run.h5", "--output", "new.png", "--density"), "new.png: is the picture's name"),
         ((".",), "has no checkpoint"),
-        (("run.h5", "--top", "0"), "--top 0: at least 1"),
+        (("run.h5", "--top", "0"), "--top 0: a whole number from 1"),
     ):
         failed = qnewton(2, "spectrum", *words, cwd=tmp_path)
         assert failed.returncode == 2
