@@ -137,6 +137,19 @@ def test_a_signal_before_the_first_step(mpiexec, tmp_path, place, file):
     assert path.exists() == file
 
 
+def test_a_signal_while_the_program_is_loaded(mpiexec, tmp_path):
+    program = (
+        "import os, signal, sys;"
+        "from qnewton_mpi import __main__;"
+        "from qnewton_mpi.parallel import environment;"
+        "environment.prepare = lambda: os.kill(os.getpid(), signal.SIGUSR2);"
+        "sys.exit(__main__.main())"
+    )
+    stopped = mpiexec(2, "-c", program, *OPTIONS, "--output", tmp_path / "run.h5")
+    assert stopped.returncode == INTERRUPTED, stopped.stderr
+    assert stopped.stderr.count("stopped before the first step, nothing is lost: start it again (SIGUSR2)") == 1
+
+
 def test_a_signal_before_the_first_step_while_the_ranks_do_not_come_to_agree(started, tmp_path):
     """As in a download that takes minutes: rank 0 is told and waits for rank 1, which is not."""
     process = started(2, FAULTY, "block@loading:1", *OPTIONS, "--output", tmp_path / "run.h5", "--log-dir", tmp_path)
@@ -388,7 +401,8 @@ def test_a_log_for_each_rank(qnewton, tmp_path):
 def test_short_soak(tmp_path):
     """Each phase killed in, each damage done, once: scripts/soak.py has the long version."""
     for what, count in (("kills", 7), ("mutations", 5)):
-        command = [sys.executable, Path(__file__).parents[1] / "scripts" / "soak.py", what, str(count), tmp_path / what]
+        soak = Path(__file__).parents[1] / "scripts" / "soak.py"
+        command = [sys.executable, soak, what, str(count), tmp_path / what, *(["600"] if what == "kills" else [])]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stdout + finished.stderr + (tmp_path / what).read_text()
 
