@@ -152,23 +152,27 @@ def test_a_signal_while_the_program_is_loaded(mpiexec, tmp_path):
 
 def test_a_signal_before_the_first_step_while_the_ranks_do_not_come_to_agree(started, tmp_path):
     """As in a download that takes minutes: rank 0 is told and waits for rank 1, which is not."""
-    process = started(2, FAULTY, "block@loading:1", *OPTIONS, "--output", tmp_path / "run.h5", "--log-dir", tmp_path)
-    log = tmp_path / "rank-00000-of-00002.log"
-    wait_for(lambda: len(ranks_of(FAULTY)) == 2 and log.exists())
-    wait_for(lambda: takes(ranks_of(FAULTY)[0], signal.SIGTERM))
-    os.kill(ranks_of(FAULTY)[0], signal.SIGTERM)
+    path = tmp_path / "run.h5"
+    process = started(2, FAULTY, "block@loading:1", *OPTIONS, "--output", path)
+    wait_for(lambda: len(ranks_of(path)) == 2 and takes(ranks_of(path)[0], signal.SIGTERM))
+    os.kill(ranks_of(path)[0], signal.SIGTERM)
     _, err = process.communicate()
     assert process.returncode == INTERRUPTED, err
     assert "stopped before the first step, nothing is lost: start it again (SIGTERM)" in err
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_mpi(started, tmp_path):
-    process = started(2, FAULTY, "block@gradient:5", *OPTIONS, "--output", tmp_path / "run.h5", "--log-dir", tmp_path)
-    log = tmp_path / "rank-00000-of-00002.log"
-    wait_for(lambda: log.exists() and "step 0" in log.read_text())
-    (rank,) = ranks_of(FAULTY)[:1]
+    path, log = tmp_path / "run.h5", tmp_path / "rank-00000-of-00002.log"
+    arguments = (*OPTIONS, "--evaluate-every", "1", "--output", path, "--log-dir", tmp_path)
+    process = started(2, FAULTY, "block@gradient:5", *arguments)
+
+    def logged(text):
+        return log.exists() and text in log.read_text()
+
+    wait_for(lambda: logged("step 4: train NLL"))
+    rank = ranks_of(path)[0]
     os.kill(rank, signal.SIGTERM)
-    wait_for(lambda: "SIGTERM: stops after this step" in log.read_text() or process.poll() is not None)
+    wait_for(lambda: logged("SIGTERM: stops after this step"))
     time.sleep(interruption.ECHO)  # what comes sooner is the same word
     os.kill(rank, signal.SIGTERM)
     process.communicate()
