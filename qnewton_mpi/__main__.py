@@ -10,9 +10,11 @@ def main() -> int:
     """Settle streams and threads before NumPy and MPI are loaded, then run the command line."""
     from qnewton_mpi import streams
     from qnewton_mpi.errors import ENDED_BY_CTRL_C
-    from qnewton_mpi.parallel.environment import launched_tasks, prepare
+    from qnewton_mpi.parallel.environment import hold_signals, launched_tasks, prepare
 
     streams.settle()
+    if sys.argv[1:2] in (["train"], ["compare"]):
+        hold_signals()
     prepare()
     try:
         from qnewton_mpi.cli import run

@@ -8,6 +8,13 @@
 # SRUN_MPI   what srun speaks to the MPI library; by default pmi2 for MPICH, pmix for Open MPI
 set -uo pipefail
 
+# Until there are tasks to pass it on to, a signal is remembered.
+told=
+for name in USR1 USR2 TERM; do
+  # shellcheck disable=SC2064  # the name of now
+  trap "told=$name" "$name"
+done
+
 venv=${VENV:-.venv}
 library=$("$venv/bin/python" -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])')
 case $library in
@@ -23,14 +30,19 @@ for ((step = 0; step < restarts; step++)); do
   srun --nodes=1 --ntasks=1 true
 done
 
-# shellcheck disable=SC2317  # called by the traps
-pass_on() { scancel --signal="$1" "$SLURM_JOB_ID.$restarts"; }
-trap 'pass_on USR1' USR1
-trap 'pass_on USR2' USR2
-trap 'pass_on TERM' TERM
-
 srun --mpi="${SRUN_MPI:-$mpi}" --kill-on-bad-exit=1 "$venv/bin/qnewton-mpi" "$@" &
 tasks=$!
+pass_on() {
+  until scancel --signal="$1" "$SLURM_JOB_ID.$restarts" 2>/dev/null; do # the step is not there yet, or not any more
+    kill -0 "$tasks" 2>/dev/null || return 0
+    sleep 1
+  done
+}
+for name in USR1 USR2 TERM; do
+  # shellcheck disable=SC2064
+  trap "pass_on $name" "$name"
+done
+if [ -n "$told" ]; then pass_on "$told"; fi
 wait "$tasks"
 code=$?
 while kill -0 "$tasks" 2>/dev/null; do # a trapped signal ends `wait`, but not the tasks

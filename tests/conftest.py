@@ -27,7 +27,7 @@ def mpiexec():
     environ |= {"OMPI_MCA_rmaps_base_oversubscribe": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
-    def run(ranks, *program, timeout=120, env=None, **options):
+    def run(ranks, *program, timeout=600, env=None, **options):
         command = [launcher, "-n", str(ranks), sys.executable, *map(str, program)]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env=environ | (env or {}), **options

@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 
-from qnewton_mpi.parallel.environment import prepare
+from qnewton_mpi.parallel.environment import hold_signals, prepare
 
+hold_signals()  # as the program itself does
 prepare()
 
 import numpy as np  # noqa: E402

@@ -137,25 +137,42 @@ def test_a_signal_before_the_first_step(mpiexec, tmp_path, place, file):
     assert path.exists() == file
 
 
+def test_a_signal_while_the_program_is_loaded(mpiexec, tmp_path):
+    program = (
+        "import os, signal, sys;"
+        "from qnewton_mpi import __main__;"
+        "from qnewton_mpi.parallel import environment;"
+        "environment.prepare = lambda: os.kill(os.getpid(), signal.SIGUSR2);"
+        "sys.exit(__main__.main())"
+    )
+    stopped = mpiexec(2, "-c", program, *OPTIONS, "--output", tmp_path / "run.h5")
+    assert stopped.returncode == INTERRUPTED, stopped.stderr
+    assert stopped.stderr.count("stopped before the first step, nothing is lost: start it again (SIGUSR2)") == 1
+
+
 def test_a_signal_before_the_first_step_while_the_ranks_do_not_come_to_agree(started, tmp_path):
     """As in a download that takes minutes: rank 0 is told and waits for rank 1, which is not."""
-    process = started(2, FAULTY, "block@loading:1", *OPTIONS, "--output", tmp_path / "run.h5", "--log-dir", tmp_path)
-    log = tmp_path / "rank-00000-of-00002.log"
-    wait_for(lambda: len(ranks_of(FAULTY)) == 2 and log.exists())
-    wait_for(lambda: takes(ranks_of(FAULTY)[0], signal.SIGTERM))
-    os.kill(ranks_of(FAULTY)[0], signal.SIGTERM)
+    path = tmp_path / "run.h5"
+    process = started(2, FAULTY, "block@loading:1", *OPTIONS, "--output", path)
+    wait_for(lambda: len(ranks_of(path)) == 2 and takes(ranks_of(path)[0], signal.SIGTERM))
+    os.kill(ranks_of(path)[0], signal.SIGTERM)
     _, err = process.communicate()
     assert process.returncode == INTERRUPTED, err
     assert "stopped before the first step, nothing is lost: start it again (SIGTERM)" in err
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_mpi(started, tmp_path):
-    process = started(2, FAULTY, "block@gradient:5", *OPTIONS, "--output", tmp_path / "run.h5", "--log-dir", tmp_path)
-    log = tmp_path / "rank-00000-of-00002.log"
-    wait_for(lambda: log.exists() and "step 0" in log.read_text())
-    (rank,) = ranks_of(FAULTY)[:1]
+    path, log = tmp_path / "run.h5", tmp_path / "rank-00000-of-00002.log"
+    arguments = (*OPTIONS, "--evaluate-every", "1", "--output", path, "--log-dir", tmp_path)
+    process = started(2, FAULTY, "block@gradient:5", *arguments)
+
+    def logged(text):
+        return log.exists() and text in log.read_text()
+
+    wait_for(lambda: logged("step 4: train NLL"))
+    rank = ranks_of(path)[0]
     os.kill(rank, signal.SIGTERM)
-    wait_for(lambda: "SIGTERM: stops after this step" in log.read_text() or process.poll() is not None)
+    wait_for(lambda: logged("SIGTERM: stops after this step"))
     time.sleep(interruption.ECHO)  # what comes sooner is the same word
     os.kill(rank, signal.SIGTERM)
     process.communicate()
@@ -388,7 +405,8 @@ def test_a_log_for_each_rank(qnewton, tmp_path):
 def test_short_soak(tmp_path):
     """Each phase killed in, each damage done, once: scripts/soak.py has the long version."""
     for what, count in (("kills", 7), ("mutations", 5)):
-        command = [sys.executable, Path(__file__).parents[1] / "scripts" / "soak.py", what, str(count), tmp_path / what]
+        soak = Path(__file__).parents[1] / "scripts" / "soak.py"
+        command = [sys.executable, soak, what, str(count), tmp_path / what, *(["600"] if what == "kills" else [])]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         assert finished.returncode == 0, finished.stdout + finished.stderr + (tmp_path / what).read_text()
 

@@ -176,10 +176,14 @@ def test_messages_of_a_program_are_left_to_it(ends):
 def test_a_stall_names_the_rank(ends):
     code, lines, _ = ends(
         """
+        from qnewton_mpi.parallel.communicator import Communicator
+        world = Communicator()
         def during():
-            if rank == 1 and step == 2:
-                time.sleep(1000)
-        steps(3, stall_timeout=4)
+            if step == 2:
+                if rank == 1:
+                    time.sleep(1000)
+                Communicator.of(world, 4)  # patient so far, however busy the machine is
+        steps(3, communicator=world)
         """
     )
     assert code == 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Mapping, MutableMapping
 
 from qnewton_mpi.errors import UserError
 
+HELD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # by which batch systems tell a job to stop
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 # (number of tasks, index of this task, what has to be there too) as launchers tell them. srun's are the step's, since a
@@ -37,6 +39,14 @@ def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault(name, "1")
     # mpi4py's own word on a mismatched launcher, three lines from each task: `check_launcher` says it in one.
     warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+
+
+def hold_signals() -> None:
+    """Have what would end a run without a word wait until the run takes it (`training.interruption`).
+
+    To import everything takes seconds, on a parallel file system minutes.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
 def launched_tasks(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from mpi4py import MPI
 
 from qnewton_mpi.errors import INTERRUPTED, USAGE_ERROR, InterruptedRunError, TooLateError, UserError, raised_by_all
 from qnewton_mpi.parallel.communicator import GRACE, Communicator
+from qnewton_mpi.parallel.environment import HELD
 from qnewton_mpi.parallel.log import LOG
 
 MARGIN = 60.0  # kept of the allocation's time for the last step and the checkpoint, seconds
@@ -79,6 +80,7 @@ class Interruption:
         ignored = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else set()
         self._signals = [number for number in self._signals if number not in ignored]
         self._before: dict[int, Any] = {number: signal.signal(number, _nothing) for number in self._signals}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)  # what came while the program was loaded counts from here on
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         return self

@@ -63,7 +63,7 @@ munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-fi
 export SLURM_CONF=$dir/slurm.conf
 slurmctld
 for node in n1 n2; do slurmd -N "$node"; done
-for _ in $(seq 100); do
+for _ in $(seq 600); do
   if [ "$(sinfo --noheader --format=%T --partition=main)" = idle ]; then exit 0; fi
   sleep 0.2
 done

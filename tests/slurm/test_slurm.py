@@ -15,8 +15,14 @@ from qnewton_mpi.training.checkpoint import steps_in
 from qnewton_mpi.training.runfile import Run
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("--replicas", "4", "--steps", "600", "--evaluate-every", "200")
+OPTIONS = ("--replicas", "4", "--steps", "60", "--evaluate-every", "20")
 SAVES = ("--checkpoint-every", "20")
+# The command of the jobs. The first start of those with HELD waits in step 30, on rank 1, until it is told to stop.
+COMMAND = f"""#!/bin/sh
+fault=none
+[ -n "$HELD" ] && [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] && fault=wait@gradient:30
+exec {sys.executable} {ROOT}/tests/faulty.py "$fault" "$@"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +30,20 @@ def slurm(tmp_path_factory):
     """Return run(*command): its output, in a folder that looks like the repository's root."""
     folder = tmp_path_factory.mktemp("slurm")
     cluster = Path(__file__).parent / "cluster.sh"
-    subprocess.run([cluster, "start", folder], check=True, timeout=60)
+    subprocess.run([cluster, "start", folder], check=True, timeout=600)
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "MPI", "OMPI_", "HYDI_"))}
     environ["SLURM_CONF"] = str(folder / "slurm.conf")
     work = folder / "work"
     (work / "runs").mkdir(parents=True)
     (work / "slurm").symlink_to(ROOT / "slurm")
-    (work / ".venv").symlink_to(sys.prefix)
+    (work / ".venv" / "bin").mkdir(parents=True)
+    for name, text in (("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'), ("qnewton-mpi", COMMAND)):
+        (work / ".venv" / "bin" / name).write_text(text)
+        (work / ".venv" / "bin" / name).chmod(0o755)
 
-    def run(*command):
+    def run(*command, **env):
         finished = subprocess.run(
-            [str(word) for word in command], env=environ, cwd=work, capture_output=True, text=True, timeout=60
+            [str(word) for word in command], env=environ | env, cwd=work, capture_output=True, text=True, timeout=600
         )
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
@@ -54,15 +63,15 @@ def whole(qnewton, tmp_path_factory):
     return Run(path)
 
 
-def submit(slurm, *arguments):
-    return int(re.search(r"Submitted batch job (\d+)", slurm("sbatch", *arguments))[1])
+def submit(slurm, *arguments, **env):
+    return int(re.search(r"Submitted batch job (\d+)", slurm("sbatch", *arguments, **env))[1])
 
 
 def state(slurm, job):
     return re.search(r"JobState=(\w+)", slurm("scontrol", "show", "job", job))[1]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=800):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -82,7 +91,7 @@ def completed(slurm, job):
 
 
 def test_a_preempted_job_goes_on(slurm, whole):
-    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES)
+    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES, HELD="1")
     folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
     wait_for(lambda: folder.exists() and steps_in(folder))
     urgent = submit(slurm, "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
@@ -98,7 +107,7 @@ def test_a_preempted_job_goes_on(slurm, whole):
 
 def test_a_signal_to_the_script_requeues_the_job(slurm, whole):
     """As --signal=B:USR2@120 sends it."""
-    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES)
+    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES, HELD="1")
     folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
     wait_for(lambda: folder.exists() and steps_in(folder))
     slurm("scancel", "--signal=USR2", "--batch", job)
@@ -109,7 +118,7 @@ def test_a_signal_to_the_script_requeues_the_job(slurm, whole):
 
 def test_a_killed_job_goes_on_in_the_queue(slurm, whole):
     """As after a node's failure. The killed ranks leave their shared memory behind on the node."""
-    job = submit(slurm, "--ntasks=2", "--nodelist=n1", "slurm/train.sbatch", *OPTIONS, *SAVES)
+    job = submit(slurm, "--ntasks=2", "--nodelist=n1", "slurm/train.sbatch", *OPTIONS, *SAVES, HELD="1")
     folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
     wait_for(lambda: folder.exists() and steps_in(folder))
     slurm("scancel", "--signal=KILL", f"{job}.0")
@@ -117,6 +126,19 @@ def test_a_killed_job_goes_on_in_the_queue(slurm, whole):
     wait_for(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job))
     completed(slurm, job)
     np.testing.assert_array_equal(Run(path).steps["loss"], whole.steps["loss"])
+
+
+def test_a_limit_in_which_no_step_can_be_done_is_not_tried_for_ever(slurm):
+    """Versions of SLURM that do not say when the job ends do so by the test."""
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 50)}
+    job = submit(slurm, "--ntasks=2", "--time=1", "--signal=B:USR2@1", "slurm/train.sbatch", *OPTIONS, *SAVES, **end)
+    wait_for(lambda: state(slurm, job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"))
+    shown = slurm("scontrol", "show", "job", job)
+    log = (slurm.work / f"qnewton-{job}.out").read_text()
+    assert "JobState=FAILED" in shown, shown + log
+    assert "Restarts=0" in shown
+    assert "ExitCode=2:0" in shown, shown + log
+    assert "SLURM_JOB_END_TIME leaves" in log
 
 
 def test_two_nodes(slurm, whole):
