@@ -11,6 +11,7 @@ from qnewton_mpi.files.whole import replace_whole, writing
 from qnewton_mpi.training.runfile import Run, by_label
 
 MANY = 8  # labels, beyond which the legend stands beside the axes
+LONGEST = 60  # characters of one
 
 
 def pyplot(user: str) -> Any:
@@ -42,8 +43,8 @@ def label_decades(axes: Any) -> None:
 
 
 def plain(text: str) -> str:
-    """Return text such that matplotlib draws it as it is, and takes nothing in it for mathematics. Local."""
-    return text.replace("$", r"\$")
+    """Return text such that matplotlib draws it as it is, takes nothing in it for mathematics, and has room. Local."""
+    return (text if len(text) <= LONGEST else f"{text[:LONGEST]}…").replace("$", r"\$")
 
 
 def save(plt: Any, figure: Any, target: Path, dpi: int) -> None:

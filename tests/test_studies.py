@@ -515,9 +515,11 @@ def test_studies_that_are_not_as_they_should_be(tmp_path, damage, match):
         read_results(tmp_path / "study.h5")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 0.0, 1e308])
-@pytest.mark.parametrize("name", ["B", "x_{$²$} | 007", "2" * 5000])
-def test_whatever_a_study_says_is_reported(tmp_path, value, name):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("B", value) for value in (np.nan, np.inf, -1.0, 0.0, 1e308)), ("x_{$²$} | 007", 0.3), ("2" * 5000, 0.3)],
+)
+def test_whatever_a_study_says_is_reported(tmp_path, name, value):
     pytest.importorskip("matplotlib")
     make_study(tmp_path / "study.h5")
     with h5py.File(tmp_path / "study.h5", "a") as file:

@@ -168,6 +168,7 @@ def markdown(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@np.errstate(all="ignore")
 def draw(results: list[Result], target: Path) -> None:
     """Draw the mean training NLL of each row against the three kinds of cost. Local.
 

@@ -67,7 +67,7 @@ class RunFile:
     Parameters
     ----------
     path : Path
-        Created, or replaced: whether it may be is checked before (`config.resolve`).
+        Created, or replaced: whether it may be is checked before (`training.whose`).
     attributes : mapping
         Stored as the file's attributes; None is left out.
     step_figures : iterable of str
