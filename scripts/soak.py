@@ -1,17 +1,23 @@
-"""Kill ranks at random and damage checkpoints at random, and see that every run goes on to the same result.
+"""Kill, stop and double jobs at random, damage checkpoints at random, and see that every run comes to the same result.
 
-Usage: python scripts/soak.py kills COUNT FILE.md [SECONDS]   a rank gets SIGKILL at a random step and phase
-       python scripts/soak.py mutations COUNT FILE.md         a file of the newest checkpoint is damaged
+Usage: python scripts/soak.py jobs COUNT FILE.md          at a random step and phase of a job of 1, 2, 3, 5 or 7 ranks
+       python scripts/soak.py mutations COUNT FILE.md     a file of the newest checkpoint is damaged
 
-Each kill, on 2 or 4 ranks: the job must end within 5 s (or SECONDS, on a busy machine), the newest checkpoint be sound,
-and the run, gone on with, equal the one that was not killed bit for bit. Each mutation: a line says what is wrong, the
-older checkpoint is taken, and the run ends as the undamaged one did (on the same ranks bit for bit, on others to
-rounding). The exit code is 1 where one did otherwise. What FILE.md has already is not repeated.
+What happens to a job, by turns:
+
+kill       a rank gets SIGKILL: the job ends, and the newest checkpoint is sound
+stop       a rank gets SIGTERM, SIGINT, SIGUSR1 or SIGUSR2: exit code 75, and a checkpoint of the step that is told
+second     the same job is started once more meanwhile: it is refused with exit code 2, and the first one goes on
+twice      a rank gets SIGKILL, then two jobs go on at once: one does, the other is refused or finds nothing to do
+
+Whatever happened, the run that is gone on with must equal the one that was left alone, bit for bit, every row once.
+Each mutation: a line says what is wrong, the older checkpoint is taken, and the run ends as
+the undamaged one did (on the same ranks bit for bit, on others to rounding). The exit code is 1 where one did
+otherwise. What FILE.md has already is not repeated.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import re
@@ -33,14 +39,20 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 STEPS, SAVES = 24, 5
-OPTIONS = ["train", "--replicas", "4", "--batch", "32", "--steps", str(STEPS), "--evaluate-every", "8"]
+RANKS = (1, 2, 3, 5, 7)
+OPTIONS = ["train", "--replicas", "7", "--batch", "35", "--steps", str(STEPS), "--evaluate-every", "8"]
 OPTIONS += ["--progress", "off", "--checkpoint-every", str(SAVES)]
 PHASES = ("gradient", "after a step", "evaluation", "save: begun", "save: rank's file", "save: sums", "save: renamed")
-LIMIT = 5.0  # seconds
+EVENTS = ("kill", "stop", "second", "twice")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+PATIENCE = 600  # seconds, far beyond what anything here takes
 
 
-def victim(rank: int, step: int, phase: str, started: Path) -> None:
-    """Run the command line on this rank; where it is the one, kill it when it gets there. Run under mpiexec."""
+def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
+    """Run the command line on this rank; where it is the one, the event happens when it gets there. Under mpiexec.
+
+    Event: the number of a signal that it gets, or 0: it waits until the file `moment` is gone.
+    """
     from mpi4py import MPI
 
     from qnewton_mpi import cli
@@ -48,17 +60,22 @@ def victim(rank: int, step: int, phase: str, started: Path) -> None:
 
     here = {"step": 0}
 
-    def die(where: str) -> None:
-        if MPI.COMM_WORLD.rank == rank and here["step"] >= step and where == phase:
-            started.write_text(str(time.time()))
-            os.kill(os.getpid(), signal.SIGKILL)
+    def happen(where: str) -> None:
+        if MPI.COMM_WORLD.rank != rank or here["step"] < step or where != phase or "done" in here:
+            return
+        here["done"] = 1
+        moment.touch()
+        if int(event):
+            os.kill(os.getpid(), int(event))
+        else:
+            wait_for(lambda: not moment.exists())
 
     def before(owner: object, name: str, where: str) -> None:
-        """Have a function die before it does anything."""
+        """Have it happen before a function does anything."""
         action = getattr(owner, name)
 
         def wrapped(*arguments: object, **options: object) -> object:
-            die(where)
+            happen(where)
             return action(*arguments, **options)
 
         setattr(owner, name, wrapped)
@@ -68,21 +85,21 @@ def victim(rank: int, step: int, phase: str, started: Path) -> None:
 
     def gradient(self: loop.ReplicaLoss, *arguments: object) -> object:
         here["step"] = self.step + 1
-        die("gradient")
+        happen("gradient")
         return call(self, *arguments)  # type: ignore[arg-type]
 
     def whole_step(self: loop.Run) -> int:
         done = one_step(self)
-        die("after a step")
+        happen("after a step")
         return done
 
     def writing(path: Path, *parts: bytes | memoryview) -> None:
         if path.name == checkpoint.SUMS:
-            die("save: sums")
+            happen("save: sums")
         write(path, *parts)
 
     def syncing(folder: Path) -> None:
-        die("save: renamed")
+        happen("save: renamed")
         sync(folder)
 
     loop.ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
@@ -91,14 +108,37 @@ def victim(rank: int, step: int, phase: str, started: Path) -> None:
     before(loop.Run, "evaluate", "evaluation")
     before(loop.Run, "save", "save: begun")
     before(checkpoint.Checkpoints, "_write_rank", "save: rank's file")
-    sys.exit(cli.run(sys.argv[6:]))
+    sys.exit(cli.run(sys.argv[7:]))
+
+
+def started(ranks: int, *program: object) -> subprocess.Popen[str]:
+    """Start a program on ranks."""
+    launcher = os.environ.get("MPIEXEC", str(Path(sys.executable).with_name("mpiexec")))
+    command = [launcher, "-n", str(ranks), sys.executable, *map(str, program)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(job: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a job."""
+    try:
+        out, err = job.communicate(timeout=PATIENCE)
+    finally:
+        job.kill()
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
 
 def mpiexec(ranks: int, *program: object) -> subprocess.CompletedProcess[str]:
     """Run a program on ranks."""
-    launcher = os.environ.get("MPIEXEC", str(Path(sys.executable).with_name("mpiexec")))
-    command = [launcher, "-n", str(ranks), sys.executable, *map(str, program)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return ended(started(ranks, *program))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("waited too long")
+        time.sleep(0.01)
 
 
 def content(path: Path) -> dict[str, np.ndarray]:
@@ -110,33 +150,54 @@ def content(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def kill(
-    number: int, folder: Path, references: dict[int, dict[str, np.ndarray]], limit: float = LIMIT
-) -> tuple[list[object], bool]:
-    """Kill one rank and go on; return the table's row and whether all went as it should."""
+def happen(number: int, folder: Path, references: dict[int, dict[str, np.ndarray]]) -> tuple[list[object], bool]:
+    """Have something happen to a job, and go on; return the table's row and whether all went as it should."""
     choice = random.Random(number)
-    ranks = choice.choice((2, 4))
-    phase = PHASES[number % len(PHASES)]
-    root_only = phase in ("save: sums", "save: renamed")
-    rank, step = 0 if root_only else choice.randrange(ranks), choice.randint(1, STEPS - 1)
-    path, checkpoints, moment = folder / "run.h5", folder / "checkpoints", folder / "killed"
-    arguments = [*OPTIONS, "--output", path, "--checkpoint", checkpoints]
+    event, phase, ranks = EVENTS[number % len(EVENTS)], choice.choice(PHASES), choice.choice(RANKS)
+    # Only rank 0 comes there; and what stops a run after its last step stops nothing.
+    rank = 0 if phase in ("save: sums", "save: renamed") else choice.randrange(ranks)
+    step = choice.randint(1, STEPS - SAVES - 1 if event == "stop" else STEPS - 1)
+    number_of = {"kill": signal.SIGKILL, "twice": signal.SIGKILL, "stop": choice.choice(SIGNALS), "second": 0}
+    what = signal.Signals(number_of[event]).name if number_of[event] else "a second job"
+    path, moment = folder / "run.h5", folder / "moment"
+    arguments = [*OPTIONS, "--output", path, "--checkpoint", folder / "checkpoints"]
+    train = ["-m", "qnewton_mpi", *arguments]
     if ranks not in references:
-        finished = mpiexec(ranks, "-m", "qnewton_mpi", *OPTIONS, "--output", path, "--checkpoint", folder / "whole")
+        finished = mpiexec(ranks, *train)
         assert finished.returncode == 0, finished.stderr
         references[ranks] = content(path)
-        path.unlink()
-    finished = mpiexec(ranks, Path(__file__), "victim", rank, step, phase, moment, *arguments)
-    seconds = time.time() - float(moment.read_text())
-    ended = finished.returncode != 0 and seconds < limit
-    again = mpiexec(ranks, "-m", "qnewton_mpi", *arguments, "--resume")
-    sound = again.returncode == 0 and "passed over" not in again.stderr
-    reference = references[ranks]
-    equal = again.returncode == 0 and all(
-        np.array_equal(value, reference[name], equal_nan=True) for name, value in content(path).items()
-    )
-    row = [number, ranks, rank, step, phase, f"{seconds:.1f}", "yes" if sound else "NO", "yes" if equal else "NO"]
-    return row, ended and sound and equal
+        shutil.rmtree(folder)
+        folder.mkdir()
+    job = started(ranks, Path(__file__), "victim", rank, step, phase, int(number_of[event]), moment, *arguments)
+    if event == "second":
+        wait_for(lambda: moment.exists() or job.poll() is not None)
+        refused = mpiexec(choice.choice(RANKS), *train, "--resume")
+        moment.unlink()
+        good = refused.returncode == 2 and "is being written by" in refused.stderr
+    first = ended(job)
+    if event == "second":
+        good = good and first.returncode == 0
+    elif event == "stop":
+        found = re.search(r"stopped after step (\d+)", first.stderr)
+        good = first.returncode == 75 and found is not None and newest(folder) == int(found[1])
+    else:
+        good = first.returncode not in (0, 2, 75)
+    jobs = [started(ranks, *train, "--resume") for _ in range(2 if event == "twice" else 1)]
+    ends = [ended(job) for job in jobs]
+    codes = sorted(end.returncode for end in ends)
+    good = good and codes[0] == 0 and codes[-1] in (0, 2) and not any("passed over" in end.stderr for end in ends)
+    good = good and not any("Traceback" in end.stderr for end in (*ends, first))
+    after, before = content(path), references[ranks]
+    equal = all(np.array_equal(value, before[name], equal_nan=True) for name, value in after.items())
+    row = [number, event, what, ranks, rank, step, phase, "yes" if good else "NO", "yes" if equal else "NO"]
+    if not (good and equal):
+        print(*row, *(end.stderr[-500:] for end in (first, *ends)), sep="\n", file=sys.stderr)
+    return row, good and equal
+
+
+def newest(folder: Path) -> int:
+    """Return the step of the newest checkpoint."""
+    return max(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
 def truncate(path: Path, choice: random.Random) -> None:
@@ -221,10 +282,9 @@ def main() -> int:
     what, count, table = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     trial: Callable[..., tuple[list[object], bool]]
     header: tuple[str, ...]
-    if what == "kills":
-        limit = float(sys.argv[4]) if len(sys.argv) > 4 else LIMIT
-        trial, title = functools.partial(kill, limit=limit), "Ranks killed at random"
-        header = ("kill", "ranks", "rank", "step from", "phase", "s to the end", "newest sound", "bitwise equal")
+    if what == "jobs":
+        trial, title = happen, "Jobs killed, stopped and doubled at random"
+        header = ("trial", "event", "by", "ranks", "rank", "step from", "phase", "as it should", "bitwise equal")
     else:
         trial, title = mutate, "Checkpoints damaged at random"
         header = ("mutation", "damage", "file", "ranks", "told", "goes on to the same result")
@@ -249,5 +309,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "victim":
-        victim(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+        victim(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], Path(sys.argv[6]))
     sys.exit(main())
