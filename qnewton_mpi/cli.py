@@ -30,7 +30,7 @@ from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import reason, replace_whole, writing
 from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception, load_mpi
-from qnewton_mpi.parallel.environment import launched_tasks
+from qnewton_mpi.parallel.environment import check_descriptors, launched_tasks
 from qnewton_mpi.studies.plan import read_study
 
 LONGEST_LINE = 1000  # characters of an error, whatever was given
@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     first = launched_tasks()[1] == 0  # without MPI the launcher alone knows
     communicator = None
     try:
+        check_descriptors()
         command = parse(arguments, first)
         if command is None:
             return 0

@@ -452,3 +452,13 @@ def test_bench(qnewton, one_line_error, tmp_path):
 def test_info_says_which_exchange_is_chosen(qnewton):
     assert "auto is allgather: on one rank nothing crosses" in qnewton(1, "info").stdout
     assert re.search(r"exchange +auto, by predicted seconds, .*sliced at N = 10,000,000", qnewton(4, "info").stdout)
+
+
+def test_few_files_may_be_open():
+    """A limit that can be raised is; one that cannot is told before MPI ends the job."""
+    run = f"exec {sys.executable} -m qnewton_mpi"
+    refused = subprocess.run(["bash", "-c", f"ulimit -n 20; {run} info"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "qnewton-mpi: error: only 20 files may be open at a time: ulimit -n 48, or more\n"
+    raised = subprocess.run(["bash", "-c", f"ulimit -S -n 20; {run} info"], capture_output=True, text=True, check=False)
+    assert raised.returncode == 0, raised.stderr

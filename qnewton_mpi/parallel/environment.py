@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import warnings
 from collections.abc import Mapping, MutableMapping
 
 from qnewton_mpi.errors import UserError
 
+LEAST_FILES = 48  # open at a time: with MPICH one rank needs 24, and 7 on a node start with so many
 HELD = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # by which batch systems tell a job to stop
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
@@ -47,6 +49,21 @@ def hold_signals() -> None:
     To import everything takes seconds, on a parallel file system minutes.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
+
+def check_descriptors() -> None:
+    """Raise the number of files that may be open where it is very low.
+
+    Raises
+    ------
+    UserError
+        Where it cannot be: MPI would end the job without a reason that can be read.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < LEAST_FILES:
+        if resource.RLIM_INFINITY != hard < LEAST_FILES:
+            raise UserError(f"only {hard} files may be open at a time: ulimit -n {LEAST_FILES}, or more")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (LEAST_FILES, hard))
 
 
 def launched_tasks(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
