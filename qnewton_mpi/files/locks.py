@@ -113,7 +113,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _taken(path, what)
     except (OSError, ValueError) as error:
-        raise UserError(f"{what}: the lock {printable(path)} cannot be made ({reason(error)})") from error
+        lock = f"its lock {printable(path)} cannot be made"
+        raise UserError(f"{what}: cannot be written: {lock} ({reason(error)})") from error
     try:
         yield
     finally:
