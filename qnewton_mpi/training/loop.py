@@ -150,14 +150,14 @@ class Run:
         rows = self.communicator.from_root(
             lambda: rows_of(self.config, self.configuration, self.identifier, resumed, self.steps)
         )
-        if rows is Rows.DONE:
+        if rows is Rows.DONE and self.position.step == self.steps:
             return
         if resumed is not None:
             LOG.info("goes on after step %d", resumed)
-        root = self.communicator.rank == 0
+        writes = self.communicator.rank == 0 and rows is not Rows.DONE
         with contextlib.ExitStack() as stack:
             self.file = self.communicator.together(
-                lambda: stack.enter_context(self.open_file(resumed, rows)) if root else None
+                lambda: stack.enter_context(self.open_file(resumed, rows)) if writes else None
             )
             self.progress = self.open_progress()
             stack.enter_context(contextlib.closing(self.progress))

@@ -126,7 +126,8 @@ def rows_of(config: RunConfig, configuration: Mapping[str, Any], run: str, step:
         LOG.warning("%s: it is replaced, and starts after step %d", error, step)
         return Rows.NEW
     if before.finished and (step == steps or not training.overwrite):
-        LOG.info("%s is finished", output)
+        again = "" if step == steps else f": what follows step {step} is done again for its checkpoints alone"
+        LOG.info("%s is finished and stays as it is%s", output, again)
         return Rows.DONE
     last = int(before.steps["step"].max(initial=0))
     if last > step:
