@@ -326,7 +326,7 @@ def duration(seconds: float) -> str:
     Examples
     --------
     >>> [duration(seconds) for seconds in (40.2, 119, 3 * 3600, 1e6)]
-    ['40 s', '119 s', '3 h', '11 days']
+    ['40 s', '119 s', '3 h', '12 days']
     """
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
