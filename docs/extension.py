@@ -60,7 +60,7 @@ def values(item: Field[Any], hints: dict[str, Any]) -> str:
     kind = base_type(hints[item.name])
     if kind is str and check:
         return str(check[1]).removeprefix("must be ")
-    wanted = ACCEPTED[kind][1] + (f", {check[1].removeprefix('must be ')}" if check else "")
+    wanted = ACCEPTED[kind][2] + (f", {check[1].removeprefix('must be ')}" if check else "")
     return ", or ".join([wanted, *(f"`{word}`" for word in words)])
 
 

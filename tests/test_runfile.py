@@ -381,7 +381,8 @@ def test_watch_is_left_by_an_interrupt(tmp_path, monkeypatch):
 
     file = run_file(tmp_path / "run.h5")
     monkeypatch.setattr("time.sleep", interrupted)
-    watch(file.path, 1.0, once=False)
+    with pytest.raises(KeyboardInterrupt):  # which the command line tells in a line
+        watch(file.path, 1.0, once=False)
 
 
 @pytest.mark.parametrize("columns", [0, 1, 30])
