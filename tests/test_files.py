@@ -14,12 +14,12 @@ import h5py
 import numpy as np
 import pytest
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files import locks
 from qnewton_mpi.files.images import column, dataset, image_of, open_image, open_summed, write_image
 from qnewton_mpi.files.locks import Holder, locked
 from qnewton_mpi.files.outputs import check_output
-from qnewton_mpi.files.whole import printable, read_whole, replace_whole
+from qnewton_mpi.files.whole import read_whole, replace_whole
 
 
 def test_a_file_is_replaced_whole(tmp_path):

@@ -23,8 +23,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import open_regular, printable, reason, regular_descriptor, replace_whole
+from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.files.whole import open_regular, reason, regular_descriptor, replace_whole
 
 USER_BLOCK = 512
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_type_hints
 
-from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import printable, reason
+from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.files.whole import reason
 from qnewton_mpi.parallel.log import LOG
 
 TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import OLD, kind_of
-from qnewton_mpi.files.whole import check_replaceable, open_regular, printable
+from qnewton_mpi.files.whole import check_replaceable, open_regular
 
 # How files begin, by kind: pictures by their suffix, the other ones that are no HDF5.
 PICTURES = {

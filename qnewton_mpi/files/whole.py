@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from qnewton_mpi.errors import UserError
-from qnewton_mpi.errors import printable as printable
+from qnewton_mpi.errors import UserError, printable
 
 
 def read_whole(path: Path, most: int | None = None) -> bytes:

@@ -38,7 +38,7 @@ class Halt:
 
     def came(self) -> bool:
         """Tell whether another group has told this one to end. Local; only the leader hears."""
-        return self._leads and self._world.mpi.Iprobe(tag=MPI.ANY_TAG)
+        return self._leads and any(self._world.mpi.Iprobe(tag=tag) for tag in (LATER, AT_ONCE))
 
     def came_at_once(self) -> bool:
         """Tell whether another group has told this one to end after the present step. Local, as `came`."""

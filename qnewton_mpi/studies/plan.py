@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from qnewton_mpi.config import RunConfig, read_toml, resolve, run_config
-from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import printable, read_whole
+from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.files.whole import read_whole
 from qnewton_mpi.training.runfile import EPOCH_FIGURES
 
 TOP_LEVEL = {"seeds", "tuning_seed", "tune_by", "extensions", "common", "row"}

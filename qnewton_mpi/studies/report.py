@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import printable
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.plotting import label_decades, plain, pyplot, save
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs

@@ -42,9 +42,9 @@ from numpy.typing import NDArray
 from qnewton_mpi.core import state
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import HDF5_ERRORS, dataset, image_of, open_summed
-from qnewton_mpi.files.whole import printable, reason, regular_descriptor, replace_whole, sync_folder
+from qnewton_mpi.files.whole import reason, regular_descriptor, replace_whole, sync_folder
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.training.whose import differences
 

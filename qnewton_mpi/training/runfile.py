@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi import __version__
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import attributes_of, column, dataset, open_image, subgroup, text_of, write_image
 from qnewton_mpi.files.locks import Holder
-from qnewton_mpi.files.whole import printable, reason, writing
+from qnewton_mpi.files.whole import reason, writing
 from qnewton_mpi.parallel.log import LOG
 
 ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from qnewton_mpi.config import RunConfig
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.files.outputs import check_output
-from qnewton_mpi.files.whole import printable
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.runfile import Run
