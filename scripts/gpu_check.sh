@@ -36,7 +36,7 @@ section() {  # title, command …: its output as a section of the report
   { echo '```'; echo; } >>"$report"
 }
 
-{ echo "# Checked on a GPU"; echo; echo "By \`scripts/gpu_check.sh\`, $(date -u +%F), commit $(git rev-parse --short HEAD)."; echo; } >"$report"
+{ echo "# Checked on a GPU"; echo; echo "By \`scripts/gpu_check.sh\`, $(date -u +%F), commit ${COMMIT:-$(git rev-parse --short HEAD)}."; echo; } >"$report"
 section "The machine" nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
 section "Libraries" "$python" -c 'import cupy, numpy; cupy.show_config()'
 section "Tests, one process" "$python" -m pytest -q -rs tests/test_gpu.py

@@ -56,9 +56,9 @@ class Quadratic:
         basis = np.linalg.qr(random.standard_normal((size, size)))[0]
         self.hessian = basis @ np.diag(np.geomspace(0.1, 10, size)) @ basis.T
         self.centres = random.standard_normal((replicas, size))
-        self.start = xp.asarray(random.standard_normal(size), dtype=dtype, device=device)
-        matrices = self.hessian, self.centres
-        self._hessian, self._centres = (xp.asarray(a, dtype=dtype, device=device) for a in matrices)
+        place = {} if device is None else {"device": device}  # CuPy's own asarray knows none
+        arrays = random.standard_normal(size), self.hessian, self.centres
+        self.start, self._hessian, self._centres = (xp.asarray(a, dtype=dtype, **place) for a in arrays)
 
     def __call__(self, w, replica):
         offset = w - self._centres[replica, :]

@@ -49,7 +49,7 @@ def combination(a: float, x: Array, b: float, y: Array, out: Array | None = None
 def inner(x: Array, y: Array) -> Array:
     """Return Σ x y over all entries, an array without axes: float64, on a CPU the sum of `blockwise_products`."""
     if is_cupy_array(x):
-        return _kernels()[1](x, y)
+        return _inner_on_gpu(x.reshape(-1), y.reshape(-1))
     reshape = array_namespace(x).reshape
     return blockwise_products(reshape(x, (1, -1)), reshape(y, (1, -1)))[0, 0]
 
@@ -90,6 +90,13 @@ def blockwise_products(a: Array, b: Array) -> Array:
 
     products = stack(a) @ xp.matrix_transpose(stack(b))
     return xp.sum(products, axis=0, dtype=xp.float64) + a[:, whole:] @ xp.matrix_transpose(b[:, whole:])
+
+
+def _inner_on_gpu(x: Array, y: Array) -> Array:
+    """Return Σ x y of CuPy's vectors: a reduction has one thread block for each number that comes out, so in two levels."""
+    kernel, whole = _kernels()[1], x.shape[0] - x.shape[0] % BLOCK
+    blocks = kernel(x[:whole].reshape(-1, BLOCK), y[:whole].reshape(-1, BLOCK), axis=1)
+    return blocks.sum() + kernel(x[whole:], y[whole:])
 
 
 @functools.cache

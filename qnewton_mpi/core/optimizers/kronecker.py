@@ -22,7 +22,7 @@ from qnewton_mpi.core.optimizers.natural_gradient import (
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
-from qnewton_mpi.parallel.device import Array, to_device, to_host
+from qnewton_mpi.parallel.device import Array, to_device
 
 FIRST_UPDATES = 10
 LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, damping and bound stay as if the loss were this
@@ -230,8 +230,7 @@ class Side:
             return None
         factor, old = total(self.factor), self.basis
         ridge = RIDGE * float(self.xp.sum(self.xp.linalg.diagonal(factor))) / factor.shape[0]
-        # On the host: GPUs are slow at QR.
-        self.basis = to_device(np.linalg.qr(to_host(factor @ old + ridge * old))[0], self.like)
+        self.basis = self.xp.linalg.qr(factor @ old + ridge * old)[0]
         return (self.xp.matrix_transpose(old) @ self.basis) ** 2
 
 
