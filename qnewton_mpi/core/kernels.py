@@ -54,6 +54,12 @@ def inner(x: Array, y: Array) -> Array:
     return blockwise_products(reshape(x, (1, -1)), reshape(y, (1, -1)))[0, 0]
 
 
+def square_norms(rows: Array) -> Array:
+    """Return Σ x² of each row of an array (n, N), (n,)."""
+    xp = array_namespace(rows)
+    return xp.stack([inner(row, row) for row in rows]) if is_cupy_array(rows) else xp.vecdot(rows, rows)
+
+
 def checksum(vector: Array) -> int:
     """Return the sum of a vector's words of 64 bits, modulo 2⁶⁴, as a signed number: the same where all bits are."""
     if not (is_numpy_array(vector) or is_cupy_array(vector)):

@@ -15,7 +15,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import Exchange
-from qnewton_mpi.core.kernels import checksum, combination
+from qnewton_mpi.core.kernels import checksum, combination, square_norms
 from qnewton_mpi.core.rate import GAIN_SHARE, LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
@@ -263,7 +263,7 @@ class Optimizer(ABC, Generic[S]):
                     losses[r], gradient = loss_and_gradient(point, replica)
                     if gradient is not self.rows[r]:
                         self.gradients[r, :] = gradient
-            squares = to_host(self.xp.vecdot(self.gradients, self.gradients))
+            squares = to_host(square_norms(self.gradients))
         self.gradient_seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
         figures = np.stack([to_host(losses), squares], axis=1, dtype=np.float64)
