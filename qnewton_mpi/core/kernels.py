@@ -99,7 +99,7 @@ def blockwise_products(a: Array, b: Array) -> Array:
 
 
 def _inner_on_gpu(x: Array, y: Array) -> Array:
-    """Return Σ x y of CuPy's vectors: a reduction has one thread block for each number that comes out, so in two levels."""
+    """Return Σ x y of CuPy's vectors, in two levels: a reduction has a thread block for each number that comes out."""
     kernel, whole = _kernels()[1], x.shape[0] - x.shape[0] % BLOCK
     blocks = kernel(x[:whole].reshape(-1, BLOCK), y[:whole].reshape(-1, BLOCK), axis=1)
     return blocks.sum() + kernel(x[whole:], y[whole:])
