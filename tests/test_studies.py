@@ -326,6 +326,28 @@ def test_a_signal_to_one_rank_stops_all_groups(tiny, mpiexec, tmp_path):
     assert not list(tmp_path.glob("**/*.lock"))
 
 
+def test_a_signal_to_a_group_that_has_nothing_left_to_do_stops_the_others(tiny, mpiexec, tmp_path):
+    plan = tiny(SHORT + ENDLESS)
+    program = [mpiexec.launcher, "-n", "2", sys.executable, "-m", "qnewton_mpi", "compare", plan, "--output", "s.h5"]
+    process = subprocess.Popen(program, env=mpiexec.environ, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    def writers(pattern):
+        found = []
+        for path in tmp_path.glob(f"s.runs/{pattern}"):
+            with contextlib.suppress(UserError):
+                found += [Run(path).attributes["writer_pid"]] * bool(Run(path).last("step") > 0)
+        return found
+
+    while not (writers("short*.h5") and writers("endless*.part")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.kill(writers("short*.h5")[0], signal.SIGTERM)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == INTERRUPTED, err
+    assert err.count("stopped in row 'endless'; the same command goes on") == 1
+    assert kept(tmp_path / "s.runs") == ["short"]
+
+
 def test_an_error_in_one_row_ends_the_study(tiny, qnewton, tmp_path):
     plan = tiny("[[row]]\nname = 'large'\nbatch = 64\n" + SHORT)
     finished = qnewton(2, "compare", plan, "--output", "s.h5", cwd=tmp_path)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mpi4py import MPI
+
 from qnewton_mpi.config import resolve, run_config
 from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, TooLateError, UserError
 from qnewton_mpi.files.locks import lock_of, locked
@@ -16,6 +18,7 @@ from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.studies.halt import Halt
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
+from qnewton_mpi.training.interruption import Noted
 from qnewton_mpi.training.loop import load_data, train
 from qnewton_mpi.training.runfile import rate_text
 
@@ -57,9 +60,10 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator,
             load_data(run_config({k: v for k, v in options.items() if v is not None}), world)
         group = Communicator(world.mpi.Split(world.rank // ranks_per_run))
         halt = Halt(world, range(0, world.size, ranks_per_run))
-        names, failure = Work(study, store, group, halt).do()
+        noted = stack.enter_context(Noted())
+        names, failure = Work(study, store, group, halt, noted).do()
+        halt.end(lambda: noted.came)
         outcomes = world.mpi.allgather((names, failure))
-        halt.end()
         failures = [failure for _, failure in outcomes if failure is not None]
         if failures:
             raise min(failures, key=lambda failure: isinstance(failure, InterruptedRunError))  # an error says more
@@ -80,6 +84,7 @@ class Work:
     store: Store
     group: Communicator
     halt: Halt
+    noted: Noted
     worked: bool = False
 
     def do(self) -> tuple[list[str], UserError | InterruptedRunError | None]:
@@ -115,6 +120,10 @@ class Work:
             rates = [best_rate(scores)]
         return names + [self.run_once(row, rates[0], seed, "final") for seed in self.study.seeds]
 
+    def halted(self) -> bool:
+        """Tell whether the run under way is to stop after its present step: another group was told to, or this rank."""
+        return self.halt.came_at_once() or bool(self.noted.came)
+
     def run_once(self, row: Row, rate: float | None, seed: int, stage: str) -> str:
         """Do a run unless it is stored, and return its name. One that diverges is a result too."""
         store, group = self.store, self.group
@@ -123,14 +132,14 @@ class Work:
         name = run_name(row.name, options)
         if group.from_root(lambda: store.has(name)):
             return name
-        if group.from_root(self.halt.came):
+        if group.mpi.allreduce(self.halt.came() or bool(self.noted.came), MPI.LOR):
             raise InterruptedRunError
         config = run_config(options)
         output = str(store.unfinished(name))
         config = replace(config, training=replace(config.training, output=output))
         config = group.from_root(lambda: resolve(config, group.size))
         with contextlib.suppress(NonFiniteGradientError):  # its file says so
-            train(config, group, {"row": row.name, "stage": stage, "baseline": row.baseline}, self.halt.came_at_once)
+            train(config, group, {"row": row.name, "stage": stage, "baseline": row.baseline}, self.halted)
         self.worked = True
 
         def keep() -> None:
