@@ -199,6 +199,7 @@ def hostile(tmp_path, monkeypatch):
         ("train", "--output", "a" * 300),
         ("train", "--output", "\udcff.h5"),
         ("train", "--log-dir", "file"),
+        *(("train", "--output", path) for path in (".", "/", "..")),
         ("train", "--log-dir", "a" * 300),
         ("train", "--checkpoint", "file"),
         ("train", "--data", "mnist", "--data-dir", "a" * 5000),
