@@ -18,6 +18,7 @@ from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
 from qnewton_mpi.core.optimizers.probing import Probing
+from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array
@@ -134,8 +135,10 @@ class QuasiNewton(torch.optim.Optimizer):
             torch.set_num_threads(1)
 
         def prepare() -> Tensors:
-            if samples < 1 or replicas_per_rank < 1:
-                raise UserError(f"samples={samples}, replicas_per_rank={replicas_per_rank}: both must be at least 1")
+            for name, count, least in (("samples", samples, 1), ("replicas_per_rank", replicas_per_rank, 1)):
+                check_count(name, count, least)
+            if module is not None and not isinstance(module, torch.nn.Module):
+                raise UserError(f"module={module!r:.60}: must be the model, a torch.nn.Module")
             lr = method_settings(method, **settings).lr
             self._lr = 1.0 if isinstance(lr, str) else float(lr)
             return self._gather(params, module)

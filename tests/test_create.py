@@ -42,6 +42,17 @@ def test_shapes_are_layers_and_the_exchange_is_chosen():
         ({"replicas": 1}, "kronecker, lr=auto, needs 2 replicas and has 1: start more ranks"),
         ({"damping": 0}, "must be greater than 0"),
         ({"rank": 3}, "unknown option 'rank'"),
+        ({"replicas": 2.5}, "replicas=2.5: must be an integer"),
+        ({"samples": 16.5}, "samples=16.5: must be an integer, at least 1"),
+        ({"samples": True}, "samples=True: must be an integer"),
+        ({"samples": float("nan")}, "samples=nan: must be an integer"),
+        ({"seed": "a"}, "seed='a': must be an integer"),
+        ({"seed": -1}, "seed=-1: must be an integer, at least 0"),
+        ({"shapes": [(3,)]}, "the shapes have 3 numbers, the parameters 4"),
+        ({"parameters": [0.0, 1.0]}, "the parameters are list"),
+        ({"parameters": np.zeros((2, 2))}, r"the parameters are float64 \(2, 2\): give one vector"),
+        ({"parameters": np.zeros(4, int)}, "the parameters are int64"),
+        ({"stall_timeout": "x"}, "stall_timeout='x': must be more than 0 seconds"),
     ],
 )
 def test_refuses_what_cannot_be_used(communicator, wrong, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
-from qnewton_mpi.core.settings import build
+from qnewton_mpi.core.settings import build, check_count
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel import cost, farewell
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
@@ -102,6 +103,9 @@ def create(
 
     def check() -> Settings:
         options = method_settings(method, **settings)
+        for name, count, smallest in (("replicas", replicas, 1), ("samples", samples, 1), ("seed", seed, 0)):
+            check_count(name, count, smallest)
+        check_parameters(parameters, shapes)
         for name, value, known in (("exchange", exchange, ["auto", *EXCHANGES]), ("transport", transport, TRANSPORTS)):
             if value not in known:
                 raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
@@ -142,6 +146,17 @@ def create(
     optimizer = kind(options, parameters, mover, samples, seed, shapes)
     optimizer.most_alike = MOST_ALIKE
     return optimizer
+
+
+def check_parameters(parameters: Any, shapes: Sequence[tuple[int, ...]] | None) -> None:
+    """Raise `UserError` for no vector of float32 or float64, or one of another length than the shapes'. Local."""
+    found = f"{getattr(parameters, 'dtype', type(parameters).__name__)} {tuple(getattr(parameters, 'shape', ()))}"
+    name = str(getattr(parameters, "dtype", "")).rpartition(".")[2]
+    if name not in ("float32", "float64") or len(parameters.shape) != 1 or not len(parameters):
+        raise UserError(f"the parameters are {found}: give one vector of float32 or float64, as w.ravel() is")
+    count = len(parameters) if shapes is None else sum(math.prod(shape) for shape in shapes)
+    if count != len(parameters):
+        raise UserError(f"the shapes have {count} numbers, the parameters {len(parameters)}: give those of all tensors")
 
 
 def digest(content: bytes | NDArray[Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
@@ -84,6 +85,18 @@ def integer(value: int | str) -> int:
     if abs(number) > MOST:
         raise ValueError
     return number
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise `UserError` for an argument of a program that is no integer, or too small. Local.
+
+    Examples
+    --------
+    >>> check_count("samples", 16, 1)
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= int(value) <= MOST:
+        raise UserError(f"{name}={value!r:.60}: must be an integer, at least {least}")
 
 
 def finite(value: float | str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import os
 import sys
 import time
@@ -43,6 +44,13 @@ def load_mpi() -> ModuleType:
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason}: load your site's MPI module, or pip install 'qnewton_mpi[mpich]'") from error
     return MPI
+
+
+def check_timeout(seconds: float | None) -> None:
+    """Raise `UserError` for what is no number of seconds, nor None. Local."""
+    number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and seconds > 0):
+        raise UserError(f"stall_timeout={seconds!r:.60}: must be more than 0 seconds, or None")
 
 
 class Communicator:
@@ -88,8 +96,7 @@ class Communicator:
         mpi = load_mpi()
         if parent != mpi.COMM_SELF:  # which is alone on purpose
             check_launcher(mpi.COMM_WORLD.Get_size())
-        if stall_timeout is not None and not stall_timeout > 0:
-            raise UserError(f"stall_timeout={stall_timeout}: more than 0 seconds, or None")
+        check_timeout(stall_timeout)
         from qnewton_mpi.parallel.farewell import Gates
 
         self._gates = Gates(mpi.COMM_WORLD if parent is None else parent, stall_timeout)
@@ -103,6 +110,7 @@ class Communicator:
     def of(cls, given: Communicator | MPI.Comm | None, stall_timeout: float | None = None) -> Communicator:
         """Return what a program means by a communicator: one of these, MPI's, or None for the world."""
         if isinstance(given, Communicator):
+            check_timeout(stall_timeout)
             if stall_timeout is not None:
                 given._gates.stall_timeout = stall_timeout
             return given

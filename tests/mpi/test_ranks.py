@@ -191,5 +191,5 @@ def test_many_communicators_in_one_program(communicator):
 def test_what_is_no_communicator(wrong):
     with pytest.raises(UserError, match=r"must be a Communicator, an MPI.Intracomm, or None"):
         create("sgd", np.ones(4), 4, communicator=wrong)
-    with pytest.raises(UserError, match="stall_timeout=0: more than 0 seconds"):
+    with pytest.raises(UserError, match="stall_timeout=0: must be more than 0 seconds"):
         create("sgd", np.ones(4), 4, stall_timeout=0)

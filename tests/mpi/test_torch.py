@@ -231,7 +231,7 @@ def seeded():
         ("method", "adam", "has method=adam, rank 0 has method=momentum"),
         ("samples", 5, "has samples=5, rank 0 has samples=4"),
         ("replicas_per_rank", 2, "has replicas_per_rank=2, rank 0 has replicas_per_rank=1"),
-        ("replicas_per_rank", 0, r"rank \d: samples=4, replicas_per_rank=0: both must be at least 1"),
+        ("replicas_per_rank", 0, r"rank \d: replicas_per_rank=0: must be an integer, at least 1"),
         ("module", torch.nn.Linear(1, 1), "has module=Linear, rank 0 has module=None"),
         ("exchange", "sliced", "has exchange=sliced, rank 0 has exchange=auto"),
         ("seed", 1, "has seed=1, rank 0 has seed=0"),

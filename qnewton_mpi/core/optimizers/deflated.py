@@ -13,7 +13,6 @@ from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
-from qnewton_mpi.parallel.device import Array
 
 
 @dataclass(frozen=True)

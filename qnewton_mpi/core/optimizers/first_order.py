@@ -10,7 +10,6 @@ from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, S
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array
 
 
 class SGDSettings(ProbingSettings):
