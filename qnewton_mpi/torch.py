@@ -221,17 +221,13 @@ class QuasiNewton(torch.optim.Optimizer):
                 "step() needs the loss: say optimizer.step(lambda: loss) after loss.backward(), or give a closure that "
                 "computes both"
             )
-        core, steps = self.core, self.core.steps
+        core = self.core
         self._closure = closure
         self._failure = None
         self._surroundings.begin()
         self._found = np.zeros(len(self._tensors), bool)
         self._attempt(self._prepare)
-        try:
-            self.figures = core.step(self._loss_and_gradient)
-        except UserError:
-            core.steps = steps
-            raise
+        self.figures = core.step(self._loss_and_gradient)
         if core.parameters is not self._bound:
             self._bind()
         self._share_buffers()

@@ -47,6 +47,40 @@ def entries(thing: Any, prefix: str = "") -> Iterator[tuple[str, Kind, Any, str]
         yield from entries(part, f"{prefix}{name}/")
 
 
+def objects(thing: Any) -> Iterator[Any]:
+    """Yield an object with state and all its parts."""
+    yield thing
+    for part in getattr(thing, "parts", dict)().values():
+        yield from objects(part)
+
+
+class Memory:
+    """What the attributes of objects with state, and of their parts, are now: all of them, not only their state.
+
+    Only references are kept. So what changes an attribute for good gives it a new value, and changes no array or list
+    in its place.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> thing = SimpleNamespace(steps=1)
+    >>> memory = Memory(thing)
+    >>> thing.steps = 2
+    >>> memory.recall()
+    >>> thing.steps
+    1
+    """
+
+    def __init__(self, *things: Any) -> None:
+        self._attributes = [(part, dict(vars(part))) for thing in things for part in objects(thing)]
+
+    def recall(self) -> None:
+        """Set all attributes to what they were."""
+        for part, attributes in self._attributes:
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
 def value(thing: Any, name: str) -> NDArray[Any] | None:
     """Return an attribute as a host array; None as it is."""
     found = getattr(thing, name)

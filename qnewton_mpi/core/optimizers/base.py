@@ -18,7 +18,7 @@ from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
 from qnewton_mpi.core.rate import GAIN_SHARE, LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
-from qnewton_mpi.core.state import Kind
+from qnewton_mpi.core.state import Kind, Memory
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device, to_host
@@ -31,6 +31,60 @@ losses (R,), gradients (R, N). Then that is called instead.
 """
 
 Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What all replicas have evaluated, each on its own samples.
+
+    Attributes
+    ----------
+    rows : (R, N)
+        The gradients of this rank's replicas, in an array that is used again at the next evaluation.
+    losses, squares : (M,)
+        Every replica's loss, and the squared norm of its gradient.
+    """
+
+    rows: Array
+    losses: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return float(self.losses.mean())
+
+    @property
+    def square(self) -> float:
+        """The mean of the squared norms."""
+        return float(self.squares.mean())
+
+    def noise(self, gg: float) -> float:
+        """Return tr C, C the covariance of the mean gradient, from ḡᵀḡ."""
+        return (self.square - gg) / (len(self.squares) - 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """w ← w − α d, and what is to be told of it.
+
+    Attributes
+    ----------
+    mean, direction : (held,)
+        ḡ and d.
+    rate : float
+        α, the factor of a schedule included.
+    figures : dict
+        Those that only the method has, and the loss.
+    norms : tuple of float, optional
+        ḡᵀḡ, dᵀd and ḡᵀd, where they are known.
+    """
+
+    mean: Array
+    direction: Array
+    rate: float
+    figures: Figures
+    norms: tuple[float, float, float] | None = None
 
 
 AUTO: tuple[str, ...] = ("auto",)
@@ -74,7 +128,7 @@ class Optimizer(ABC, Generic[S]):
     rate_factor : float
         By which the learning rate is multiplied, as a schedule wants it; 1 at first.
     rate : float
-        The learning rate α of the step, its factor included.
+        The learning rate α of the last step, its factor included.
     resting : sequence of slice
         Of the N coordinates, those that do not move; none at first. The same on every rank. May still be set while the
         gradients of a step are evaluated.
@@ -121,6 +175,7 @@ class Optimizer(ABC, Generic[S]):
         self.evaluations = 0
         self.alike = 0
         self.most_alike = math.inf
+        self._pairs: dict[str, list[Array]] = {}
         self.xp = array_namespace(parameters)
         exchange.divide(self.pieces())
         self.held = exchange.hold(parameters)
@@ -154,9 +209,23 @@ class Optimizer(ABC, Generic[S]):
         """Whether the rate is "auto"."""
         return self.settings.lr == "auto"
 
-    def adapt(self, noise: float, bound: float = math.inf) -> None:
-        """Set the rate of this step to that of `noise_limited_rate`, at most `bound`; noise is tr(P⁻¹C). Local."""
-        self.rate = self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
+    def chosen_rate(self) -> float:
+        """Return the rate of the settings, where that is a number, times a schedule's factor. Local."""
+        return self.rate_factor * self.fixed_rate(float(self.settings.lr))
+
+    def auto_rate(self, noise: float, bound: float = math.inf) -> float:
+        """Return that of `noise_limited_rate`, at most `bound`, times a schedule's factor; noise is tr(P⁻¹C). Local."""
+        return self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
+
+    def turned(self, name: str) -> Array:
+        """Return an array like that of an attribute for its next value: of two that take turns. Local."""
+        present = getattr(self, name)
+        pair = self._pairs.setdefault(name, [])
+        free = [array for array in pair if array is not present]
+        if not free:
+            free = [self.xp.empty_like(present)]
+            pair += [present, free[0]]
+        return free[0]
 
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Local."""
@@ -183,36 +252,45 @@ class Optimizer(ABC, Generic[S]):
         Raises
         ------
         NonFiniteGradientError
-            On every rank, before any state has changed.
+            On every rank. The state is what it was, as after all that is raised here or by `loss_and_gradient`.
         UserError
-            On every rank, before any state has changed: where the ranks are not at one step, rate factor or point, and
+            On every rank: where the ranks are not at one step, rate factor or point, and
             where all replicas have the same batch and the method needs their differences.
         """
-        self.steps += 1
-        if not isinstance(self.settings.lr, str):
-            self.rate = self.rate_factor * self.fixed_rate(self.settings.lr)
-        self.note = self.noted()
-        mean, direction, figures = self.direction(loss_and_gradient)
-        if self.resting:
-            direction = self.rested(direction)
-        self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
+        before = Memory(self, self.exchange)
+        try:
+            self.steps += 1
+            self.note = self.noted()
+            step = self.propose(loss_and_gradient)
+        except BaseException:
+            before.recall()
+            raise
+        return self.move(step)
+
+    @abstractmethod
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+        """Evaluate the gradients, take them into the state, and return a step. Collective.
+
+        Where it raises, all attributes are set to what they were. So it changes no array of the state in its place.
+        """
+
+    def move(self, step: Step) -> Figures:
+        """Do w ← w − α d; return the figures. Collective."""
+        direction = self.rested(step.direction) if self.resting else step.direction
+        self.rate = step.rate
+        self.held = combination(1.0, self.held, -step.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
-        gg, dd, gd = self.products(mean, direction)
+        pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
+        gg, dd, gd = self.exchange.dots(*pairs) if step.norms is None or self.resting else step.norms
         self.exchange.communicator.halfway(False)
         norms = math.sqrt(gg * dd)
-        cosine = gd / norms if norms > 0 else math.nan
         return {
             "gradient_norm": math.sqrt(gg),
-            "step_norm": self.rate * math.sqrt(dd),
-            "cosine": cosine,
-            "rate": self.rate,
-            **figures,
+            "step_norm": step.rate * math.sqrt(dd),
+            "cosine": gd / norms if norms > 0 else math.nan,
+            "rate": step.rate,
+            **step.figures,
         }
-
-    def products(self, mean: Array, direction: Array) -> tuple[float, float, float]:
-        """Return ḡᵀḡ, dᵀd and ḡᵀd of this step. Collective."""
-        gg, dd, gd = self.exchange.dots((mean, mean), (direction, direction), (mean, direction))
-        return gg, dd, gd
 
     def rested(self, direction: Array) -> Array:
         """Return a copy of d, (held,), that is zero where coordinates rest. Local."""
@@ -221,16 +299,10 @@ class Optimizer(ABC, Generic[S]):
             direction[max(span.start - first, 0) : max(span.stop - first, 0)] = 0
         return direction
 
-    @abstractmethod
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        """Return ḡ and d, both (held,), of the step w ← w − α d, and the figures that only this method has."""
-
     def evaluate(
         self, loss_and_gradient: LossAndGradient, displacements: Array | None = None, trial: bool = False
-    ) -> tuple[Array, float]:
-        """Evaluate this rank's replicas at w̄ + their displacements; return their gradients (R, N) and the mean loss.
-
-        The array of the gradients is used again at the next evaluation.
+    ) -> Batch:
+        """Evaluate this rank's replicas at w̄ + their displacements.
 
         Parameters
         ----------
@@ -238,8 +310,8 @@ class Optimizer(ABC, Generic[S]):
         displacements : (R, N), optional
             Of this rank's replicas.
         trial : bool
-            Whether the step may be too long: a replica with a loss or gradient that is not finite then has the loss ∞
-            in `losses`, and the gradient zero.
+            Whether the step may be too long: a replica with a loss or gradient that is not finite then has the loss ∞,
+            and the gradient zero.
 
         Raises
         ------
@@ -275,15 +347,12 @@ class Optimizer(ABC, Generic[S]):
             for row in np.flatnonzero(~finite[list(local)]):
                 self.gradients[int(row), ...] = 0
         elif not finite.all():
-            self.steps -= 1
             first = int(np.argmin(finite))
-            raise NonFiniteGradientError(self.steps + 1, first, *everyone[first])
+            raise NonFiniteGradientError(self.steps, first, *everyone[first])
         if displacements is None:
             self.look_for_differences(everyone)
         self.exchange.communicator.halfway(True)
-        self.losses = everyone[:, 0]
-        self.square = float(everyone[:, 1].mean())  # of a gradient's norm, mean over the replicas
-        return self.gradients, float(everyone[:, 0].mean())
+        return Batch(self.gradients, everyone[:, 0], everyone[:, 1])
 
     def noted(self) -> NDArray[np.int64]:
         """Return what has to be the same on all ranks at a step, as bits: its number, the rate factor, w. Local."""
@@ -296,7 +365,6 @@ class Optimizer(ABC, Generic[S]):
         differ = notes != notes[0]
         if not differ.any():
             return
-        self.steps -= 1
         rank, what = np.argwhere(differ)[0]
         steps, factors = notes[:, 0], notes[:, 1].view(np.float64)
         raise UserError(
@@ -322,15 +390,10 @@ class Optimizer(ABC, Generic[S]):
             "DistributedSampler or a seed with the rank in it"
         )
         if self.least_replicas(self.settings) > 1:  # without any noise the curvature or the rate is wrong
-            self.steps -= 1
-            raise UserError(f"step {self.steps + 1}: {text}")
+            raise UserError(f"step {self.steps}: {text}")
         self.most_alike = math.inf
         if self.exchange.communicator.rank == 0:
             warnings.warn(text, stacklevel=2)
-
-    def noise(self, gg: float) -> float:
-        """Return tr C, C the covariance of the mean gradient, from ḡᵀḡ and the M replicas that were evaluated last."""
-        return (self.square - gg) / (self.exchange.replicas - 1)
 
     def normal(self, step: int) -> Array:
         """Return standard normal numbers (M, held) from the seed and the step alone."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.ritz import orthonormal
 from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
@@ -93,12 +93,13 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         self.from_probes: list[Secants] = []
         self.before: Point | None = None
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         if self.before is None:
             self.first_directions(loss_and_gradient)
-        columns = self.columns_at(loss_and_gradient, self.settings.probe_scale * self.with_zero(self.directions))
+        displacements = self.settings.probe_scale * self.with_zero(self.directions)
+        columns, losses = self.columns_at(loss_and_gradient, displacements)
         # Not finite at a probe: too long a step as well.
-        loss = float(self.losses[0]) if np.isfinite(self.losses).all() else np.inf
+        loss = float(losses[0]) if np.isfinite(losses).all() else np.inf
         gradient, length = columns[0, :], self.trial
         if self.before is not None and self.fails(loss):
             gradient, loss, length = self.shorten(loss_and_gradient)
@@ -113,19 +114,22 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         self.before = Point(self.xp.asarray(self.held, copy=True), gradient, loss, d)
         newest = self.from_probes[-1].curvatures if self.from_probes else np.full(1, np.nan)
         figures = {"largest_eigenvalue": float(newest.max()), "smallest_eigenvalue": float(newest.min())}
-        return gradient, d, {"loss": loss, "length": length, **figures}
+        return Step(gradient, d, self.chosen_rate(), {"loss": loss, "length": length, **figures})
 
     def first_directions(self, loss_and_gradient: LossAndGradient) -> None:
         """Have all replicas evaluate at w, compare their losses, and start with the gradient and random directions."""
-        gradients, _ = self.evaluate(loss_and_gradient)
-        if not np.allclose(self.losses, self.losses[0], rtol=1e-5):
+        batch = self.evaluate(loss_and_gradient)
+        if not np.allclose(batch.losses, batch.losses[0], rtol=1e-5):
             raise UserError("BlockBFGS: replicas at the same parameters have different losses: all need the same data")
-        self.directions = self.next_directions(self.exchange.mean(gradients)[None, :])
+        self.directions = self.next_directions(self.exchange.mean(batch.rows)[None, :])
 
-    def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Array) -> Array:
-        """Return all replicas' gradients at their displacements, (M, held), in an array of their own; one round."""
-        gradients, _ = self.evaluate(loss_and_gradient, self.exchange.rows(displacements), self.before is not None)
-        return self.xp.asarray(self.exchange.columns(gradients), copy=True)
+    def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Array) -> tuple[Array, Matrix]:
+        """Return all replicas' gradients at their displacements, (M, held), in an array of their own, and their losses.
+
+        One round.
+        """
+        batch = self.evaluate(loss_and_gradient, self.exchange.rows(displacements), self.before is not None)
+        return self.xp.asarray(self.exchange.columns(batch.rows), copy=True), batch.losses
 
     def with_zero(self, directions: Array) -> Array:
         """Return the displacements (M, held) of replica 0, which has none, and of the others."""
@@ -145,15 +149,16 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         assert self.before is not None
         step = self.held - self.before.parameters
         lengths = 0.5 ** np.arange(1, self.exchange.replicas + 1)
-        columns = self.columns_at(loss_and_gradient, to_device(lengths - 1, step)[:, None] * step[None, :])
-        best = int(np.argmin(self.losses))
-        if self.losses[best] >= self.before.loss:
+        displacements = to_device(lengths - 1, step)[:, None] * step[None, :]
+        columns, losses = self.columns_at(loss_and_gradient, displacements)
+        best = int(np.argmin(losses))
+        if losses[best] >= self.before.loss:
             self.from_steps, self.from_probes = [], []
             self.trial *= float(lengths[-1])
             self.held = self.before.parameters
             return self.before.gradient, self.before.loss, 0.0
         self.held = self.before.parameters + float(lengths[best]) * step
-        return columns[best, :], float(self.losses[best]), self.trial * float(lengths[best])
+        return columns[best, :], float(losses[best]), self.trial * float(lengths[best])
 
     def learn_step(self, gradient: Array) -> None:
         """Keep the secant of the last step."""

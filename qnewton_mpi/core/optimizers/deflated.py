@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from qnewton_mpi.core.kernels import combination
-from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer
+from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, Step
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
@@ -66,24 +66,26 @@ class Deflated(Probing[DeflatedSettings]):
         super().start()
         self.velocity = self.xp.zeros_like(self.held)
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        gradients, loss = self.evaluate(loss_and_gradient)
-        mean = self.exchange.mean(gradients)
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+        batch = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(batch.rows)
         beta = self.settings.momentum
         if self.adaptive:
-            self.adapt_to_probes(loss_and_gradient, loss, mean, beta, np.min)
+            rate = self.probed_rate(loss_and_gradient, batch, mean, beta, np.min)
         else:
-            self.probe_if_due(loss_and_gradient)
+            rate = self.chosen_rate()
+            self.probe_if_due(loss_and_gradient, batch)
 
-        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.velocity)
+        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.turned("velocity"))
         z = combination(1.0, mean, beta, self.velocity)
         ritz = self.ritz
         values = ritz.values
-        along = self.rate * np.abs(values)
+        along = rate * np.abs(values)
         d = ritz.apply(self.settings.newton_rate / np.maximum(along, self.settings.newton_rate), z)
         figures = {
+            "loss": batch.loss,
             "largest_eigenvalue": float(values[-1]),
             "smallest_eigenvalue": float(values[0]),
             "residual": float(ritz.residuals[-1]),
         }
-        return mean, d, {"loss": loss, **figures}
+        return Step(mean, d, rate, figures)

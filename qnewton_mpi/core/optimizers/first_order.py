@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qnewton_mpi.core.kernels import combination
-from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
@@ -41,12 +41,11 @@ class SGD(Probing[SGDSettings]):
     gain_share = 0.2  # less than where steps are preconditioned: near 2/λ noise along λ counts 1/(1 − αλ/2) times
     curvature_factor = 1.8
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        gradients, loss = self.evaluate(loss_and_gradient)
-        mean = self.exchange.mean(gradients)
-        if self.adaptive:
-            self.adapt_to_probes(loss_and_gradient, loss, mean)
-        return mean, mean, {"loss": loss}
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+        batch = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(batch.rows)
+        rate = self.probed_rate(loss_and_gradient, batch, mean) if self.adaptive else self.chosen_rate()
+        return Step(mean, mean, rate, {"loss": batch.loss})
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,14 @@ class Momentum(Probing[MomentumSettings]):
         super().start()
         self.velocity = self.xp.zeros_like(self.held)
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        gradients, loss = self.evaluate(loss_and_gradient)
-        mean = self.exchange.mean(gradients)
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+        batch = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(batch.rows)
         beta = self.settings.momentum
-        if self.adaptive:
-            self.adapt_to_probes(loss_and_gradient, loss, mean, beta)
-        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.velocity)
+        rate = self.probed_rate(loss_and_gradient, batch, mean, beta) if self.adaptive else self.chosen_rate()
+        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.turned("velocity"))
         d = combination(1.0, mean, beta, self.velocity) if self.settings.nesterov else self.velocity
-        return mean, d, {"loss": loss}
+        return Step(mean, d, rate, {"loss": batch.loss})
 
 
 @dataclass(frozen=True)
@@ -133,12 +131,12 @@ class Adam(Optimizer[AdamSettings]):
         self.second = self.xp.zeros_like(self.held)
         self.product = 1.0  # of NAdam's momenta so far
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        gradients, loss = self.evaluate(loss_and_gradient)
-        mean = self.exchange.mean(gradients)
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+        batch = self.evaluate(loss_and_gradient)
+        mean = self.exchange.mean(batch.rows)
         s, t = self.settings, self.steps
-        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean, out=self.first)
-        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean, out=self.second)
+        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean, out=self.turned("first"))
+        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean, out=self.turned("second"))
         scale = (self.second / (1 - s.beta2**t)) ** 0.5 + s.epsilon
         if s.nesterov:
             now, coming = (s.beta1 * (1 - 0.5 * 0.96 ** (k * s.momentum_decay)) for k in (t, t + 1))
@@ -146,4 +144,4 @@ class Adam(Optimizer[AdamSettings]):
             moment = coming / (1 - self.product * coming) * self.first + (1 - now) / (1 - self.product) * mean
         else:
             moment = self.first / (1 - s.beta1**t)
-        return mean, moment / scale, {"loss": loss}
+        return Step(mean, moment / scale, self.chosen_rate(), {"loss": batch.loss})

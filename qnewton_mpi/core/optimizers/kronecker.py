@@ -217,7 +217,7 @@ class Side:
     def add(self, rows: Array, weight: float) -> None:
         """Take rows (n, length) into the running factor: Σ rowsᵀ rows."""
         if self.factor is not None:
-            self.factor += weight * (self.xp.matrix_transpose(rows) @ rows - self.factor)
+            self.factor = self.factor + weight * (self.xp.matrix_transpose(rows) @ rows - self.factor)
 
     def renew(self, total: Callable[[Array], Array]) -> Array | None:
         """Move the basis towards the eigenvectors of the factor over all ranks; return the squared overlaps (old, new).

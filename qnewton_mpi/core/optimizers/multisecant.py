@@ -9,7 +9,7 @@ from typing import ClassVar
 from array_api_compat import device
 
 from qnewton_mpi.core.inverse import InverseHessian
-from qnewton_mpi.core.optimizers.base import Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
 from qnewton_mpi.core.spread import POLICIES
 from qnewton_mpi.core.state import Kind
@@ -64,16 +64,20 @@ class Multisecant(Optimizer[MultisecantSettings]):
         shape = self.exchange.replicas, *self.held.shape
         self.displacements = self.spread.start(self.xp.zeros(shape, dtype=self.held.dtype, device=device(self.held)))
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        W = self.displacements
-        gradients, loss = self.evaluate(loss_and_gradient, self.exchange.rows(W))
-        mean, G = self.exchange.centred(gradients)
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+        W, rate = self.displacements, self.chosen_rate()
+        batch = self.evaluate(loss_and_gradient, self.exchange.rows(W))
+        mean, G = self.exchange.centred(batch.rows)
         inverse = InverseHessian(self.exchange, W, G, self.settings.tolerance, self.settings.tikhonov)
         d = inverse.apply(mean[None, :])[0, :]
-        self.displacements = self.spread.advance(self.steps, W, G, inverse, self.rate)
-        spread_norm = math.sqrt(self.exchange.dots((W, W))[0])
-        figures = {"loss": loss, "spread_norm": spread_norm, "kept_rank": inverse.rank, "condition": inverse.condition}
-        return mean, d, figures
+        self.displacements = self.spread.advance(self.steps, W, G, inverse, rate)
+        figures = {
+            "loss": batch.loss,
+            "spread_norm": math.sqrt(self.exchange.dots((W, W))[0]),
+            "kept_rank": inverse.rank,
+            "condition": inverse.condition,
+        }
+        return Step(mean, d, rate, figures)
 
     def draw(self, step: int) -> Array:
         """Return centred standard normal columns, (M, held), from the seed and the step alone."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from qnewton_mpi.core.kernels import combination
-from qnewton_mpi.core.optimizers.base import AUTO, Figures, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
@@ -70,45 +70,39 @@ class NaturalGradient(Optimizer[S]):
         self.square_step = 0.0  # ‖Δw‖², running mean
         self.noise_share = 0.0  # ν, of dᵀz, running mean
 
-    def direction(self, loss_and_gradient: LossAndGradient) -> tuple[Array, Array, Figures]:
-        gradients, loss = self.evaluate(loss_and_gradient)
-        self.trend.add(loss)
+    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+        batch = self.evaluate(loss_and_gradient)
+        self.trend.add(batch.loss)
         if self.update_is_due():
             self.updates += 1
-            mean = self.update(gradients)
+            mean = self.update(batch.rows)
         else:
-            mean = self.exchange.mean(gradients)
+            mean = self.exchange.mean(batch.rows)
 
         gg = self.exchange.dots((mean, mean))[0]
-        beta, t, clip = self.settings.momentum, self.steps, self.clip(gg)
+        beta, t, clip = self.settings.momentum, self.steps, self.clip(batch, gg)
         g = clip * mean if clip < 1 else mean
-        self.moment = combination(beta, self.moment, 1 - beta, g, out=self.moment)
+        self.moment = combination(beta, self.moment, 1 - beta, g, out=self.turned("moment"))
         unbiased = 1 / (1 - beta ** (t + 1))
         z = combination(beta * unbiased, self.moment, (1 - beta) * unbiased, g)
         d = self.apply_inverse(z)
         dz, dd, gd = self.exchange.dots((d, z), (d, d), (mean, d))
-        self.norms = gg, dd, gd
         noise = self.known / self.batch * momentum_noise(beta, t)
         # dᵀz far below the noise: there is none, as where the batch is all there is. Then nearer to 0 again.
         share = min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0
         self.noise_share += NOISE_WEIGHT * (share - self.noise_share)
-        if self.adaptive:
-            self.adapt(self.known / self.batch)
-        wanted, self.rate = self.rate, min(self.rate, self.bound(dz, dd))
-        self.square_step += max(1 / self.steps, STEP_WEIGHT) * (self.rate**2 * dd - self.square_step)
+        wanted = self.auto_rate(self.known / self.batch) if self.adaptive else self.chosen_rate()
+        rate = min(wanted, self.bound(dz, dd))
+        self.square_step += max(1 / self.steps, STEP_WEIGHT) * (rate**2 * dd - self.square_step)
         figures = {
-            "loss": loss,
+            "loss": batch.loss,
             "damping": self.damping,
             "clip": clip,
-            "shrink": self.rate / wanted if wanted else 1.0,
+            "shrink": rate / wanted if wanted else 1.0,
             "noise_share": self.noise_share,
             **self.spectrum(),
         }
-        return mean, d, figures
-
-    def products(self, mean: Array, direction: Array) -> tuple[float, float, float]:
-        """Return ḡᵀḡ, dᵀd and ḡᵀd of this step, which are known, unless a part of it rests."""
-        return super().products(mean, direction) if self.resting else self.norms
+        return Step(mean, d, rate, figures, (gg, dd, gd))
 
     def bound(self, dz: float, dd: float) -> float:
         """Return the largest rate of a step: of KL divergence δ, and three times as long as those before. Local.
@@ -121,14 +115,14 @@ class NaturalGradient(Optimizer[S]):
             bound = min(bound, LONGEST * math.sqrt(self.square_step / dd))
         return bound
 
-    def clip(self, gg: float) -> float:
+    def clip(self, batch: Batch, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
 
         F is a mean over the past. Where nearly all samples are learnt, it is far below the gradient of a batch with one
         that is not, and a step along that would be as much too long, and those of the momentum after it. Local.
         """
-        noise = self.noise(gg)
-        rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * self.square
+        noise = batch.noise(gg)
+        rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * batch.square
         if self.trace == 0 or noise <= rounding:
             return 1.0
         return min(1.0, math.sqrt(OUTLIER * self.trace / (self.batch * noise)))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import AUTO, Batch, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.ritz import RitzPairs
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
@@ -56,36 +56,36 @@ class Probing(Optimizer[S]):
     def parts(self) -> Mapping[str, Any]:
         return {**super().parts(), "ritz": self.ritz} if self.probes else super().parts()
 
-    def probe_if_due(self, loss_and_gradient: LossAndGradient) -> None:
+    def probe_if_due(self, loss_and_gradient: LossAndGradient, batch: Batch) -> None:
         """Have each replica multiply its direction by the Hessian of its batch, every few steps from the first on.
 
-        The replicas have evaluated their gradients at w before. Where the rate depends on it, the first directions,
+        `batch` is of w; its rows are overwritten. Where the rate depends on it, the first directions,
         which are random, go through several power iterations at once: their curvature is far below the largest.
         """
         if (self.steps - 1) % self.settings.probe_every:
             return
         ritz, scale = self.ritz, self.settings.probe_scale
-        base = self.xp.asarray(self.gradients, copy=True)
+        base = self.xp.asarray(batch.rows, copy=True)
         for _ in range(FIRST_PROBES if self.steps == 1 and self.adaptive else 1):
-            displaced, _ = self.evaluate(loss_and_gradient, self.exchange.rows(scale * ritz.directions))
+            displaced = self.evaluate(loss_and_gradient, self.exchange.rows(scale * ritz.directions)).rows
             ritz.update(self.exchange.columns((displaced - base) / scale), first=self.steps == 1)
 
-    def adapt_to_probes(
+    def probed_rate(
         self,
         loss_and_gradient: LossAndGradient,
-        loss: float,
+        batch: Batch,
         mean: Array,
         momentum: float = 0.0,
         choose: Callable[[Matrix], float] = np.max,
-    ) -> None:
-        """Probe if it is due, then set the rate to min((1 − β) α_noise, c/|λ|), for a momentum β and the chosen |λ|.
+    ) -> float:
+        """Probe if it is due, then return min((1 − β) α_noise, c/|λ|), for a momentum β and the chosen |λ|.
 
         c is `curvature_factor`.
         """
-        self.trend.add(loss)
-        noise = self.noise(self.exchange.dots((mean, mean))[0])
-        self.probe_if_due(loss_and_gradient)
-        self.adapt(noise / (1 - momentum), self.curvature_factor / self.curvature(choose))
+        self.trend.add(batch.loss)
+        noise = batch.noise(self.exchange.dots((mean, mean))[0])
+        self.probe_if_due(loss_and_gradient, batch)
+        return self.auto_rate(noise / (1 - momentum), self.curvature_factor / self.curvature(choose))
 
     def curvature(self, choose: Callable[[Matrix], float]) -> float:
         """Return one of the |λ| of the Ritz values, as `min` or `max`; not zero, so that it can be divided by."""
