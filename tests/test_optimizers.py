@@ -5,10 +5,11 @@ import pytest
 from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
 from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
 from qnewton_mpi.core.optimizers.kronecker import Layer, LayerShape, Side, layer_shapes
 from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import build
+from qnewton_mpi.core.state import objects
 from qnewton_mpi.errors import NonFiniteGradientError
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import to_host
@@ -565,6 +566,53 @@ def test_non_finite_names_step_and_replica_and_changes_nothing(communicator, val
         optimizer.step(poisoned)
     assert (caught.value.step, caught.value.replica) == (2, 4)
     np.testing.assert_array_equal(optimizer.parameters, before)
+
+
+def everything(optimizer):
+    """All numbers and arrays that an optimizer, its parts and its exchange have, those of the gradients but."""
+    found = {}
+    for k, thing in enumerate([*objects(optimizer), optimizer.exchange]):
+        for name, value in vars(thing).items():
+            if isinstance(value, (bool, int, float)):
+                found[k, name] = value
+            elif isinstance(value, np.ndarray) and name != "gradients":
+                found[k, name] = value.copy()
+    return found
+
+
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("variant", [*VARIANTS, "block BFGS"])
+def test_a_step_that_raises_changes_nothing(communicator, variant, step):
+    """Whichever of its evaluations does, those of probes included; and the run goes on as if nothing had been."""
+
+    def new():
+        if variant == "block BFGS":
+            return BlockBFGS(BlockBFGS.settings_type(), problem.start, exchange(communicator, REPLICAS, SIZE))
+        return make_optimizer(variant, problem, communicator, REPLICAS)
+
+    problem, exchange = Quadratic(SIZE, REPLICAS), EXCHANGES["allgather"]
+    if variant == "block BFGS":
+        problem._centres[:] = problem._centres[0]
+    optimizer, undisturbed = new(), new()
+    trajectory(optimizer, problem, step - 1)
+    before, calls = everything(optimizer), []
+    expected = trajectory(undisturbed, lambda w, i: (calls.append(undisturbed.steps), problem(w, i))[1], step + 3)
+    for last in range(calls.count(step)):
+        made = []
+
+        def fails(w, replica, made=made, last=last):
+            made.append(replica)
+            if len(made) > last:
+                raise KeyError(replica)
+            return problem(w, replica)
+
+        with pytest.raises(KeyError):
+            optimizer.step(fails)
+        after = everything(optimizer)
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value, err_msg=str(name))
+    np.testing.assert_array_equal(trajectory(optimizer, problem, 4), expected[step - 1 :])
 
 
 def test_every_method_is_covered():
