@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -26,8 +27,9 @@ from qnewton_mpi.parallel.device import Array, to_device, to_host
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 """`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica.
 
-It may have a method for several replicas at once, `losses, gradients = f.at_once(w, replicas)`, w (N,) or (R, N),
-losses (R,), gradients (R, N). Then that is called instead.
+It may have methods for several replicas at once, which are then called instead:
+`losses, gradients = f.at_once(w, replicas)`, w (N,) or (R, N), losses (R,), gradients (R, N), and
+`losses = f.losses(w, replicas)`, w (N,), where only losses are needed.
 """
 
 Figures = dict[str, float]
@@ -139,6 +141,8 @@ class Optimizer(ABC, Generic[S]):
         Time that this rank has spent in `loss_and_gradient`.
     evaluations : int
         Gradients that all replicas together have evaluated, those of probes included.
+    trials : int
+        Losses that they have evaluated without the gradients.
     alike : int
         Steps up to the last one in which all replicas had the same loss and gradient norm, so the same batch.
     most_alike : float
@@ -149,7 +153,7 @@ class Optimizer(ABC, Generic[S]):
     settings_type: ClassVar[type[Settings]]
     minimum_replicas: ClassVar[int] = 1
     gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
-    state: ClassVar[Mapping[str, Kind]] = {"held": Kind.HELD, "steps": Kind.SHARED, "evaluations": Kind.SHARED}
+    state: ClassVar[Mapping[str, Kind]] = {"held": Kind.HELD, "steps": Kind.SHARED, "evaluations": Kind.SHARED, "trials": Kind.SHARED}
     figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate")
 
     def __init__(
@@ -173,6 +177,7 @@ class Optimizer(ABC, Generic[S]):
         self.trend = LossTrend()
         self.gradient_seconds = 0.0
         self.evaluations = 0
+        self.trials = 0
         self.alike = 0
         self.most_alike = math.inf
         self._pairs: dict[str, list[Array]] = {}
@@ -319,12 +324,9 @@ class Optimizer(ABC, Generic[S]):
             On every rank, unless it is a trial.
         """
         local = self.exchange.local
-        self.exchange.communicator.halfway(False)  # others wait for what follows in a gate
         self.evaluations += self.exchange.replicas
         at_once = getattr(loss_and_gradient, "at_once", None)
-        self.exchange.communicator.enter("gradient")
-        started = time.perf_counter()
-        with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told below, once
+        with self.evaluating():
             if at_once:
                 points = self.parameters if displacements is None else self.parameters + displacements
                 losses, self.gradients[...] = at_once(points, local)
@@ -336,11 +338,7 @@ class Optimizer(ABC, Generic[S]):
                     if gradient is not self.rows[r]:
                         self.gradients[r, :] = gradient
             squares = to_host(square_norms(self.gradients))
-        self.gradient_seconds += time.perf_counter() - started
-        self.exchange.communicator.enter("algebra")
-        figures = np.stack([to_host(losses), squares], axis=1, dtype=np.float64)
-        everyone, notes = self.exchange.share(figures, self.note, self.steps)
-        self.compare(notes)
+        everyone = self.shared(losses, squares)
         finite = np.logical_and.reduce(np.isfinite(everyone), axis=1)
         if trial:
             everyone[~finite] = np.inf, 0
@@ -351,8 +349,45 @@ class Optimizer(ABC, Generic[S]):
             raise NonFiniteGradientError(self.steps, first, *everyone[first])
         if displacements is None:
             self.look_for_differences(everyone)
-        self.exchange.communicator.halfway(True)
         return Batch(self.gradients, everyone[:, 0], everyone[:, 1])
+
+    def losses_at(self, loss_and_gradient: LossAndGradient, change: Array) -> NDArray[np.float64]:
+        """Return all replicas' losses (M,) at w + change, a held vector; ∞ for what is not finite. Collective.
+
+        Where `loss_and_gradient` has no `losses`, its gradients are evaluated and lost, `gradients` among them.
+        """
+        local, point = self.exchange.local, self.exchange.collect(self.held + change)
+        losses_of = getattr(loss_and_gradient, "losses", None)
+        if losses_of:
+            self.trials += self.exchange.replicas
+        else:
+            self.evaluations += self.exchange.replicas
+        with self.evaluating():
+            if losses_of:
+                losses = losses_of(point, local)
+            else:
+                losses = np.array([loss_and_gradient(point, replica)[0] for replica in local])
+        everyone = self.shared(losses)[:, 0]
+        return np.where(np.isfinite(everyone), everyone, np.inf)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While the program's own function is called."""
+        self.exchange.communicator.halfway(False)  # others wait for what follows in a gate
+        self.exchange.communicator.enter("gradient")
+        started = time.perf_counter()
+        with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told later, once
+            yield
+        self.gradient_seconds += time.perf_counter() - started
+        self.exchange.communicator.enter("algebra")
+
+    def shared(self, *figures: Array) -> NDArray[np.float64]:
+        """Return the figures (R,) of this rank's replicas for all, (M, figures), and compare the ranks' notes."""
+        own = np.stack([to_host(figure) for figure in figures], axis=1, dtype=np.float64)
+        everyone, notes = self.exchange.share(own, self.note, self.steps)
+        self.compare(notes)
+        self.exchange.communicator.halfway(True)
+        return everyone
 
     def noted(self) -> NDArray[np.int64]:
         """Return what has to be the same on all ranks at a step, as bits: its number, the rate factor, w. Local."""
