@@ -4,7 +4,7 @@ An object with state has
 
     state : ClassVar[Mapping[str, Kind]]           its attributes that are state
     parts() -> Mapping[str, object], optional      objects of its own that have state, by name
-    lengths : ClassVar[Mapping[str, str]]          optional: attributes whose first axis grows and shrinks in a run, by
+    varying : ClassVar[Mapping[str, str]]          optional: attributes whose first axis grows and shrinks in a run, by
                                                    a name for its length; those of one name are equally long
 
 so that a class lists each attribute once, and saving and restoring are the same walk. What is restored is all read and
@@ -124,7 +124,7 @@ def checked(thing: Any, read: Callable[[str, Kind], NDArray[Any] | None], prefix
             raise ValueError(f"{path} is {'missing' if found is None else 'not expected'}")
         number = isinstance(before, (bool, int, float))
         shape, dtype = (() if number else tuple(before.shape)), _dtype(before)
-        length = getattr(owner, "lengths", {}).get(name)
+        length = getattr(owner, "varying", {}).get(name)
         if length is not None:
             shape = (lengths.setdefault((id(owner), length), len(found) if found.ndim else 0), *shape[1:])
         if (found.shape, found.dtype) != (shape, dtype):

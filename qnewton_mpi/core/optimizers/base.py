@@ -153,7 +153,12 @@ class Optimizer(ABC, Generic[S]):
     settings_type: ClassVar[type[Settings]]
     minimum_replicas: ClassVar[int] = 1
     gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
-    state: ClassVar[Mapping[str, Kind]] = {"held": Kind.HELD, "steps": Kind.SHARED, "evaluations": Kind.SHARED, "trials": Kind.SHARED}
+    state: ClassVar[Mapping[str, Kind]] = {
+        "held": Kind.HELD,
+        "steps": Kind.SHARED,
+        "evaluations": Kind.SHARED,
+        "trials": Kind.SHARED,
+    }
     figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate")
 
     def __init__(
@@ -180,7 +185,6 @@ class Optimizer(ABC, Generic[S]):
         self.trials = 0
         self.alike = 0
         self.most_alike = math.inf
-        self._pairs: dict[str, list[Array]] = {}
         self.xp = array_namespace(parameters)
         exchange.divide(self.pieces())
         self.held = exchange.hold(parameters)
@@ -222,16 +226,6 @@ class Optimizer(ABC, Generic[S]):
         """Return that of `noise_limited_rate`, at most `bound`, times a schedule's factor; noise is tr(P⁻¹C). Local."""
         return self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
 
-    def turned(self, name: str) -> Array:
-        """Return an array like that of an attribute for its next value: of two that take turns. Local."""
-        present = getattr(self, name)
-        pair = self._pairs.setdefault(name, [])
-        free = [array for array in pair if array is not present]
-        if not free:
-            free = [self.xp.empty_like(present)]
-            pair += [present, free[0]]
-        return free[0]
-
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Local."""
         return {"trend": self.trend}
@@ -266,7 +260,7 @@ class Optimizer(ABC, Generic[S]):
         try:
             self.steps += 1
             self.note = self.noted()
-            step = self.propose(loss_and_gradient)
+            step = self.bound(self.propose(loss_and_gradient), loss_and_gradient)
         except BaseException:
             before.recall()
             raise
@@ -276,8 +270,12 @@ class Optimizer(ABC, Generic[S]):
     def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         """Evaluate the gradients, take them into the state, and return a step. Collective.
 
-        Where it raises, all attributes are set to what they were. So it changes no array of the state in its place.
+        Where this or `bound` raises, all attributes are set to what they were. So they change no array in its place.
         """
+
+    def bound(self, step: Step, loss_and_gradient: LossAndGradient) -> Step:
+        """Return the step made as short as it has to be. Collective."""
+        return step
 
     def move(self, step: Step) -> Figures:
         """Do w ← w − α d; return the figures. Collective."""
@@ -356,7 +354,7 @@ class Optimizer(ABC, Generic[S]):
 
         Where `loss_and_gradient` has no `losses`, its gradients are evaluated and lost, `gradients` among them.
         """
-        local, point = self.exchange.local, self.exchange.collect(self.held + change)
+        local, point = self.exchange.local, self.exchange.collect(self.held + change, "trial")
         losses_of = getattr(loss_and_gradient, "losses", None)
         if losses_of:
             self.trials += self.exchange.replicas

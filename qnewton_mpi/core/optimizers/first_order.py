@@ -10,7 +10,6 @@ from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, S
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array
 
 
 class SGDSettings(ProbingSettings):
@@ -82,13 +81,14 @@ class Momentum(Probing[MomentumSettings]):
     def start(self) -> None:
         super().start()
         self.velocity = self.xp.zeros_like(self.held)
+        self.spare = self.xp.empty_like(self.held)  # for the next one
 
     def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         batch = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(batch.rows)
         beta = self.settings.momentum
         rate = self.probed_rate(loss_and_gradient, batch, mean, beta) if self.adaptive else self.chosen_rate()
-        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.turned("velocity"))
+        self.velocity, self.spare = combination(beta, self.velocity, 1.0, mean, out=self.spare), self.velocity
         d = combination(1.0, mean, beta, self.velocity) if self.settings.nesterov else self.velocity
         return Step(mean, d, rate, {"loss": batch.loss})
 
@@ -135,8 +135,8 @@ class Adam(Optimizer[AdamSettings]):
         batch = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(batch.rows)
         s, t = self.settings, self.steps
-        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean, out=self.turned("first"))
-        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean, out=self.turned("second"))
+        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean)
+        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean)
         scale = (self.second / (1 - s.beta2**t)) ** 0.5 + s.epsilon
         if s.nesterov:
             now, coming = (s.beta1 * (1 - 0.5 * 0.96 ** (k * s.momentum_decay)) for k in (t, t + 1))

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from qnewton_mpi.core.optimizers.base import Figures, Optimizer
+from qnewton_mpi.core.optimizers.base import Figures
 from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
@@ -21,6 +21,7 @@ from qnewton_mpi.parallel.device import Array, to_device
 class FisherSettings(NaturalGradientSettings):
     """Settings of `fisher`."""
 
+    damping: float = setting(1.0, "ε, of the smallest eigenvalue kept", POSITIVE)
     rank: int = setting(64, "directions of the Fisher matrix that are kept", POSITIVE)
 
 
@@ -31,9 +32,10 @@ class Fisher(NaturalGradient[FisherSettings]):
         F ≈ Σ_k λ_k u_k u_kᵀ                   the leading eigenpairs, from the Gram matrix of L's rows and G
         (F + ε I)⁻¹ z = (z − Σ_k λ_k/(λ_k + ε) u_k u_kᵀ z)/ε
 
-    L (rank × held) has the rows √λ_k u_k. The bulk, outside the span, moves at the rate α/ε. Where the replicas'
-    gradients are all equal, F = 0 and the step is that of gradient descent at this rate. F is updated at every step
-    until its rank is reached. Kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/method.md.
+    L (rank × held) has the rows √λ_k u_k. ε is the smallest eigenvalue kept; the bulk, outside the span, moves at the
+    rate α/ε. Where the replicas' gradients are all equal, F = 0 and the step is that of gradient descent. F is updated
+    at every step until its rank is reached. Kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see
+    docs/method.md.
 
     Examples
     --------
@@ -57,18 +59,8 @@ class Fisher(NaturalGradient[FisherSettings]):
         "factor": Kind.HELD,
         "eigenvalues": Kind.SHARED,
     }
-    lengths: ClassVar = {"factor": "rank", "eigenvalues": "rank"}
-    figures = (
-        *Optimizer.figures,
-        "damping",
-        "clip",
-        "shrink",
-        "noise_share",
-        "kept_rank",
-        "captured",
-        "largest_eigenvalue",
-        "smallest_eigenvalue",
-    )
+    varying: ClassVar = {"factor": "rank", "eigenvalues": "rank"}
+    figures = (*NaturalGradient.figures, "kept_rank", "captured", "largest_eigenvalue", "smallest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: FisherSettings) -> Traffic:
@@ -78,6 +70,11 @@ class Fisher(NaturalGradient[FisherSettings]):
         super().start()
         self.factor = self.held[None, :][:0, :]
         self.eigenvalues = np.zeros(0)  # λ, on the host, descending
+
+    @property
+    def damping(self) -> float:
+        """ε, as of the last update; 1 where F is zero, whatever that is worth."""
+        return self.settings.damping * float(self.eigenvalues[-1]) if len(self.eigenvalues) else 1.0
 
     def update_is_due(self) -> bool:
         full = len(self.eigenvalues) == self.settings.rank

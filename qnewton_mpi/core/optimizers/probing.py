@@ -82,7 +82,7 @@ class Probing(Optimizer[S]):
 
         c is `curvature_factor`.
         """
-        self.trend.add(batch.loss)
+        self.trend.add(batch.losses)
         noise = batch.noise(self.exchange.dots((mean, mean))[0])
         self.probe_if_due(loss_and_gradient, batch)
         return self.auto_rate(noise / (1 - momentum), self.curvature_factor / self.curvature(choose))

@@ -1,0 +1,246 @@
+"""The small parts that a step of the natural-gradient methods is made of, each with a value that turns it off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+
+from qnewton_mpi.core.exchange import Exchange
+from qnewton_mpi.core.kernels import combination
+from qnewton_mpi.core.state import Kind
+from qnewton_mpi.parallel.device import Array
+
+RUNNING = 0.02  # weight of a step in running means
+NOISE_WEIGHT = 0.1  # of a step in the running share of noise
+LEAST_NOISE = 0.03  # ν, as far as it can be told from zero: it is a mean over some ten steps
+CURVATURE_WEIGHT = 0.3  # of a measurement in the running mean of log χ
+FIRST_TRIALS = 12  # of the first step at most
+FIRST_STEPS = 10  # in which χ is measured at each step
+LONGER = 2.0  # times the length that was measured is as far as a measurement holds
+GROWING = 30  # steps in which a step is at most twice as long as the last one
+
+
+class Momentum:
+    """z = Σ_k a_k ḡ_{t−k}, Σ_k a_k = 1: Nesterov's momentum, unbiased. Off: β = 0.
+
+    m ← β m + (1 − β) ḡ,    z = (β m + (1 − β) ḡ)/(1 − βᵗ⁺¹)
+    """
+
+    state: ClassVar = {"mean": Kind.HELD}
+
+    def __init__(self, beta: float, like: Array) -> None:
+        xp = array_namespace(like)
+        self.beta, self.mean, self.spare = beta, xp.zeros_like(like), xp.empty_like(like)
+
+    def add(self, g: Array, step: int) -> Array:
+        """Take in the gradient (held,) of a step, from 1; return z, (held,). Local."""
+        beta = self.beta
+        self.mean, self.spare = combination(beta, self.mean, 1 - beta, g, out=self.spare), self.mean
+        unbiased = 1 / (1 - beta ** (step + 1))
+        return combination(beta * unbiased, self.mean, (1 - beta) * unbiased, g)
+
+    def noise(self, step: int) -> float:
+        """Return the noise of z as a multiple of that of one ḡ, Σ_k a_k². Local.
+
+        a_k is (1 − β)/(1 − βᵗ⁺¹) times 1 + β for k = 0 and βᵏ⁺¹ for k = 1 … t − 1.
+
+        Examples
+        --------
+        >>> [round(Momentum(0.9, np.zeros(1)).noise(step), 3) for step in (1, 2, 1000)]  # soon a 14th
+        [1.0, 0.581, 0.071]
+        """
+        beta = self.beta
+        past = beta**4 * (1 - beta ** (2 * (step - 1))) / (1 - beta**2)
+        return ((1 - beta) / (1 - beta ** (step + 1))) ** 2 * ((1 + beta) ** 2 + past)
+
+
+class NoiseShare:
+    """ν, the share of noise in dᵀz, a running mean: 0 where a step is signal alone, 1 where it is noise alone."""
+
+    state: ClassVar = {"value": Kind.SHARED}
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def add(self, noise: float, dz: float) -> None:
+        """Take in a step's dᵀz, and the part of it that is expected of noise. Local."""
+        # dᵀz far below the noise: there is none, as where the batch is all there is. Then nearer to 0 again.
+        share = min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0
+        self.value += NOISE_WEIGHT * (share - self.value)
+
+
+class Curvature:
+    """χ, the curvature of the loss along a step as a multiple of what P says, and 1/χ, LeCun's rate along it.
+
+        c = 2 [f_B(w + Δw) − f_B(w) − g_BᵀΔw],    χ = |c|/(Δwᵀ P Δw),    α ≤ C/χ
+
+    on the batch that made the step: one loss more, no gradient. It is measured in each of the first ten steps, then
+    every few, and where a step is twice as long as the one that was measured last. log χ is a running mean, but that χ falls by no
+    more than a mean of χ itself would: along a slow direction it may be next to nothing, and P d is not slow for long. Along negative curvature, which P has not, |c| is as good a measure of how
+    far the quadratic model goes (Dauphin et al. 2014). Off: C = ∞.
+    """
+
+    state: ClassVar = {"logarithm": Kind.SHARED, "known": Kind.SHARED, "length": Kind.SHARED}
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.logarithm, self.known, self.length = factor, 0.0, False, 0.0
+
+    @property
+    def value(self) -> float:
+        """χ; 1 before it is known."""
+        return math.exp(self.logarithm)
+
+    @property
+    def limit(self) -> float:
+        """C/χ."""
+        return self.factor / self.value
+
+    def due(self, step: int, every: int, length: float) -> bool:
+        """Tell whether it is to be measured at a step, from 1, of this length."""
+        return step <= FIRST_STEPS or step % every == 0 or length > LONGER * self.length
+
+    def add(self, logarithm: float, step: int, length: float) -> None:
+        """Take in log χ of a step, from 1, of this length."""
+        self.length = length
+        weight = max(CURVATURE_WEIGHT, 1 / step) if self.known else 1.0
+        change = weight * (logarithm - self.logarithm)
+        self.logarithm += max(change, math.log(1 - weight)) if self.known else logarithm
+        self.known = True
+
+
+def fixed_point(logarithm_of: Callable[[float], float], tolerance: float) -> tuple[float, float]:
+    """Return α with α χ(α) = 1, and log χ there, by the secant method in logarithms, from α = 1.
+
+    Parameters
+    ----------
+    logarithm_of : callable
+        log χ of a rate; infinite where the loss is not finite.
+    tolerance : float
+        Of log α + log χ.
+
+    Examples
+    --------
+    >>> rate, logarithm = fixed_point(lambda rate: math.log(4 + rate), 1e-6)
+    >>> round(rate, 6), round(math.exp(logarithm), 6)  # α (4 + α) = 1
+    (0.236068, 4.236068)
+    """
+    x, points = 0.0, []
+    for _ in range(FIRST_TRIALS):
+        logarithm = logarithm_of(math.exp(x))
+        if math.isinf(logarithm):
+            x -= math.log(100)
+            continue
+        points.append((abs(x + logarithm), x, logarithm))
+        if points[-1][0] < tolerance:
+            break
+        if len(points) == 1:
+            x = -logarithm
+            continue
+        (_, x0, l0), (_, x1, l1) = points[-2:]
+        slope = (l1 - l0) / (x1 - x0) if x1 != x0 else 0.0
+        x = x1 - (x1 + l1) / (1 + slope) if slope > -0.5 else -l1
+    if not points:
+        return math.exp(x), -x
+    _, x, logarithm = min(points)
+    return math.exp(x), logarithm
+
+
+class Lengths:
+    """No step is much longer than those before it, before layers are shortened. Off: ∞.
+
+    In the first 30 steps, when χ is measured on what has hardly begun, at most twice as long as the last; later at most
+    three times the root mean square. That is for where nearly all samples are learnt: what one that is not asks for is
+    off F's span.
+    """
+
+    state: ClassVar = {"last": Kind.SHARED, "square": Kind.SHARED}
+
+    def __init__(self, growth: float, longest: float) -> None:
+        self.growth, self.longest, self.last, self.square = growth, longest, 0.0, 0.0
+
+    def limit(self, step: int) -> float:
+        """Return the largest ‖Δw‖ of a step, from 1."""
+        limit = self.longest * math.sqrt(self.square) if self.square > 0 else math.inf
+        return min(limit, self.growth * self.last) if 1 < step <= GROWING else limit
+
+    def add(self, asked: float, done: float, step: int) -> None:
+        """Take in the length of a step before, and after layers were shortened."""
+        self.last = asked
+        self.square += max(1 / step, RUNNING) * (done**2 - self.square)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is known of a step d of all layers before it is bounded. Each (layers,).
+
+    Attributes
+    ----------
+    dz, dd, gd
+        d_lᵀz_l, d_lᵀd_l and ḡ_lᵀd_l.
+    free
+        ‖d_l‖ over the coordinates that did not start at zero.
+    near, far
+        How long a step may be: over those coordinates, or over all.
+    """
+
+    dz: NDArray[np.float64]
+    dd: NDArray[np.float64]
+    gd: NDArray[np.float64]
+    free: NDArray[np.float64]
+    near: NDArray[np.float64]
+    far: NDArray[np.float64]
+
+    def shares(self, rate: float) -> NDArray[np.float64]:
+        """Return s_l of a rate."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            near = np.where(self.free > 0, self.near / (rate * self.free), np.inf)
+            far = np.where(self.dd > 0, self.far / (rate * np.sqrt(self.dd)), np.inf)
+        return np.minimum(1.0, np.maximum(near, far))
+
+
+class RelativeChange:
+    """Each layer's step is shortened to s_l Δw_l: a relative change of η, or what it has moved by so far. Off: η = ∞.
+
+        s_l = min(1, max(η ‖w_l‖/‖Δw_l‖, ρ_l/‖Δw_l‖)),    ρ_l = max_t ‖w_l(t) − w_l(0)‖/√(t (1 + β)/(1 − β))
+
+    with the first norms over the coordinates that were not zero at the start. ρ_l is the length of the steps that would
+    have led as far as the layer has come, if they were a random walk with momentum β (the distance over gradients of
+    Ivgi, Hinder and Carmon 2023, arXiv 2302.12022): a layer that moves in one direction may go faster. A layer that was
+    all zero is not shortened.
+    """
+
+    state: ClassVar = {"start": Kind.HELD, "farthest": Kind.SHARED}
+
+    def __init__(self, eta: float, beta: float, exchange: Exchange, spans: Sequence[slice], held: Array) -> None:
+        xp = array_namespace(held)
+        self.eta, self.exchange, self.spans = eta, exchange, spans
+        self.walk = math.sqrt((1 + beta) / (1 - beta))
+        self.start = xp.asarray(held, copy=True)
+        self.farthest = np.zeros(len(spans))
+
+    def of(self, d: Array, z: Array, mean: Array, held: Array, step: int) -> Parts:
+        """Return what is known of a step d from w, all (held,). Collective."""
+        xp = array_namespace(held)
+        free = xp.astype(self.start != 0, held.dtype)
+        moved, own, changed = held - self.start, held * free, d * free
+        pairs = (d, z), (d, d), (mean, d), (changed, changed), (own, own), (moved, moved)
+        dz, dd, gd, free2, sizes, distances = self.exchange.dots_of_parts(self.spans, *pairs)
+        self.farthest = np.maximum(self.farthest, np.sqrt(distances))
+        near = np.where(sizes > 0, self.eta * np.sqrt(sizes), np.inf)
+        return Parts(dz, dd, gd, np.sqrt(free2), near, self.farthest / (self.walk * math.sqrt(step)))
+
+    def shortened(self, d: Array, shares: NDArray[np.float64]) -> Array:
+        """Return s_l d_l of all layers, (held,). Local."""
+        if (shares == 1).all():
+            return d
+        d, first = array_namespace(d).asarray(d, copy=True), self.exchange.held.start
+        for span, share in zip(self.spans, shares, strict=True):
+            own = slice(max(0, span.start - first), max(0, span.stop - first))
+            d[own] = float(share) * d[own]
+        return d
