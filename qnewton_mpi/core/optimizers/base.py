@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
-from qnewton_mpi.core.rate import GAIN_SHARE, LossTrend, noise_limited_rate
+from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind, Memory
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
@@ -68,14 +68,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """w ← w − α d, and what is to be told of it.
+    """w ← w − c α d, c the factor of a schedule, and what is to be told of it.
 
     Attributes
     ----------
     mean, direction : (held,)
         ḡ and d.
     rate : float
-        α, the factor of a schedule included.
+        α, before a schedule's factor.
     figures : dict
         Those that only the method has, and the loss.
     norms : tuple of float, optional
@@ -152,7 +152,6 @@ class Optimizer(ABC, Generic[S]):
 
     settings_type: ClassVar[type[Settings]]
     minimum_replicas: ClassVar[int] = 1
-    gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
     state: ClassVar[Mapping[str, Kind]] = {
         "held": Kind.HELD,
         "steps": Kind.SHARED,
@@ -219,12 +218,8 @@ class Optimizer(ABC, Generic[S]):
         return self.settings.lr == "auto"
 
     def chosen_rate(self) -> float:
-        """Return the rate of the settings, where that is a number, times a schedule's factor. Local."""
-        return self.rate_factor * self.fixed_rate(float(self.settings.lr))
-
-    def auto_rate(self, noise: float, bound: float = math.inf) -> float:
-        """Return that of `noise_limited_rate`, at most `bound`, times a schedule's factor; noise is tr(P⁻¹C). Local."""
-        return self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
+        """Return the rate of the settings, where that is a number. Local."""
+        return self.fixed_rate(float(self.settings.lr))
 
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Local."""
@@ -278,10 +273,10 @@ class Optimizer(ABC, Generic[S]):
         return step
 
     def move(self, step: Step) -> Figures:
-        """Do w ← w − α d; return the figures. Collective."""
+        """Do w ← w − c α d, c the factor of a schedule; return the figures. Collective."""
         direction = self.rested(step.direction) if self.resting else step.direction
-        self.rate = step.rate
-        self.held = combination(1.0, self.held, -step.rate, direction, out=self.held)
+        self.rate = self.rate_factor * step.rate
+        self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
         pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
         gg, dd, gd = self.exchange.dots(*pairs) if step.norms is None or self.resting else step.norms
@@ -289,9 +284,9 @@ class Optimizer(ABC, Generic[S]):
         norms = math.sqrt(gg * dd)
         return {
             "gradient_norm": math.sqrt(gg),
-            "step_norm": step.rate * math.sqrt(dd),
+            "step_norm": self.rate * math.sqrt(dd),
             "cosine": gd / norms if norms > 0 else math.nan,
-            "rate": step.rate,
+            "rate": self.rate,
             **step.figures,
         }
 

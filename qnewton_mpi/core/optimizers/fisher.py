@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from qnewton_mpi.core.optimizers.base import Figures
+from qnewton_mpi.core.optimizers.base import Batch, Figures
 from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
@@ -80,8 +80,8 @@ class Fisher(NaturalGradient[FisherSettings]):
         full = len(self.eigenvalues) == self.settings.rank
         return not full or self.steps % self.settings.update_every == 0
 
-    def update(self, gradients: Array) -> Array:
-        mean, G = self.exchange.centred(gradients)
+    def update(self, batch: Batch) -> Array:
+        mean, G = self.exchange.centred(batch.rows)
         weight = self.weight
         G = math.sqrt(weight) * self.scale * G
         columns = self.xp.concat([math.sqrt(1 - weight) * self.factor, G])
@@ -94,7 +94,9 @@ class Fisher(NaturalGradient[FisherSettings]):
         S[:kept, kept:] = S[kept:, :kept].T
         self.trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
         values, vectors = leading_eigenpairs(S, self.settings.rank)
-        values = values[values > n * float(self.xp.finfo(G.dtype).eps) * values[0]]
+        epsilon = float(self.xp.finfo(G.dtype).eps)
+        differences = self.scale**2 * batch.squares.sum() * (10 * epsilon) ** 2  # of equal gradients: rounding
+        values = values[values > n * max(epsilon * values[0], differences)]
         self.eigenvalues = values
         self.factor = to_device(vectors[:, : len(values)].T, G) @ columns
         rest = max(0.0, self.trace - float(values.sum()))  # what the rank cuts off, in the bulk

@@ -12,7 +12,7 @@ from array_api_compat import array_namespace, device
 
 from qnewton_mpi.core.kernels import PIECE
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
-from qnewton_mpi.core.optimizers.base import Figures
+from qnewton_mpi.core.optimizers.base import Batch, Figures
 from qnewton_mpi.core.optimizers.natural_gradient import BATCH, NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
@@ -121,8 +121,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     def update_is_due(self) -> bool:
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
 
-    def update(self, gradients: Array) -> Array:
-        mean, differences = self.exchange.samples(gradients)
+    def update(self, batch: Batch) -> Array:
+        mean, differences = self.exchange.samples(batch.rows)
         differences *= self.scale
         for layer in self.layers:
             layer.add(differences[:, layer.span], self.weight)

@@ -131,7 +131,7 @@ class NaturalGradient(Optimizer[S]):
         self.trend.add(batch.losses)
         if self.update_is_due():
             self.updates += 1
-            mean = self.update(batch.rows)
+            mean = self.update(batch)
         else:
             mean = self.exchange.mean(batch.rows)
 
@@ -146,7 +146,7 @@ class NaturalGradient(Optimizer[S]):
             share = max(self.noise_share.value, LEAST_NOISE)
             rate = noise_limited_rate(self.trend, noise * share**2, bound_of(self.settings.gain_share))
         else:
-            rate = self.fixed_rate(float(self.settings.lr))
+            rate = self.chosen_rate()
         figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
         return NaturalStep(mean, d, rate, figures, loss=batch.loss, gg=gg, parts=parts)
 
@@ -175,7 +175,7 @@ class NaturalGradient(Optimizer[S]):
             "limit": float(np.argmin(limits)),
         }
         direction = self.change.shortened(step.direction, shares)
-        return Step(step.mean, direction, self.rate_factor * rate, {**step.figures, **figures}, norms)
+        return Step(step.mean, direction, rate, {**step.figures, **figures}, norms)
 
     @property
     def measures(self) -> bool:
@@ -239,8 +239,8 @@ class NaturalGradient(Optimizer[S]):
         """Tell whether this step updates F."""
 
     @abstractmethod
-    def update(self, gradients: Array) -> Array:
-        """Take this rank's gradients, (R, N), into F, set `trace` and `known`; return ḡ, (held,). Collective."""
+    def update(self, batch: Batch) -> Array:
+        """Take the gradients into F, set `trace` and `known`; return ḡ, (held,). Collective."""
 
     @abstractmethod
     def apply_inverse(self, z: Array) -> Array:

@@ -81,9 +81,10 @@ class Curvature:
         c = 2 [f_B(w + Δw) − f_B(w) − g_BᵀΔw],    χ = |c|/(Δwᵀ P Δw),    α ≤ C/χ
 
     on the batch that made the step: one loss more, no gradient. It is measured in each of the first ten steps, then
-    every few, and where a step is twice as long as the one that was measured last. log χ is a running mean, but that χ falls by no
-    more than a mean of χ itself would: along a slow direction it may be next to nothing, and P d is not slow for long. Along negative curvature, which P has not, |c| is as good a measure of how
-    far the quadratic model goes (Dauphin et al. 2014). Off: C = ∞.
+    every few, and where a step is twice as long as the one that was measured last. log χ is a running mean, but that χ
+    falls by no more than a mean of χ itself would: along a slow direction it may be next to nothing, and the next one
+    is another. Along negative curvature, which P has not, |c| is as good a measure of how far the quadratic model goes
+    (Dauphin et al. 2014). Off: C = ∞.
     """
 
     state: ClassVar = {"logarithm": Kind.SHARED, "known": Kind.SHARED, "length": Kind.SHARED}
