@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
@@ -20,6 +21,7 @@ from qnewton_mpi.core.optimizers.rules import (
     NoiseShare,
     Parts,
     RelativeChange,
+    SuccessiveGradients,
     fixed_point,
 )
 from qnewton_mpi.core.rate import noise_limited_rate
@@ -56,13 +58,13 @@ class NaturalGradientSettings(Settings):
 S = TypeVar("S", bound=NaturalGradientSettings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NaturalStep(Step):
     """A step before it is bounded.
 
     Attributes
     ----------
-    loss : float
+    losses : (M,)
         Before the step.
     gg : float
         ḡᵀḡ.
@@ -70,9 +72,9 @@ class NaturalStep(Step):
         The scalar products of its layers.
     """
 
-    loss: float = math.nan
-    gg: float = math.nan
-    parts: Parts = None  # type: ignore[assignment]
+    losses: NDArray[np.float64]
+    gg: float
+    parts: Parts
 
 
 class NaturalGradient(Optimizer[S]):
@@ -109,6 +111,7 @@ class NaturalGradient(Optimizer[S]):
         self.momentum = Momentum(s.momentum, self.held)
         self.noise_share = NoiseShare()
         self.curvature = Curvature(bound_of(s.curvature))
+        self.successive = SuccessiveGradients(self.exchange, self.held)
         self.lengths = Lengths(bound_of(s.growth), bound_of(s.longest))
         self.change = RelativeChange(bound_of(s.relative_change), s.momentum, self.exchange, spans, self.held)
         self.updates = 0
@@ -121,6 +124,7 @@ class NaturalGradient(Optimizer[S]):
             "momentum": self.momentum,
             "noise_share": self.noise_share,
             "curvature": self.curvature,
+            "successive": self.successive,
             "lengths": self.lengths,
             "change": self.change,
         }
@@ -135,6 +139,9 @@ class NaturalGradient(Optimizer[S]):
         else:
             mean = self.exchange.mean(batch.rows)
 
+        if not self.repeats:
+            self.successive.add(mean)
+            self.curvature.logarithm = self.successive.logarithm
         t, gg = self.steps, self.exchange.dots((mean, mean))[0]
         clip = self.clip(batch, gg)
         z = self.momentum.add(clip * mean if clip < 1 else mean, t)
@@ -148,7 +155,7 @@ class NaturalGradient(Optimizer[S]):
         else:
             rate = self.chosen_rate()
         figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
-        return NaturalStep(mean, d, rate, figures, loss=batch.loss, gg=gg, parts=parts)
+        return NaturalStep(mean, d, rate, figures, losses=batch.losses, gg=gg, parts=parts)
 
     def bound(self, step: Step, loss_and_gradient: LossAndGradient) -> Step:
         assert isinstance(step, NaturalStep)
@@ -175,6 +182,11 @@ class NaturalGradient(Optimizer[S]):
             "limit": float(np.argmin(limits)),
         }
         direction = self.change.shortened(step.direction, shares)
+        if not self.repeats:
+            change, slope, predicted = self.displacement(step, rate)
+            share = float(shares @ parts.dz) / float(parts.dz.sum()) if predicted > 0 else 0.0
+            noise = self.momentum.newest(t) * self.rate_factor * rate * share * self.known / self.batch
+            self.successive.follow(change, slope, noise, predicted)
         return Step(step.mean, direction, rate, {**step.figures, **figures}, norms)
 
     @property
@@ -184,27 +196,35 @@ class NaturalGradient(Optimizer[S]):
 
     def interval(self, loss_and_gradient: LossAndGradient) -> int:
         """Return the steps between measurements: they cost 3 to 4% of the gradients. Local."""
-        return LOSSES_EVERY if hasattr(loss_and_gradient, "losses") else GRADIENTS_EVERY
+        alone = hasattr(loss_and_gradient, "losses") and not getattr(loss_and_gradient, "backward", False)
+        return LOSSES_EVERY if alone else GRADIENTS_EVERY
 
     def measure_first(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> None:
-        """Measure χ where the rate is 1/χ; see before that the losses can be had again. Collective."""
+        """Measure χ where the rate is 1/χ, after a look at whether the losses can be had again. Collective.
+
+        They cannot where they are others at the same point, or the same at another one.
+        """
         if not self.measures or not step.parts.dz.sum() > 0:
             return
         again = self.losses_at(loss_and_gradient, self.xp.zeros_like(self.held))
-        self.repeats = math.isclose(float(again.mean()), step.loss, rel_tol=1e-6)
+        there = self.losses_at(loss_and_gradient, self.displacement(step, 1.0)[0])
+        self.repeats = bool(np.allclose(again, step.losses, rtol=1e-6)) and bool((there != step.losses).any())
         if self.repeats:
             tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
             rate, logarithm = fixed_point(lambda rate: self.measured(step, loss_and_gradient, rate), tolerance)
             self.curvature.add(logarithm, 1, rate * math.sqrt(step.parts.dd.sum()))
 
+    def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
+        """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
+        scale, shares = rate * self.rate_factor, step.parts.shares(rate)
+        change = -scale * self.change.shortened(step.direction, shares)
+        return change, -scale * float(shares @ step.parts.gd), scale**2 * float(shares**2 @ step.parts.dz)
+
     def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
         """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective."""
-        parts, scale = step.parts, rate * self.rate_factor
-        shares = parts.shares(rate)
-        losses = self.losses_at(loss_and_gradient, -scale * self.change.shortened(step.direction, shares))
-        curvature = 2 * (float(losses.mean()) - step.loss + scale * float(shares @ parts.gd))
-        predicted = scale**2 * float(shares**2 @ parts.dz)
-        ratio = abs(curvature) / predicted
+        change, slope, predicted = self.displacement(step, rate)
+        losses = self.losses_at(loss_and_gradient, change)
+        ratio = abs(2 * (float(losses.mean() - step.losses.mean()) - slope)) / predicted
         return math.log(min(max(ratio, FLAT), STEEP)) if math.isfinite(ratio) else math.inf
 
     def clip(self, batch: Batch, gg: float) -> float:

@@ -45,6 +45,10 @@ class Momentum:
         unbiased = 1 / (1 - beta ** (step + 1))
         return combination(beta * unbiased, self.mean, (1 - beta) * unbiased, g)
 
+    def newest(self, step: int) -> float:
+        """Return a_0, the weight of the newest gradient. Local."""
+        return (1 - self.beta**2) / (1 - self.beta ** (step + 1))
+
     def noise(self, step: int) -> float:
         """Return the noise of z as a multiple of that of one ḡ, Σ_k a_k². Local.
 
@@ -113,6 +117,45 @@ class Curvature:
         change = weight * (logarithm - self.logarithm)
         self.logarithm += max(change, math.log(1 - weight)) if self.known else logarithm
         self.known = True
+
+
+class SuccessiveGradients:
+    """χ of steps whose losses cannot be had again, from the gradients that there are anyway.
+
+        (ḡ_{t+1} − ḡ_t)ᵀΔw_t = Δw_tᵀ H Δw_t + noise,    mean of the noise a_0 α tr(S P⁻¹C)
+
+    The newest gradient is in Δw_t by a_0, with its noise, whose covariance C the replicas' differences tell; S are the
+    layers' shares. The noise of the two batches is far larger than on one batch, so that only running means of both
+    curvatures over some fifty steps say anything: it takes that long to see a change.
+    """
+
+    state: ClassVar = {"change": Kind.HELD} | dict.fromkeys(
+        ("count", "before", "expected", "predicted", "curvature", "metric"), Kind.SHARED
+    )
+
+    def __init__(self, exchange: Exchange, held: Array) -> None:
+        self.exchange, self.change = exchange, array_namespace(held).zeros_like(held)
+        self.count = 0
+        self.before = self.expected = self.predicted = 0.0  # ḡᵀΔw, the mean noise and ΔwᵀPΔw of the last step
+        self.curvature = self.metric = 0.0  # running means
+
+    def add(self, mean: Array) -> None:
+        """Take in the gradient after the last step. Collective."""
+        if self.predicted > 0:
+            curvature = self.exchange.dots((mean, self.change))[0] - self.before - self.expected
+            self.count += 1
+            weight = max(1 / self.count, RUNNING)
+            self.curvature += weight * (curvature - self.curvature)
+            self.metric += weight * (self.predicted - self.metric)
+
+    def follow(self, change: Array, before: float, expected: float, predicted: float) -> None:
+        """Keep a step Δw: ḡᵀΔw, the mean of the noise and Δwᵀ P Δw. Local."""
+        self.change, self.before, self.expected, self.predicted = change, before, expected, predicted
+
+    @property
+    def logarithm(self) -> float:
+        """Log χ; 0 before it is known."""
+        return math.log(abs(self.curvature) / self.metric) if self.metric > 0 and self.curvature != 0 else 0.0
 
 
 def fixed_point(logarithm_of: Callable[[float], float], tolerance: float) -> tuple[float, float]:
