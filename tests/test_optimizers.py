@@ -637,7 +637,7 @@ def test_rules_that_are_off_change_nothing(communicator):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
     assert Curvature(np.inf).limit == np.inf
     lengths = Lengths(np.inf, np.inf)
-    lengths.add(1.0, 1.0, 1)
+    lengths.add(1.0, 1)
     assert lengths.limit(2) == np.inf
     exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
     change = RelativeChange(np.inf, 0.9, exchange, [slice(0, 5), slice(5, SIZE)], w)

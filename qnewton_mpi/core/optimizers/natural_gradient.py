@@ -174,10 +174,9 @@ class NaturalGradient(Optimizer[S]):
             rate = min(rate, self.curvature.factor * math.exp(-logarithm))
         shares = parts.shares(rate)
         norms = step.gg, float(shares**2 @ parts.dd), float(shares @ parts.gd)
-        asked, done = rate * length, rate * math.sqrt(norms[1])
-        self.lengths.add(asked, done, t)
+        self.lengths.add(rate * length, t)
         figures = {
-            "shrink": done / asked if asked > 0 else 1.0,
+            "shrink": math.sqrt(norms[1]) / length if length > 0 else 1.0,
             "curvature": self.curvature.value,
             "limit": float(np.argmin(limits)),
         }

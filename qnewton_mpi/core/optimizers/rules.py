@@ -213,10 +213,10 @@ class Lengths:
         limit = self.longest * math.sqrt(self.square) if self.square > 0 else math.inf
         return min(limit, self.growth * self.last) if 1 < step <= GROWING else limit
 
-    def add(self, asked: float, done: float, step: int) -> None:
-        """Take in the length of a step before, and after layers were shortened."""
-        self.last = asked
-        self.square += max(1 / step, RUNNING) * (done**2 - self.square)
+    def add(self, length: float, step: int) -> None:
+        """Take in the length of a step, from 1, before layers are shortened."""
+        self.last = length
+        self.square += max(1 / step, RUNNING) * (length**2 - self.square)
 
 
 @dataclass(frozen=True)
