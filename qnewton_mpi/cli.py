@@ -282,11 +282,13 @@ def pause(text: str) -> float:
 
 def train_command(command: argparse.Namespace, communicator: Communicator) -> None:
     """Train, then tell what came out."""
+    from qnewton_mpi.training.interruption import Noted
     from qnewton_mpi.training.loop import train
     from qnewton_mpi.training.runfile import Run, table
 
     config: RunConfig = command.config
-    path = train(config, communicator)
+    with Noted() as noted:
+        path = train(config, communicator, halted=lambda: bool(noted.came))
     communicator.from_root(lambda: print(f"{table([Run(path)])}\nwritten to {path}", flush=True))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.files.whole import replace_whole, writing
+from qnewton_mpi.files.whole import reason, replace_whole, writing
 from qnewton_mpi.training.runfile import Run, by_label
 
 MANY = 8  # labels, beyond which the legend stands beside the axes
@@ -20,15 +21,16 @@ def pyplot(user: str) -> Any:
     Raises
     ------
     UserError
-        Without matplotlib, naming the user.
+        Without matplotlib, naming the user, and where its settings (matplotlibrc) cannot be read.
     """
+    os.environ["MPLBACKEND"] = "agg"  # whatever stood there: matplotlib is not imported with a name it does not know
     try:
-        import matplotlib
+        import matplotlib.pyplot as plt
     except ImportError as error:
         raise UserError(f"{user} needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{user}: matplotlib cannot be loaded ({reason(error)}): look for a matplotlibrc") from error
+    plt.switch_backend("agg")  # where the program had imported it before
     return plt
 
 
@@ -60,6 +62,8 @@ def save(plt: Any, figure: Any, target: Path, dpi: int) -> None:
         with writing(target):
             figure.savefig(picture, format=target.suffix[1:].lower(), dpi=dpi)
             replace_whole(target, picture.getbuffer())
+    except RuntimeError as error:  # TeX that is asked for and not there, and the like
+        raise UserError(f"{target}: cannot be drawn ({reason(error)}): look for a matplotlibrc") from error
     finally:
         plt.close(figure)
 

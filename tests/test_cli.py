@@ -92,6 +92,16 @@ def test_plot_and_its_table(qnewton, one_line_error, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "nll.png").read_bytes().startswith(b"\x89PNG")
     assert finished.stdout.count("sgd M=8 lr=") == finished.stdout.count("fisher M=8 lr=") == 1
+    again, settings = ("plot", "sgd.h5", "--output", "nll.png", "--overwrite"), tmp_path / "matplotlibrc"
+    finished = qnewton(1, *again, cwd=tmp_path, env={"MPLBACKEND": "none-such"})
+    assert finished.returncode == 0, finished.stderr
+    for content, told in ((b"\xff", "matplotlib cannot be loaded"), (b"text.usetex: True", "nll.png: cannot be drawn")):
+        settings.write_bytes(content)
+        finished = qnewton(1, *again, cwd=tmp_path, env={"PATH": ""})  # without TeX
+        assert finished.returncode == 2, finished.stderr
+        assert told in finished.stderr.splitlines()[-1]
+        assert "Traceback" not in finished.stderr
+    settings.unlink()
     one_line_error(1, "plot", "sgd.h5", "--output", "nll.png", match="nll.png exists.*--overwrite")
     one_line_error(1, "plot", "missing.h5", match="missing.h5: cannot be read")
     one_line_error(1, "plot", "missing.h5", "--output", "nll.nothing", match="cannot be written with this suffix")
@@ -189,6 +199,7 @@ def hostile(tmp_path, monkeypatch):
         ("train", "--output", "a" * 300),
         ("train", "--output", "\udcff.h5"),
         ("train", "--log-dir", "file"),
+        *(("train", "--output", path) for path in (".", "/", "..")),
         ("train", "--log-dir", "a" * 300),
         ("train", "--checkpoint", "file"),
         ("train", "--data", "mnist", "--data-dir", "a" * 5000),

@@ -17,7 +17,7 @@ from qnewton_mpi.errors import ENDED_BY_CTRL_C, INTERRUPTED, InterruptedRunError
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.training import interruption
 from qnewton_mpi.training.checkpoint import steps_in
-from qnewton_mpi.training.interruption import Interruption
+from qnewton_mpi.training.interruption import Interruption, Noted
 from qnewton_mpi.training.runfile import Run
 
 FAULTY = Path(__file__).parent / "faulty.py"
@@ -159,6 +159,43 @@ def test_a_signal_before_the_first_step_while_the_ranks_do_not_come_to_agree(sta
     _, err = process.communicate()
     assert process.returncode == INTERRUPTED, err
     assert "stopped before the first step, nothing is lost: start it again (SIGTERM)" in err
+
+
+def test_signals_while_the_program_ends_are_the_same_word(mpiexec, tmp_path):
+    """Launchers and batch systems say it to each task, and again: at the end of the run, of Python and of MPI."""
+    program = (
+        "import atexit, os, signal, sys; from qnewton_mpi import __main__; from qnewton_mpi.training.loop import Run\n"
+        "def again():\n"
+        "    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):\n"
+        "        os.kill(os.getpid(), number)\n"
+        "atexit.register(again)\n"
+        "from qnewton_mpi.training.interruption import Interruption\n"
+        "leave = Interruption.__exit__\n"
+        "Interruption.__exit__ = lambda *arguments: (leave(*arguments), again())[0]\n"
+        "sys.exit(__main__.main())"
+    )
+    arguments = (*OPTIONS, "--steps", STEPS, "--output", tmp_path / "run.h5", "--time-limit", "0.01")
+    stopped = mpiexec(2, "-c", program, *arguments)
+    assert stopped.returncode == INTERRUPTED, stopped.stderr
+    assert "stopped after step" in stopped.stderr
+
+
+def test_between_runs_signals_are_noted_once(monkeypatch, clock):
+    ended = []
+    monkeypatch.setattr(interruption.os, "_exit", ended.append)
+    clock.readings = iter([0.0, 10.0, 10.9, 11.1])  # as a run begins, and at each signal
+    before = signal.getsignal(signal.SIGTERM)
+    with Noted() as noted:
+        with Interruption(Communicator(MPI.COMM_SELF), "TERM"):
+            pass
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        wait_for(lambda: noted.came)
+        assert (noted.came, ended) == (signal.SIGUSR1, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: ended)
+    assert ended == [128 + signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_mpi(started, tmp_path):

@@ -173,6 +173,45 @@ def test_messages_of_a_program_are_left_to_it(ends):
     assert (code, lines) == (0, [])
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    "alone",
+    ['create("sgd", np.ones(2), world.size)', "Communicator().from_root(list)", "Communicator().together(list)"],
+)
+def test_what_one_rank_does_alone(ends, ranks, alone):
+    """As `if rank == 0:` before what is for all: the others are in a step, in which they would wait for ever."""
+    code, lines, _ = ends(
+        f"""
+        from qnewton_mpi.parallel.communicator import Communicator
+        def during():
+            if step == 2 and rank == last:
+                {alone}
+        steps(9)
+        """,
+        ranks,
+    )
+    assert code == 2
+    assert len(lines) == 1
+    assert re.search(
+        r"rank \d waits in (an agreement|step 2), rank \d in (an agreement|step 2): let all ranks", lines[0]
+    )
+
+
+def test_who_is_late_is_waited_for(ends):
+    """A rank that answers no question, busy as it is, and then the other one."""
+    code, lines, _ = ends(
+        """
+        from qnewton_mpi.parallel import farewell
+        farewell.ASK_AFTER = 0.1
+        def during():
+            if (step, rank) in ((1, 0), (2, 1), (3, 0), (4, 2)):
+                time.sleep(0.5)
+        steps(5)
+        """
+    )
+    assert (code, lines) == (0, [])
+
+
 def test_a_stall_names_the_rank(ends):
     code, lines, _ = ends(
         """

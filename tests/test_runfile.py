@@ -12,6 +12,8 @@ import pytest
 
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import write_image
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.training import runfile
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run, RunFile, table
 from qnewton_mpi.watching import watch
@@ -86,6 +88,18 @@ def test_a_disk_that_others_fill_costs_no_rows(small_disk):
     run = Run(path)
     assert run.finished
     assert run.steps["step"].tolist() == list(range(200))
+
+
+def test_a_log_that_finds_no_room_is_no_matter(small_disk):
+    with logging_to(Communicator(), str(small_disk / "logs")):
+        LOG.info("in time")
+        (small_disk / "others").write_bytes(bytes(300_000))
+        with (small_disk / "more").open("wb", 0) as taking, contextlib.suppress(OSError):
+            while taking.write(bytes(4096)):
+                pass
+        for _ in range(100):
+            LOG.info("too late to find room, the last page of the file included")
+    assert "in time" in (small_disk / "logs" / "rank-00000-of-00001.log").read_text()
 
 
 def test_writing_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):

@@ -15,13 +15,15 @@ import pytest
 from test_data import write_mnist
 
 from qnewton_mpi.cli import INTERRUPTED, check, parse
+from qnewton_mpi.config import resolve, run_config
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.studies.compare import compare
 from qnewton_mpi.studies.plan import OF_THE_STUDY, at_edge, best_rate, line_of, next_rate, read_study
 from qnewton_mpi.studies.report import draw, markdown, reached_at, read_results
-from qnewton_mpi.studies.store import Store, read_runs, run_name
+from qnewton_mpi.studies.store import Store, read_runs, run_name, runs_in
+from qnewton_mpi.training.loop import train
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run
 
 SMALL = """
@@ -326,6 +328,28 @@ def test_a_signal_to_one_rank_stops_all_groups(tiny, mpiexec, tmp_path):
     assert not list(tmp_path.glob("**/*.lock"))
 
 
+def test_a_signal_to_a_group_that_has_nothing_left_to_do_stops_the_others(tiny, mpiexec, tmp_path):
+    plan = tiny(SHORT + ENDLESS)
+    program = [mpiexec.launcher, "-n", "2", sys.executable, "-m", "qnewton_mpi", "compare", plan, "--output", "s.h5"]
+    process = subprocess.Popen(program, env=mpiexec.environ, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    def writers(pattern):
+        found = []
+        for path in tmp_path.glob(f"s.runs/{pattern}"):
+            with contextlib.suppress(UserError):
+                found += [Run(path).attributes["writer_pid"]] * bool(Run(path).last("step") > 0)
+        return found
+
+    while not (writers("short*.h5") and writers("endless*.part")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.kill(writers("short*.h5")[0], signal.SIGTERM)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == INTERRUPTED, err
+    assert err.count("stopped in row 'endless'; the same command goes on") == 1
+    assert kept(tmp_path / "s.runs") == ["short"]
+
+
 def test_an_error_in_one_row_ends_the_study(tiny, qnewton, tmp_path):
     plan = tiny("[[row]]\nname = 'large'\nbatch = 64\n" + SHORT)
     finished = qnewton(2, "compare", plan, "--output", "s.h5", cwd=tmp_path)
@@ -375,6 +399,49 @@ def test_a_run_that_is_left_half_written_is_replaced(tiny, tmp_path):
     store.unfinished(run_name("short", options)).write_bytes(b"half")
     compare(study, tmp_path / "s.h5", 1, world)
     assert len(read_runs(tmp_path / "s.h5")) == 1
+
+
+def test_runs_that_are_kept_are_those_of_the_study(tiny, tmp_path):
+    """By what their files say, not by their names alone."""
+    world = Communicator()
+    compare(read_study(tiny(SHORT)), tmp_path / "s.h5", 1, world)
+    (name,) = runs_in(tmp_path / "s.h5")
+    store = Store(tmp_path / "t.h5")
+    kept_one = store.folder / f"{name}.h5"
+    kept_one.parent.mkdir()
+    options = {**read_study(tiny(SHORT)).rows[0].options, "lr": 0.01, "seed": 9, "output": "other.h5"}
+    other = train(resolve(run_config(options), 1), world)
+    for content, told in (
+        (other.read_bytes(), "has another run for short-.*: seed was 9 and is 0"),
+        (other.read_bytes()[:3000], "is damaged"),
+        (b"", "is empty"),
+    ):
+        kept_one.write_bytes(content)
+        with pytest.raises(UserError, match=f"t.runs/short-.*{told}.*: remove it, and the run is done again"):
+            compare(read_study(tiny(SHORT)), tmp_path / "t.h5", 1, world)
+    kept_one.unlink()
+    compare(read_study(tiny(SHORT)), tmp_path / "t.h5", 1, world)
+    write_mnist(tmp_path / "data", 33)
+    plan = read_study(tiny(SHORT))
+    with pytest.raises(UserError, match=r"s.h5: has another run .*the data set .* differs: .*--again"):
+        compare(plan, tmp_path / "s.h5", 1, world)
+    compare(plan, tmp_path / "s.h5", 1, world, again="short")
+
+
+def test_the_labels_of_runs_are_those_of_the_study_as_it_is(tiny, tmp_path):
+    world = Communicator()
+    compare(read_study(tiny(SHORT)), tmp_path / "s.h5", 1, world)
+    (before,) = read_runs(tmp_path / "s.h5")
+    compare(read_study(tiny(SHORT + "baseline = true\n")), tmp_path / "s.h5", 1, world)
+    (now,) = read_runs(tmp_path / "s.h5")
+    assert now.attributes == before.attributes | {"baseline": True}
+
+
+def test_what_is_not_the_studys_stays_in_the_folder(tiny, tmp_path):
+    (tmp_path / "s.runs").mkdir()
+    (tmp_path / "s.runs" / "notes.txt").write_text("precious")
+    compare(read_study(tiny(SHORT)), tmp_path / "s.h5", 1, Communicator())
+    assert [path.name for path in (tmp_path / "s.runs").iterdir()] == ["notes.txt"]
 
 
 def test_a_disk_without_room_for_a_claim(tiny, tmp_path, monkeypatch):

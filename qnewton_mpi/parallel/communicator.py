@@ -221,7 +221,7 @@ class Communicator:
             except UserError as error:
                 outcome = None, error
         with self.waiting():
-            self._gates.enter(self.mpi.Ibarrier, "an agreement")
+            self._gates.agree()
             result, failure = self.mpi.bcast(outcome)
         if failure is not None:
             raise failure
@@ -250,7 +250,7 @@ class Communicator:
     def _of_all(self, mine: T) -> list[T]:
         """Return what each rank has, pickled."""
         with self.waiting():
-            self._gates.enter(self.mpi.Ibarrier, "an agreement")
+            self._gates.agree()
             return self.mpi.allgather(mine)
 
 

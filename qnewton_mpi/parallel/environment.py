@@ -51,6 +51,16 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
+def ignore_signals() -> None:
+    """Have a process that ends because it was told to end so, whatever it is told again.
+
+    Launchers and batch systems say it several times, and the end of Python and MPI takes a while, in which Python's own
+    handlers are gone.
+    """
+    for number in (*HELD, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def check_descriptors() -> None:
     """Raise the number of files that may be open where it is very low.
 

@@ -4,6 +4,10 @@ Each rank counts, for each group of ranks, the gates that it has entered: the co
 for another rank's program. At its end it sends the counts to the next rank of each communicator. A rank that waits
 looks for such messages: one that left having entered fewer gates will never come, which no time has to prove. Where
 some ranks have left and others wait, one of those that wait comes right after one of those that left, and hears of it.
+
+A rank that has waited for some time asks the next one where it waits, too: ranks that wait at different gates, as where
+one alone builds an optimizer or loads a state, would do so for ever. Of a ring of ranks that do not all wait at one
+gate, two neighbours do not.
 """
 
 from __future__ import annotations
@@ -26,10 +30,15 @@ FAREWELL, WHO_WAITS, I_WAIT = 32_749, 32_750, 32_751
 LOOK_EVERY = 0.1  # seconds between looks for messages, while waiting
 NAP = 1e-4  # seconds between tries, from then on: the core is free for others
 ANSWERS_WITHIN = 1.0  # seconds in which those that wait too say so
+ASK_AFTER = 2.0  # seconds of waiting, after which the next rank is asked where it waits
+SET_UP, AGREEMENT = "the set-up", "an agreement"  # purposes of gates, besides the steps
 DUPLICATE = MPI.Comm.Create_keyval()  # of a communicator: the `Duplicate` that all that is built on it shares
 
 Group = tuple[int, ...]
 """Ranks, as the world numbers them."""
+
+Where = tuple[int, int, str]
+"""The hash of a group, the number of a gate, and its purpose."""
 
 
 @dataclass
@@ -61,22 +70,32 @@ class Duplicate:
     Attributes
     ----------
     mpi : MPI.Comm
+    agreements : MPI.Comm
+        For the gates of agreements alone: where a rank comes to one and another to a step, MPI would take the one's
+        collective for the other's.
     rank, size : int
     node_rank : int
         Position among the ranks that share this node's memory.
+    answers : dict
+        Where others have said that they wait, by their ranks; None where they did not.
+    asked : bool
+        Whether the next rank owes an answer.
     """
 
     def __init__(self, parent: MPI.Comm) -> None:
-        self.mpi = parent.Dup()
+        self.mpi, self.agreements = parent.Dup(), parent.Dup()
         self.rank, self.size = self.mpi.Get_rank(), self.mpi.Get_size()
         node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED)
         self.node_rank = node.Get_rank()
         node.Free()
+        self.answers: dict[int, Where | None] = {}
+        self.asked = False
         DUPLICATES.add(self)
 
     def __del__(self) -> None:
         if not MPI.Is_finalized():
             self.mpi.Free()
+            self.agreements.Free()
 
     def tell(self, tag: int, ranks: Iterable[int], content: Any) -> None:
         """Send a small message to some ranks, without waiting for anything. Local."""
@@ -86,7 +105,6 @@ class Duplicate:
 DUPLICATES: weakref.WeakSet[Duplicate] = weakref.WeakSet()
 PLACES: dict[Group, Place] = {}  # of this rank
 LEFT: dict[int, dict[int, Place]] = {}  # of those that have left, by rank, and by the hash of the group
-ANSWERS: set[tuple[int, Any]] = set()  # who has said that it waits, and where
 SENT: list[MPI.Request] = []
 PROCESS = os.getpid()  # not one that it forks
 
@@ -115,7 +133,7 @@ class Gates:
         self.place = PLACES.setdefault(self.group, Place())
         shared = cast("Duplicate | None", parent.Get_attr(DUPLICATE))
         if shared is None:
-            self.enter(parent.Ibarrier, "the set-up")
+            self.enter(parent.Ibarrier, SET_UP)
             shared = Duplicate(parent)
             parent.Set_attr(DUPLICATE, shared)
         self.duplicate = shared
@@ -146,17 +164,24 @@ class Gates:
             if now < look:
                 continue
             look = now + LOOK_EVERY
-            here = hash(self.group), place.entered
+            here = hash(self.group), place.entered, purpose
             receive(here)
             self._end_without_one_that_left()
+            if purpose != SET_UP and now > started + ASK_AFTER:
+                self._end_where_another_waits_elsewhere(here)
             if self.stall_timeout is None or now < started + self.stall_timeout:
                 continue
             if asked is None:
                 asked = now
-                if purpose != "the set-up":
+                if purpose != SET_UP:
                     self.duplicate.tell(WHO_WAITS, range(len(self.group)), here)
             elif now > asked + ANSWERS_WITHIN:
-                self._end_stalled({rank for rank, where in ANSWERS if where == here}, now - started)
+                answers = {} if purpose == SET_UP else self.duplicate.answers
+                self._end_stalled({rank for rank, where in answers.items() if where == here}, now - started)
+
+    def agree(self) -> None:
+        """Wait for all ranks to come to an agreement, as `enter`. Collective."""
+        self.enter(self.duplicate.agreements.Ibarrier, AGREEMENT)
 
     def _end_without_one_that_left(self) -> None:
         """End the job where a rank has left before the gate that this one waits in. Local."""
@@ -175,6 +200,23 @@ class Gates:
             )
             abort(f"qnewton-mpi: {told}: {advice}", code=2)
 
+    def _end_where_another_waits_elsewhere(self, here: Where) -> None:
+        """End the job where the next rank waits for this one at another gate; ask it where it waits. Local."""
+        duplicate = self.duplicate
+        following = (duplicate.rank + 1) % duplicate.size
+        there = duplicate.answers.get(following)
+        if there is not None and there[:2] == here[:2] and there != here:
+            # The one that waits elsewhere sees it too, or the one before it: one of them is to end the job.
+            time.sleep(duplicate.rank % 2 if following else 2)
+            abort(
+                f"qnewton-mpi: rank {self.group[duplicate.rank]} waits in {here[2]}, rank {self.group[following]} in "
+                f"{there[2]}: let all ranks build optimizers, load states and take steps alike, in the same order",
+                code=2,
+            )
+        if not duplicate.asked:
+            duplicate.asked = True
+            duplicate.tell(WHO_WAITS, [following], here)
+
     def _end_stalled(self, waiting: set[int], seconds: float) -> NoReturn:
         """End the job, some ranks of which, as the group numbers them, have said that they wait. Local."""
         rank = MPI.COMM_WORLD.Get_rank()
@@ -189,8 +231,8 @@ class Gates:
         )
 
 
-def receive(here: Any = None) -> None:
-    """Take in the messages that have come, and say that this rank waits where that is asked. Local."""
+def receive(here: Where | None = None) -> None:
+    """Take in the messages that have come, and say where this rank waits, if it does, to who has asked. Local."""
     status = MPI.Status()
     for mpi in (MPI.COMM_WORLD, *(duplicate.mpi for duplicate in DUPLICATES)):
         while mpi.Iprobe(tag=FAREWELL):
@@ -198,11 +240,11 @@ def receive(here: Any = None) -> None:
             LEFT[rank] = places
     for duplicate in DUPLICATES:
         while duplicate.mpi.Iprobe(tag=WHO_WAITS, status=status):
-            where = duplicate.mpi.recv(source=status.source, tag=WHO_WAITS)
-            if where == here:
-                duplicate.tell(I_WAIT, [status.source], here)
+            group, *_ = duplicate.mpi.recv(source=status.source, tag=WHO_WAITS)
+            duplicate.tell(I_WAIT, [status.source], here if here and here[0] == group else None)
         while duplicate.mpi.Iprobe(tag=I_WAIT, status=status):
-            ANSWERS.add((status.source, duplicate.mpi.recv(source=status.source, tag=I_WAIT)))
+            duplicate.answers[status.source] = duplicate.mpi.recv(source=status.source, tag=I_WAIT)
+            duplicate.asked = False
 
 
 def bid_farewell() -> None:

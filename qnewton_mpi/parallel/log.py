@@ -31,6 +31,11 @@ class LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Leave the line out."""
 
+    def close(self) -> None:
+        """Close the file; what it still has to write is lost where there is no room."""
+        with contextlib.suppress(OSError):
+            super().close()
+
 
 @contextlib.contextmanager
 def logging_to(communicator: Communicator, folder: str | None) -> Iterator[None]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from mpi4py import MPI
 
 from qnewton_mpi.config import resolve, run_config
 from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, TooLateError, UserError
@@ -16,8 +19,13 @@ from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.studies.halt import Halt
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
+from qnewton_mpi.training.interruption import Noted
 from qnewton_mpi.training.loop import load_data, train
 from qnewton_mpi.training.runfile import rate_text
+from qnewton_mpi.training.whose import DIGEST, LENGTH
+
+Labels = dict[str, dict[str, Any]]
+"""What a study says of its runs, by their names: row, stage, baseline."""
 
 
 def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator, again: str = "") -> None:
@@ -52,18 +60,25 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator,
             store.open()
 
         world.from_root(open_store)
-        for data in {(row.options.get("data"), row.options.get("data_dir")) for row in study.rows}:
+        digests = {}
+        for data in {data_of(row) for row in study.rows}:
             options = dict(zip(("data", "data_dir"), data, strict=True))
-            load_data(run_config({k: v for k, v in options.items() if v is not None}), world)
+            digests[data] = load_data(run_config({k: v for k, v in options.items() if v is not None}), world).digest
         group = Communicator(world.mpi.Split(world.rank // ranks_per_run))
         halt = Halt(world, range(0, world.size, ranks_per_run))
-        names, failure = Work(study, store, group, halt).do()
-        outcomes = world.mpi.allgather((names, failure))
-        halt.end()
+        noted = stack.enter_context(Noted())
+        labels, failure = Work(study, store, group, halt, noted, digests).do()
+        halt.end(lambda: noted.came)
+        outcomes = world.mpi.allgather((labels, failure))
         failures = [failure for _, failure in outcomes if failure is not None]
         if failures:
             raise min(failures, key=lambda failure: isinstance(failure, InterruptedRunError))  # an error says more
-        world.from_root(lambda: store.merge(sorted({name for names, _ in outcomes for name in names})))
+        world.from_root(lambda: store.merge({name: said for labels, _ in outcomes for name, said in labels.items()}))
+
+
+def data_of(row: Row) -> tuple[str | None, str | None]:
+    """Return the data set of a row, and its folder, as far as the row says so."""
+    return row.options.get("data"), row.options.get("data_dir")
 
 
 @dataclass
@@ -72,6 +87,8 @@ class Work:
 
     Attributes
     ----------
+    digests : dict
+        Of the data sets of the rows, by `data_of`.
     worked : bool
         Whether it has done a run.
     """
@@ -80,57 +97,75 @@ class Work:
     store: Store
     group: Communicator
     halt: Halt
+    noted: Noted
+    digests: Mapping[tuple[str | None, str | None], str]
     worked: bool = False
 
-    def do(self) -> tuple[list[str], UserError | InterruptedRunError | None]:
-        """Do the rows that no other group does; return the names of their runs, and what ended the work early."""
-        names = []
+    def do(self) -> tuple[Labels, UserError | InterruptedRunError | None]:
+        """Do the rows that no other group does; return the labels of their runs, and what ended the work early."""
+        labels: Labels = {}
         for row in self.study.rows:
             try:
                 if self.group.from_root(lambda row=row: self.store.claim(run_name(row.name, row.options))):  # type: ignore[misc]
-                    names += self.run_row(row)
+                    labels |= self.run_row(row)
             except (UserError, InterruptedRunError) as error:
                 late = isinstance(error, TooLateError) and self.worked  # for the next run, but the study has got on
                 if not late and isinstance(error, UserError):
                     self.halt.send(at_once=False)
-                    return names, UserError(f"row {row.name!r}: {error}")
+                    return labels, UserError(f"row {row.name!r}: {error}")
                 self.halt.send(at_once="time_limit" not in row.options)  # then it is the job that was told to stop
                 how = "the same command goes on from the runs that are done"
-                return names, InterruptedRunError(f"stopped in row {row.name!r}; {how}")
-        return names, None
+                return labels, InterruptedRunError(f"stopped in row {row.name!r}; {how}")
+        return labels, None
 
-    def run_row(self, row: Row) -> list[str]:
-        """Tune a row, run it on the seeds, and return the names of all its runs."""
-        names = []
+    def run_row(self, row: Row) -> Labels:
+        """Tune a row, run it on the seeds, and return the labels of all its runs."""
+        labels: Labels = {}
+
+        def run(rate: float | None, seed: int, stage: str) -> str:
+            said = {"row": row.name, "stage": stage, "baseline": row.baseline}
+            name = self.run_once(row, rate, seed, said)
+            labels[name] = said
+            return name
+
         rates: list[float | None] = [*row.rates] if row.rates else [None]
         if len(rates) > 1:
             scores: dict[float, float] = {}
             waiting, extensions = [*row.rates], self.study.extensions
             while waiting:
                 for rate in waiting:
-                    names.append(self.run_once(row, rate, self.study.tuning_seed, "tuning"))
-                    scores[rate] = self.group.from_root(lambda: self.store.run(names[-1]).reached(self.study.tune_by))
+                    name = run(rate, self.study.tuning_seed, "tuning")
+                    scores[rate] = self.group.from_root(
+                        lambda name=name: self.store.run(name).reached(self.study.tune_by)  # type: ignore[misc]
+                    )
                 beyond = next_rate(scores) if extensions > 0 else None
                 waiting, extensions = [] if beyond is None else [beyond], extensions - 1
             rates = [best_rate(scores)]
-        return names + [self.run_once(row, rates[0], seed, "final") for seed in self.study.seeds]
+        for seed in self.study.seeds:
+            run(rates[0], seed, "final")
+        return labels
 
-    def run_once(self, row: Row, rate: float | None, seed: int, stage: str) -> str:
+    def halted(self) -> bool:
+        """Tell whether the run under way is to stop after its present step: another group was told to, or this rank."""
+        return self.halt.came_at_once() or bool(self.noted.came)
+
+    def run_once(self, row: Row, rate: float | None, seed: int, labels: Mapping[str, Any]) -> str:
         """Do a run unless it is stored, and return its name. One that diverges is a result too."""
         store, group = self.store, self.group
         options: dict[str, Any] = {**row.options, "seed": seed, "progress": "off"}
         options |= {} if rate is None else {"lr": rate}
         name = run_name(row.name, options)
-        if group.from_root(lambda: store.has(name)):
-            return name
-        if group.from_root(self.halt.came):
-            raise InterruptedRunError
         config = run_config(options)
-        output = str(store.unfinished(name))
-        config = replace(config, training=replace(config.training, output=output))
+        config = replace(config, training=replace(config.training, output=str(store.unfinished(name))))
         config = group.from_root(lambda: resolve(config, group.size))
+        # What the row leaves open may have other defaults in another version, which is no reason to repeat a study.
+        said = {key: value for key, value in config.flat().items() if key in options.keys() | LENGTH}
+        if group.from_root(lambda: store.has(name, {**said, DIGEST: self.digests[data_of(row)]})):
+            return name
+        if group.mpi.allreduce(self.halt.came() or bool(self.noted.came), MPI.LOR):
+            raise InterruptedRunError
         with contextlib.suppress(NonFiniteGradientError):  # its file says so
-            train(config, group, {"row": row.name, "stage": stage, "baseline": row.baseline}, self.halt.came_at_once)
+            train(config, group, labels, self.halted)
         self.worked = True
 
         def keep() -> None:
@@ -138,7 +173,7 @@ class Work:
             reached = store.run(name).reached("train_nll")
             what = "diverged" if math.isnan(reached) else f"train NLL {reached:.4f}"
             print(
-                f"{row.name}, lr {rate_text(config.optimizer.lr)}, seed {seed}, {stage}: {what}",
+                f"{row.name}, lr {rate_text(config.optimizer.lr)}, seed {seed}, {labels['stage']}: {what}",
                 file=sys.stderr,
                 flush=True,
             )

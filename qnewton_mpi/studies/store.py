@@ -1,15 +1,16 @@
 """Where the runs of a study are: STUDY.h5, and while it is under way a folder STUDY.runs beside it.
 
 A run's name identifies its options, by a hash. So a study that was cut off goes on where it stopped, and one that was
-changed repeats only what changed.
+changed repeats only what changed. What a file of that name says of its options and data is compared nevertheless.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,7 +23,10 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import open_image, subgroup, write_image
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import writing
-from qnewton_mpi.training.runfile import WRITER, Run
+from qnewton_mpi.training.runfile import RUNNING, WRITER, Run
+from qnewton_mpi.training.whose import differences
+
+OURS = ("*.h5", "*.claim", "*.part", ".*.lock", ".*.partial")  # what the folder has of a study, left-overs included
 
 
 def run_name(row: str, options: Mapping[str, Any]) -> str:
@@ -81,9 +85,36 @@ class Store:
                 return False
         return True
 
-    def has(self, name: str) -> bool:
-        """Tell whether a run is stored whole."""
-        return self._path(name).exists() or self._merged(name) is not None
+    def has(self, name: str, configuration: Mapping[str, Any]) -> bool:
+        """Tell whether a run is stored whole.
+
+        Parameters
+        ----------
+        name : str
+        configuration : mapping
+            Its options and the digest of its data.
+
+        Raises
+        ------
+        UserError
+            Where what is stored under the name is none, or of other options or data.
+        """
+        path = self._path(name)
+        if os.path.lexists(path):
+            remedy = "remove it, and the run is done again"
+            try:
+                run: Run | None = Run(path)
+            except UserError as error:
+                raise UserError(f"{error}: {remedy}") from error
+        else:
+            path, run = self.output, self._merged(name)
+            remedy = "name another --output, or have its row done again with --again"
+        if run is None:
+            return False
+        other = differences(run.attributes, configuration)
+        if other or run.attributes["status"] == RUNNING:
+            raise UserError(f"{path}: has another run for {name}: {other or 'it is not finished'}: {remedy}")
+        return True
 
     def run(self, name: str) -> Run:
         """Return a stored run."""
@@ -98,8 +129,13 @@ class Store:
         with writing(self.folder):
             self.unfinished(name).rename(self._path(name))
 
-    def merge(self, names: list[str]) -> None:
-        """Write the named runs into the output; then the folder goes.
+    def merge(self, labels: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write runs into the output; then they go from the folder, and it with them if nothing else is in it.
+
+        Parameters
+        ----------
+        labels : mapping
+            What the study, as it is now, says of each run, by their names: row, stage, baseline.
 
         Raises
         ------
@@ -108,18 +144,23 @@ class Store:
         """
 
         def fill(study: h5py.File) -> None:
-            for name in names:
+            for name, said in sorted(labels.items()):
                 run, group = self.run(name), study.create_group(name)
                 # Not where and by whom the run was written: that file goes with the folder.
                 passing = {key for key in run.attributes if key == "output" or key.startswith(WRITER)}
-                group.attrs.update({key: value for key, value in run.attributes.items() if key not in passing})
+                group.attrs.update(
+                    {key: value for key, value in run.attributes.items() if key not in passing} | dict(said)
+                )
                 for figure, column in run.epochs.items():
                     group[f"epochs/{figure}"] = column
 
         with writing(self.output):
             write_image(self.output, "study", fill)
         with writing(self.folder):
-            shutil.rmtree(self.folder)
+            for left in (path for pattern in OURS for path in self.folder.glob(pattern)):
+                left.unlink()
+        with contextlib.suppress(OSError):  # it has something else in it
+            self.folder.rmdir()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.h5"

@@ -43,7 +43,7 @@ from qnewton_mpi.core import state
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError, printable
-from qnewton_mpi.files.images import HDF5_ERRORS, dataset, image_of, open_summed
+from qnewton_mpi.files.images import HDF5_ERRORS, child, dataset, image_of, open_summed
 from qnewton_mpi.files.whole import reason, regular_descriptor, replace_whole, sync_folder
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.training.whose import differences
@@ -366,8 +366,13 @@ class _Saved:
 
     def __init__(self, folder: Path, step: int, stack: contextlib.ExitStack) -> None:
         self._folder = folder
+        if folder.is_symlink():
+            raise ValueError("is a link: put the folder itself there")
         sums = _sums(folder)
         self._master = stack.enter_context(open_summed(folder / MASTER, sums.get(MASTER, "")))
+        text = h5py.check_string_dtype(child(self._master, "configuration").dtype)
+        if text is not None and text.length is None:  # as the first schema has it
+            raise UserError(f"{folder} is of an earlier version, which alone goes on from it; or begin another run")
         self.about: dict[str, Any] = json.loads(dataset(self._master, "configuration")[()])
         if self.about["schema"] != SCHEMA:
             raise UserError(f"{folder} is of schema {self.about['schema']!r}, this version reads {SCHEMA}")
@@ -559,6 +564,8 @@ def name_of(step: int) -> str:
 def steps_in(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, ascending; none where there is no folder.
 
+    Whatever has the name of one counts: a link to one that was moved is no reason to start from the beginning.
+
     Raises
     ------
     UserError
@@ -566,7 +573,7 @@ def steps_in(folder: Path) -> list[int]:
     """
     try:
         with os.scandir(folder) as found:
-            names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
+            names = [entry.name for entry in found]
     except FileNotFoundError:
         return []
     except OSError as error:

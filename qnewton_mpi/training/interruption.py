@@ -164,6 +164,41 @@ class Interruption:
         )
 
 
+class Noted:
+    """Notes signals that come where no run takes them: between runs, and from the end of the last one on.
+
+    A context manager, within which `Interruption` may come and go. Where it is left because a run was stopped, the
+    signals stay noted and without effect: the program is about to end, and they are the same word, said to it again. A
+    second one that comes more than a second after the first ends the process at once, as in a run.
+
+    Attributes
+    ----------
+    came : int
+        The number of the first; 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.came = 0
+        self._first = math.inf
+
+    def __enter__(self) -> Noted:
+        numbers = [number for number in (*HELD, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before: dict[int, Any] = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, InterruptedRunError):
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if not self.came:
+            self.came, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first > ECHO:
+            os._exit(128 + number)
+
+
 def seconds_left(environ: Mapping[str, str] = os.environ) -> float:
     """Return the seconds until SLURM ends the job, below 0 where they are over; infinite where nothing says so."""
     text = environ.get(END_TIME)

@@ -18,6 +18,7 @@ from qnewton_mpi.config import RunConfig
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.files.outputs import check_output
+from qnewton_mpi.files.whole import check_replaceable
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.runfile import Run
@@ -72,6 +73,7 @@ def held(config: RunConfig, communicator: Communicator) -> Iterator[None]:
 
 def _hold(config: RunConfig, stack: contextlib.ExitStack) -> None:
     output, training = config.output, config.training
+    check_replaceable(output)  # a folder may have no name for a lock: "."
     stack.enter_context(locked(lock_of(output), f"--output {printable(output)}"))
     check_output(output, "run", training.overwrite or training.resume)
     if training.checkpoint is not None:

@@ -316,6 +316,14 @@ def test_what_is_no_file_is_passed_over(two, name):
     assert "is no regular file" in passed_over(two)
 
 
+def test_one_of_an_earlier_version_is_told(two):
+    optimizer, saved, damage = two
+    text = replaced("configuration", data=lambda before: before.decode())
+    damage(lambda source: forge(source, MASTER, text, everywhere=False))
+    with pytest.raises(UserError, match="step-0000000002 is of an earlier version, which alone goes on from it"):
+        saved.load({"optimizer": optimizer})
+
+
 def test_the_other_steps_files_are_not_its_own(two):
     """Files of another step: one with sums to match, then all of them."""
 
@@ -443,6 +451,14 @@ def test_links_are_no_checkpoints_of_ours(communicator, folder):
     communicator.mpi.Barrier()
     assert steps_in(folder) == [3, 4]
     assert (elsewhere / "precious").exists()
+
+
+def test_a_link_to_a_checkpoint_is_no_empty_folder(communicator, two, folder):
+    """As where it was moved to another disk: a run that goes on does not start from the beginning."""
+    optimizer, saved, damage = two
+    damage(lambda _: [path.symlink_to(path.rename(folder.with_name(path.name))) for path in [*folder.glob("step-*")]])
+    with pytest.raises(UserError, match=r"no sound checkpoint in .*\(is a link: put the folder itself there\)"):
+        saved.load({"optimizer": optimizer})
 
 
 def test_one_that_was_being_replaced_gets_back_its_name(communicator, two, folder):

@@ -62,7 +62,16 @@ def test_a_halt_is_heard_by_the_first_ranks_of_the_other_groups(communicator, at
         pass
     assert halt.came() == listens
     assert halt.came_at_once() == (listens and at_once)
-    halt.end()
+    halt.end(lambda: False)
+    assert not halt.came()
+
+
+def test_who_waits_for_other_groups_is_told_to_stop_for_them(communicator):
+    """Any of its ranks; the first group has runs to do until it hears of it."""
+    halt, last = Halt(communicator, [0]), communicator.size - 1
+    while communicator.rank == 0 < last and not halt.came_at_once():
+        pass
+    halt.end(lambda: communicator.rank == last)
     assert not halt.came()
 
 
