@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -358,7 +358,7 @@ class QuasiNewton(torch.optim.Optimizer):
                 self._replica = k
                 for p in self._tensors:
                     p.grad = None
-                with contextlib.suppress(Exception), self._surroundings.of(k), torch.enable_grad():
+                with contextlib.suppress(Exception), self._surroundings.of(k), without_gradients():
                     losses[k] = _number(self._closure())
         finally:
             self._parameters.rebind()
@@ -458,10 +458,21 @@ class Evaluations:
 
     loss_and_gradient: Callable[[Array, int], tuple[float, Array]]
     losses: Callable[[Array, range], NDArray[np.float64]]
-    backward = True  # the closure computes gradients at each call
 
     def __call__(self, point: Array, replica: int) -> tuple[float, Array]:
         return self.loss_and_gradient(point, replica)
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """Let what is called compute a loss alone: without a graph, and with `backward` doing nothing."""
+    backward = torch.autograd.backward
+    torch.autograd.backward = lambda *_, **__: None  # what Tensor.backward calls
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.autograd.backward = backward
 
 
 def _number(loss: Any) -> float:

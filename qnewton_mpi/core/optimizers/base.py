@@ -29,8 +29,7 @@ LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 
 It may have methods for several replicas at once, which are then called instead:
 `losses, gradients = f.at_once(w, replicas)`, w (N,) or (R, N), losses (R,), gradients (R, N), and
-`losses = f.losses(w, replicas)`, w (N,), where only losses are needed; if it computes gradients nevertheless,
-`f.backward` is true.
+`losses = f.losses(w, replicas)`, w (N,), where only losses are needed.
 """
 
 Figures = dict[str, float]
@@ -352,7 +351,7 @@ class Optimizer(ABC, Generic[S]):
         """
         local, point = self.exchange.local, self.exchange.collect(self.held + change, "trial")
         losses_of = getattr(loss_and_gradient, "losses", None)
-        if losses_of and not getattr(loss_and_gradient, "backward", False):
+        if losses_of:
             self.trials += self.exchange.replicas
         else:
             self.evaluations += self.exchange.replicas

@@ -146,12 +146,16 @@ class NaturalGradient(Optimizer[S]):
         clip = self.clip(batch, gg)
         z = self.momentum.add(clip * mean if clip < 1 else mean, t)
         d = self.apply_inverse(z)
-        parts = self.change.of(d, z, mean, self.held, t)
         noise = self.known / self.batch
-        self.noise_share.add(noise * self.momentum.noise(t), float(parts.dz.sum()))
+
+        def share(dz: float) -> float:
+            self.noise_share.add(noise * self.momentum.noise(t), dz)
+            return self.noise_share.unbiased
+
+        parts = self.change.of(d, z, mean, self.held, t, share)
         if self.adaptive:
-            share = max(self.noise_share.value, LEAST_NOISE)
-            rate = noise_limited_rate(self.trend, noise * share**2, bound_of(self.settings.gain_share))
+            least = max(self.noise_share.value, LEAST_NOISE)
+            rate = noise_limited_rate(self.trend, noise * least**2, bound_of(self.settings.gain_share))
         else:
             rate = self.chosen_rate()
         figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
@@ -163,7 +167,8 @@ class NaturalGradient(Optimizer[S]):
         if t == 1:
             self.measure_first(step, loss_and_gradient)
         length = math.sqrt(parts.dd.sum())
-        limits = step.rate, self.curvature.limit, self.lengths.limit(t) / length if length > 0 else math.inf
+        along = self.rate_along(parts, self.curvature.value)
+        limits = step.rate, along, self.lengths.limit(t) / length if length > 0 else math.inf
         rate = min(limits)
         if t > 1 and self.measures and self.curvature.due(t, self.interval(loss_and_gradient), rate * length):
             logarithm = self.measured(step, loss_and_gradient, rate)
@@ -171,22 +176,30 @@ class NaturalGradient(Optimizer[S]):
                 rate *= SHORTER
                 logarithm = self.measured(step, loss_and_gradient, rate)
             self.curvature.add(logarithm, t, rate * length)
-            rate = min(rate, self.curvature.factor * math.exp(-logarithm))
-        shares = parts.shares(rate)
-        norms = step.gg, float(shares**2 @ parts.dd), float(shares @ parts.gd)
-        self.lengths.add(rate * length, t)
+            rate = min(rate, self.rate_along(parts, math.exp(logarithm)))
+        change, slope, predicted = self.displacement(step, rate)
+        if not self.repeats:
+            q, rates = float(parts.dz.sum()), parts.rates(rate)
+            noise = self.rate_factor * float(rates @ parts.dz) / q * self.known / self.batch if q > 0 else 0.0
+            self.successive.follow(change, slope, self.momentum.newest(t) * noise, predicted)
+        rates = parts.rates(rate)
+        done = math.sqrt(rates**2 @ parts.dd)
+        self.lengths.add(rate * length, done, t)
         figures = {
-            "shrink": math.sqrt(norms[1]) / length if length > 0 else 1.0,
+            "shrink": done / (rate * length) if rate * length > 0 else 1.0,
             "curvature": self.curvature.value,
             "limit": float(np.argmin(limits)),
         }
-        direction = self.change.shortened(step.direction, shares)
-        if not self.repeats:
-            change, slope, predicted = self.displacement(step, rate)
-            share = float(shares @ parts.dz) / float(parts.dz.sum()) if predicted > 0 else 0.0
-            noise = self.momentum.newest(t) * self.rate_factor * rate * share * self.known / self.batch
-            self.successive.follow(change, slope, noise, predicted)
+        # Of one rate for all layers, so that a schedule finds its factor outside.
+        shares = rates / rate if rate > 0 else rates
+        norms = step.gg, float(shares**2 @ parts.dd), float(shares @ parts.gd)
+        direction = self.change.scaled(step.direction, shares)
         return Step(step.mean, direction, rate, {**step.figures, **figures}, norms)
+
+    def rate_along(self, parts: Parts, chi: float) -> float:
+        """Return the largest rate that a curvature of χ along the step allows. Local."""
+        factor = self.curvature.factor
+        return parts.lowest(chi / factor) if factor < math.inf else math.inf
 
     @property
     def measures(self) -> bool:
@@ -195,8 +208,7 @@ class NaturalGradient(Optimizer[S]):
 
     def interval(self, loss_and_gradient: LossAndGradient) -> int:
         """Return the steps between measurements: they cost 3 to 4% of the gradients. Local."""
-        alone = hasattr(loss_and_gradient, "losses") and not getattr(loss_and_gradient, "backward", False)
-        return LOSSES_EVERY if alone else GRADIENTS_EVERY
+        return LOSSES_EVERY if hasattr(loss_and_gradient, "losses") else GRADIENTS_EVERY
 
     def measure_first(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> None:
         """Measure χ where the rate is 1/χ, after a look at whether the losses can be had again. Collective.
@@ -210,14 +222,23 @@ class NaturalGradient(Optimizer[S]):
         self.repeats = bool(np.allclose(again, step.losses, rtol=1e-6)) and bool((there != step.losses).any())
         if self.repeats:
             tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
-            rate, logarithm = fixed_point(lambda rate: self.measured(step, loss_and_gradient, rate), tolerance)
+            rate = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
+            logarithm = self.measured(step, loss_and_gradient, rate)
             self.curvature.add(logarithm, 1, rate * math.sqrt(step.parts.dd.sum()))
+
+    def allowed(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
+        """Return the rate that the curvature at a rate allows, 0 where the loss is not finite. Collective."""
+        logarithm = self.measured(step, loss_and_gradient, rate)
+        return 0.0 if math.isinf(logarithm) else self.rate_along(step.parts, math.exp(logarithm))
 
     def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
         """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
-        scale, shares = rate * self.rate_factor, step.parts.shares(rate)
-        change = -scale * self.change.shortened(step.direction, shares)
-        return change, -scale * float(shares @ step.parts.gd), scale**2 * float(shares**2 @ step.parts.dz)
+        rates = self.rate_factor * step.parts.rates(rate)
+        return (
+            -self.change.scaled(step.direction, rates),
+            -float(rates @ step.parts.gd),
+            float(rates**2 @ step.parts.dz),
+        )
 
     def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
         """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective."""

@@ -18,6 +18,8 @@ from qnewton_mpi.parallel.device import Array
 
 RUNNING = 0.02  # weight of a step in running means
 NOISE_WEIGHT = 0.1  # of a step in the running share of noise
+FARTHEST = 1e3  # times 1/χ is the rate, where the bounds of the layers leave it without one
+HALVINGS = 40  # of that range: to rounding
 LEAST_NOISE = 0.03  # ν, as far as it can be told from zero: it is a mean over some ten steps
 CURVATURE_WEIGHT = 0.3  # of a measurement in the running mean of log χ
 FIRST_TRIALS = 12  # of the first step at most
@@ -65,18 +67,32 @@ class Momentum:
 
 
 class NoiseShare:
-    """ν, the share of noise in dᵀz, a running mean: 0 where a step is signal alone, 1 where it is noise alone."""
+    """ν, the share of noise in dᵀz, a running mean: 0 where a step is signal alone, 1 where it is noise alone.
 
-    state: ClassVar = {"value": Kind.SHARED}
+    It starts from 0: a run is taken for signal until it is known to be noise.
+
+    Attributes
+    ----------
+    value : float
+    unbiased : float
+        The mean of what has been seen.
+    """
+
+    state: ClassVar = {"value": Kind.SHARED, "weight": Kind.SHARED}
 
     def __init__(self) -> None:
-        self.value = 0.0
+        self.value = self.weight = 0.0
+
+    @property
+    def unbiased(self) -> float:
+        return self.value / self.weight if self.weight > 0 else 0.0
 
     def add(self, noise: float, dz: float) -> None:
         """Take in a step's dᵀz, and the part of it that is expected of noise. Local."""
         # dᵀz far below the noise: there is none, as where the batch is all there is. Then nearer to 0 again.
         share = min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0
         self.value += NOISE_WEIGHT * (share - self.value)
+        self.weight += NOISE_WEIGHT * (1 - self.weight)
 
 
 class Curvature:
@@ -100,11 +116,6 @@ class Curvature:
     def value(self) -> float:
         """χ; 1 before it is known."""
         return math.exp(self.logarithm)
-
-    @property
-    def limit(self) -> float:
-        """C/χ."""
-        return self.factor / self.value
 
     def due(self, step: int, every: int, length: float) -> bool:
         """Tell whether it is to be measured at a step, from 1, of this length."""
@@ -158,41 +169,37 @@ class SuccessiveGradients:
         return math.log(abs(self.curvature) / self.metric) if self.metric > 0 and self.curvature != 0 else 0.0
 
 
-def fixed_point(logarithm_of: Callable[[float], float], tolerance: float) -> tuple[float, float]:
-    """Return α with α χ(α) = 1, and log χ there, by the secant method in logarithms, from α = 1.
+def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float:
+    """Return the rate that allows itself, by the secant method in logarithms, from 1.
 
     Parameters
     ----------
-    logarithm_of : callable
-        log χ of a rate; infinite where the loss is not finite.
+    allowed : callable
+        The rate that a measurement at a rate allows; 0 where the loss is not finite.
     tolerance : float
-        Of log α + log χ.
+        Relative.
 
     Examples
     --------
-    >>> rate, logarithm = fixed_point(lambda rate: math.log(4 + rate), 1e-6)
-    >>> round(rate, 6), round(math.exp(logarithm), 6)  # α (4 + α) = 1
-    (0.236068, 4.236068)
+    >>> round(fixed_point(lambda rate: 1 / (4 + rate), 1e-6), 6)  # α (4 + α) = 1
+    0.236068
     """
     x, points = 0.0, []
     for _ in range(FIRST_TRIALS):
-        logarithm = logarithm_of(math.exp(x))
-        if math.isinf(logarithm):
+        rate = allowed(math.exp(x))
+        if rate == 0:
             x -= math.log(100)
             continue
-        points.append((abs(x + logarithm), x, logarithm))
+        points.append((abs(x - math.log(rate)), x, math.log(rate)))
         if points[-1][0] < tolerance:
             break
         if len(points) == 1:
-            x = -logarithm
+            x = math.log(rate)
             continue
-        (_, x0, l0), (_, x1, l1) = points[-2:]
-        slope = (l1 - l0) / (x1 - x0) if x1 != x0 else 0.0
-        x = x1 - (x1 + l1) / (1 + slope) if slope > -0.5 else -l1
-    if not points:
-        return math.exp(x), -x
-    _, x, logarithm = min(points)
-    return math.exp(x), logarithm
+        (_, x0, y0), (_, x1, y1) = points[-2:]
+        slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 0.0
+        x = x1 - (x1 - y1) / (1 - slope) if slope < 0.5 else y1
+    return math.exp(min(points)[1] if points else x)
 
 
 class Lengths:
@@ -213,10 +220,10 @@ class Lengths:
         limit = self.longest * math.sqrt(self.square) if self.square > 0 else math.inf
         return min(limit, self.growth * self.last) if 1 < step <= GROWING else limit
 
-    def add(self, length: float, step: int) -> None:
-        """Take in the length of a step, from 1, before layers are shortened."""
-        self.last = length
-        self.square += max(1 / step, RUNNING) * (length**2 - self.square)
+    def add(self, asked: float, done: float, step: int) -> None:
+        """Take in the length of a step, from 1, before and after layers were shortened."""
+        self.last = asked
+        self.square += max(1 / step, RUNNING) * (done**2 - self.square)
 
 
 @dataclass(frozen=True)
@@ -227,36 +234,55 @@ class Parts:
     ----------
     dz, dd, gd
         d_lᵀz_l, d_lᵀd_l and ḡ_lᵀd_l.
-    free
-        ‖d_l‖ over the coordinates that did not start at zero.
-    near, far
-        How long a step may be: over those coordinates, or over all.
+    caps
+        The largest rate of each layer; infinite where there is no bound.
+    scaled
+        Whether the layer has a scale: was not all zero at the start.
     """
 
     dz: NDArray[np.float64]
     dd: NDArray[np.float64]
     gd: NDArray[np.float64]
-    free: NDArray[np.float64]
-    near: NDArray[np.float64]
-    far: NDArray[np.float64]
+    caps: NDArray[np.float64]
+    scaled: NDArray[np.bool_]
 
-    def shares(self, rate: float) -> NDArray[np.float64]:
-        """Return s_l of a rate."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            near = np.where(self.free > 0, self.near / (rate * self.free), np.inf)
-            far = np.where(self.dd > 0, self.far / (rate * np.sqrt(self.dd)), np.inf)
-        return np.minimum(1.0, np.maximum(near, far))
+    def rates(self, rate: float) -> NDArray[np.float64]:
+        """Return a_l = min(α, caps); of layers without a scale the root mean square of the others, weighted by d."""
+        rates, squares = np.minimum(rate, self.caps), self.dd[self.scaled]
+        if squares.sum() > 0:
+            rates[~self.scaled] = math.sqrt(rates[self.scaled] ** 2 @ squares / squares.sum())
+        return rates
+
+    def lowest(self, chi: float) -> float:
+        """Return the largest α whose step, with a curvature of χ, does not lead beyond the minimum along itself.
+
+        That is Σ_l a_l d_lᵀz_l ≥ χ Σ_l a_l² d_lᵀz_l; 1/χ where no layer is bounded. It may be infinite where all are.
+        """
+
+        def short(logarithm: float) -> bool:
+            rates = self.rates(math.exp(logarithm))
+            return bool(rates @ self.dz >= chi * (rates**2 @ self.dz))
+
+        low, high = -math.log(chi), -math.log(chi) + math.log(FARTHEST)
+        if not (self.rates(math.exp(low)) < math.exp(low)).any():
+            return 1 / chi
+        if short(high):
+            return math.exp(high)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if short(middle) else (low, middle)
+        return math.exp(low)
 
 
 class RelativeChange:
-    """Each layer's step is shortened to s_l Δw_l: a relative change of η, or what it has moved by so far. Off: η = ∞.
+    """The noise of a step may change a layer by η, relatively; or the layer moves as far as it has until now. Off: ∞.
 
-        s_l = min(1, max(η ‖w_l‖/‖Δw_l‖, ρ_l/‖Δw_l‖)),    ρ_l = max_t ‖w_l(t) − w_l(0)‖/√(t (1 + β)/(1 − β))
+        Δw_l = −a_l d_l,    a_l ‖d_l‖ ≤ max(η ‖w_l‖/√ν, ρ_l),    ρ_l = max_t ‖w_l(t) − w_l(0)‖/√(t (1 + β)/(1 − β))
 
-    with the first norms over the coordinates that were not zero at the start. ρ_l is the length of the steps that would
-    have led as far as the layer has come, if they were a random walk with momentum β (the distance over gradients of
-    Ivgi, Hinder and Carmon 2023, arXiv 2302.12022): a layer that moves in one direction may go faster. A layer that was
-    all zero is not shortened.
+    with ‖w_l‖ and its ‖d_l‖ over the coordinates that were not zero at the start. √ν is the noise's part of a step's
+    length. ρ_l is the length of the steps that would have led as far as the layer has come, if they were a random walk
+    with momentum β (the distance over gradients of Ivgi, Hinder and Carmon 2023, arXiv 2302.12022): a layer that moves
+    in one direction may go faster.
     """
 
     state: ClassVar = {"start": Kind.HELD, "farthest": Kind.SHARED}
@@ -268,23 +294,27 @@ class RelativeChange:
         self.start = xp.asarray(held, copy=True)
         self.farthest = np.zeros(len(spans))
 
-    def of(self, d: Array, z: Array, mean: Array, held: Array, step: int) -> Parts:
-        """Return what is known of a step d from w, all (held,). Collective."""
+    def of(self, d: Array, z: Array, mean: Array, held: Array, step: int, noise: Callable[[float], float]) -> Parts:
+        """Return what is known of a step d from w, all (held,); `noise` returns ν, given dᵀz. Collective."""
         xp = array_namespace(held)
         free = xp.astype(self.start != 0, held.dtype)
         moved, own, changed = held - self.start, held * free, d * free
-        pairs = (d, z), (d, d), (mean, d), (changed, changed), (own, own), (moved, moved)
-        dz, dd, gd, free2, sizes, distances = self.exchange.dots_of_parts(self.spans, *pairs)
+        pairs = (d, z), (d, d), (mean, d), (changed, changed), (own, own), (moved, moved), (free, free)
+        dz, dd, gd, changes, sizes, distances, counts = self.exchange.dots_of_parts(self.spans, *pairs)
         self.farthest = np.maximum(self.farthest, np.sqrt(distances))
-        near = np.where(sizes > 0, self.eta * np.sqrt(sizes), np.inf)
-        return Parts(dz, dd, gd, np.sqrt(free2), near, self.farthest / (self.walk * math.sqrt(step)))
+        bounded = (sizes > 0) & (changes > 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            near = self.eta / math.sqrt(max(noise(float(dz.sum())), LEAST_NOISE)) * np.sqrt(sizes / changes)
+            far = self.farthest / (self.walk * math.sqrt(step)) / np.sqrt(dd)
+            caps = np.where(bounded, np.maximum(near, far), np.inf)
+        return Parts(dz, dd, gd, caps, counts > 0)
 
-    def shortened(self, d: Array, shares: NDArray[np.float64]) -> Array:
-        """Return s_l d_l of all layers, (held,). Local."""
-        if (shares == 1).all():
-            return d
+    def scaled(self, d: Array, rates: NDArray[np.float64]) -> Array:
+        """Return a_l d_l of all layers, (held,). Local."""
+        if (rates == rates[0]).all():
+            return float(rates[0]) * d
         d, first = array_namespace(d).asarray(d, copy=True), self.exchange.held.start
-        for span, share in zip(self.spans, shares, strict=True):
+        for span, rate in zip(self.spans, rates, strict=True):
             own = slice(max(0, span.start - first), max(0, span.stop - first))
-            d[own] = float(share) * d[own]
+            d[own] = float(rate) * d[own]
         return d
