@@ -10,7 +10,7 @@ from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
 from qnewton_mpi.core.optimizers.kronecker import Layer, Side
-from qnewton_mpi.core.optimizers.rules import Curvature, Lengths, Momentum, RelativeChange
+from qnewton_mpi.core.optimizers.rules import Lengths, Momentum, Parts, RelativeChange, fixed_point
 from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.core.state import objects
@@ -629,21 +629,54 @@ def test_a_step_that_raises_changes_nothing(communicator, variant, step):
     np.testing.assert_array_equal(trajectory(optimizer, problem, 4), expected[step - 1 :])
 
 
+def test_the_lowest_point_along_a_bounded_step():
+    """Σ a_l q_l = χ Σ a_l² q_l with a_l = min(α, cap): 1/χ without caps; α ≤ 1/χ where it binds none."""
+    ones = np.ones(3)
+    free = Parts(ones, ones, ones, np.full(3, np.inf), ones > 0)
+    assert free.lowest(4.0) == 0.25
+    bounded = replace(free, caps=np.array([0.1, np.inf, np.inf]))
+    alpha = bounded.lowest(4.0)
+    rates = bounded.rates(alpha)
+    np.testing.assert_allclose(rates, [0.1, alpha, alpha])
+    assert alpha > 0.25
+    assert rates.sum() == pytest.approx(4 * (rates**2).sum())
+    assert replace(free, caps=0.01 * ones).lowest(4.0) == pytest.approx(
+        250
+    )  # all at their bounds: a thousand times 1/χ
+    unscaled = replace(bounded, scaled=np.array([True, True, False]))
+    np.testing.assert_allclose(unscaled.rates(0.3), [0.1, 0.3, np.sqrt((0.1**2 + 0.3**2) / 2)])
+
+
+def test_a_bound_that_shortens_nearly_all_steps_is_told_once(communicator):
+    problem = Quadratic(SIZE, REPLICAS)
+    problem._centres += 1e3
+    optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, relative_change=1e-6)
+    with pytest.warns(UserWarning, match="relative_change=2e-06") as told:
+        trajectory(optimizer, problem, 200)
+    assert len(told) == 1
+
+
+def test_the_first_rate_allows_itself_whatever_the_unit():
+    for unit in (1e-6, 1.0, 1e6):
+        rate = fixed_point(lambda rate, unit=unit: 1 / (unit * (3 + np.tanh(unit * rate))), 1e-12)
+        assert unit * rate == pytest.approx(0.30353234, rel=1e-6)
+    assert fixed_point(lambda rate: 0.0 if rate > 1e-5 else 1e-6, 1e-9) == pytest.approx(1e-6)  # not finite at first
+
+
 def test_rules_that_are_off_change_nothing(communicator):
     random = np.random.default_rng(0)
     g, w = random.standard_normal((2, SIZE))
     momentum = Momentum(0.0, w)
     for step in (1, 2, 3):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
-    assert Curvature(np.inf).limit == np.inf
     lengths = Lengths(np.inf, np.inf)
-    lengths.add(1.0, 1)
+    lengths.add(1.0, 1.0, 1)
     assert lengths.limit(2) == np.inf
     exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
     change = RelativeChange(np.inf, 0.9, exchange, [slice(0, 5), slice(5, SIZE)], w)
-    shares = change.of(1e9 * g, g, g, w, 1).shares(1.0)
-    np.testing.assert_array_equal(shares, 1)
-    assert change.shortened(g, shares) is g
+    rates = change.of(1e9 * g, g, g, w, 1, lambda dz: 1.0).rates(0.5)
+    np.testing.assert_array_equal(rates, 0.5)
+    np.testing.assert_array_equal(change.scaled(g, rates), 0.5 * g)
     problem = Quadratic(SIZE, REPLICAS)
     options = {"flattening": 0, "least_share": 1, "damping": 1e-3, **UNBOUNDED, "lr": 1e-3}
     optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, **options)

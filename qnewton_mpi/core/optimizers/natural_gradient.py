@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.optimizers.rules import (
     LEAST_NOISE,
+    RUNNING,
     Curvature,
     Lengths,
     Momentum,
@@ -34,6 +36,7 @@ LOSSES_EVERY, GRADIENTS_EVERY = (
     10,
     25,
 )  # steps between measurements of χ that need a loss, a third of a gradient, or both
+LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
 SHORTER = 0.1  # is a step whose loss is not finite
 FLAT, STEEP = 1e-15, 1e15  # what a measurement may say: so far rounding goes
 LIMITS = ("rate", "curvature", "length")  # what may decide how long a step is, before layers are shortened
@@ -102,6 +105,7 @@ class NaturalGradient(Optimizer[S]):
         "trace": Kind.SHARED,
         "known": Kind.SHARED,
         "repeats": Kind.SHARED,
+        "shortened": Kind.SHARED,
     }
 
     figures = (*Optimizer.figures, "clip", "shrink", "noise_share", "curvature", "limit")
@@ -117,6 +121,8 @@ class NaturalGradient(Optimizer[S]):
         self.updates = 0
         self.trace = 0.0  # of F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
+        self.shortened = 1.0  # what the layers' bounds leave of a step, a running mean
+        self.told = False
         self.repeats = True  # whether the losses of a batch can be had again, at other parameters
 
     def parts(self) -> Mapping[str, Any]:
@@ -185,8 +191,11 @@ class NaturalGradient(Optimizer[S]):
         rates = parts.rates(rate)
         done = math.sqrt(rates**2 @ parts.dd)
         self.lengths.add(rate * length, done, t)
+        whole = length * min(step.rate, self.rate_alone)
+        shrink = min(1.0, done / whole) if whole > 0 else 1.0
+        self.note_shortening(shrink)
         figures = {
-            "shrink": done / (rate * length) if rate * length > 0 else 1.0,
+            "shrink": shrink,
             "curvature": self.curvature.value,
             "limit": float(np.argmin(limits)),
         }
@@ -195,6 +204,24 @@ class NaturalGradient(Optimizer[S]):
         norms = step.gg, float(shares**2 @ parts.dd), float(shares @ parts.gd)
         direction = self.change.scaled(step.direction, shares)
         return Step(step.mean, direction, rate, {**step.figures, **figures}, norms)
+
+    def note_shortening(self, shrink: float) -> None:
+        """Take in what part of a step its layers' bounds leave; tell once where that is little, step after step."""
+        self.shortened += RUNNING * (shrink - self.shortened)
+        if self.shortened < LITTLE and not self.told:
+            self.told = True
+            if self.exchange.communicator.rank == 0:
+                wider = 2 * self.settings.relative_change
+                warnings.warn(
+                    f"the bound of a layer's relative change leaves {self.shortened:.0%} of the steps: if the loss falls too "
+                    f"slowly, try relative_change={wider:g}",
+                    stacklevel=2,
+                )
+
+    @property
+    def rate_alone(self) -> float:
+        """C/χ, the rate where no layer is bounded."""
+        return self.curvature.factor / self.curvature.value
 
     def rate_along(self, parts: Parts, chi: float) -> float:
         """Return the largest rate that a curvature of χ along the step allows. Local."""
