@@ -213,8 +213,8 @@ class NaturalGradient(Optimizer[S]):
             if self.exchange.communicator.rank == 0:
                 wider = 2 * self.settings.relative_change
                 warnings.warn(
-                    f"the bound of a layer's relative change leaves {self.shortened:.0%} of the steps: if the loss falls too "
-                    f"slowly, try relative_change={wider:g}",
+                    f"the bound of a layer's relative change leaves {self.shortened:.0%} of the steps: if the loss "
+                    f"falls too slowly, try relative_change={wider:g}",
                     stacklevel=2,
                 )
 
@@ -245,8 +245,10 @@ class NaturalGradient(Optimizer[S]):
         if not self.measures or not step.parts.dz.sum() > 0:
             return
         again = self.losses_at(loss_and_gradient, self.xp.zeros_like(self.held))
-        there = self.losses_at(loss_and_gradient, self.displacement(step, 1.0)[0])
-        self.repeats = bool(np.allclose(again, step.losses, rtol=1e-6)) and bool((there != step.losses).any())
+        self.repeats = bool(np.allclose(again, step.losses, rtol=1e-6))
+        if self.repeats:
+            there = self.losses_at(loss_and_gradient, self.displacement(step, 1.0)[0])
+            self.repeats = bool((there != step.losses).any())
         if self.repeats:
             tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
             rate = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
