@@ -21,7 +21,7 @@ from qnewton_mpi.parallel.device import Array, to_device
 class FisherSettings(NaturalGradientSettings):
     """Settings of `fisher`."""
 
-    damping: float = setting(1.0, "ε, of the smallest eigenvalue kept", POSITIVE)
+    damping: float = setting(0.3, "ε, of F's mean eigenvalue; at least the smallest that the rank keeps", POSITIVE)
     rank: int = setting(64, "directions of the Fisher matrix that are kept", POSITIVE)
 
 
@@ -32,8 +32,8 @@ class Fisher(NaturalGradient[FisherSettings]):
         F ≈ Σ_k λ_k u_k u_kᵀ                   the leading eigenpairs, from the Gram matrix of L's rows and G
         (F + ε I)⁻¹ z = (z − Σ_k λ_k/(λ_k + ε) u_k u_kᵀ z)/ε
 
-    L (rank × held) has the rows √λ_k u_k. ε is the smallest eigenvalue kept; the bulk, outside the span, moves at the
-    rate α/ε. Where the replicas' gradients are all equal, F = 0 and the step is that of gradient descent. F is updated
+    L (rank × held) has the rows √λ_k u_k. ε is a share of the mean eigenvalue of F, and at least the smallest one that
+    the rank keeps; the bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients are all equal, F = 0 and the step is that of gradient descent. F is updated
     at every step until its rank is reached. Kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see
     docs/method.md.
 
@@ -74,7 +74,10 @@ class Fisher(NaturalGradient[FisherSettings]):
     @property
     def damping(self) -> float:
         """ε, as of the last update; 1 where F is zero, whatever that is worth."""
-        return self.settings.damping * float(self.eigenvalues[-1]) if len(self.eigenvalues) else 1.0
+        cut = len(self.eigenvalues) == self.settings.rank < self.exchange.size
+        least = float(self.eigenvalues[-1]) if cut else 0.0
+        mean = self.trace / self.exchange.size if len(self.eigenvalues) else 0.0
+        return max(least, self.settings.damping * mean) or 1.0
 
     def update_is_due(self) -> bool:
         full = len(self.eigenvalues) == self.settings.rank
