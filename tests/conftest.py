@@ -1,6 +1,7 @@
 """What all tests share: one thread, reproducible examples, and a way to run the command line on several ranks."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest  # noqa: E402
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=30)
 hypothesis.settings.load_profile("suite")
+
+# A shell has what it starts in the background ignore Ctrl-C, and all that this starts would: the suite is no such job.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LAUNCHER_PREFIXES = ("PMI", "MPI_", "OMPI_", "PMIX_", "HYDI_", "SLURM_")
 

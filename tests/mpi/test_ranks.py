@@ -50,7 +50,7 @@ def loss_and_gradient(w, replica):
         ("momentum", 0.5, "has momentum=0.5, rank 0 has momentum=0.9"),
         ("shapes", [(4, 3)], r"the shapes of rank\(s\) \d differ from those of rank 0"),
         ("parameters", np.ones(SIZE, np.float32), "has dtype=float32, rank 0 has dtype=float64"),
-        ("parameters", np.ones(SIZE + 1), r"the parameters of rank\(s\) \d differ from those of rank 0"),
+        ("parameters", np.ones(SIZE + 1), r"rank \d: the shapes have 12 numbers, the parameters 13"),
         ("parameters", np.arange(SIZE) / 1.0, r"the parameters of rank\(s\) \d differ from those of rank 0"),
         ("lr", -1, r"rank \d: lr = -1: must be greater than 0"),
         ("exchange", "ring", r"rank \d: exchange='ring': must be one of"),
