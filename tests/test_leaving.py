@@ -125,12 +125,12 @@ def test_leaving_in_the_middle_of_a_step(ends, who, expected):
     """The others are in a collective of MPI's, where they see nothing; but where all leave, nobody waits."""
     code, lines, _ = ends(
         f"""
-        products = Optimizer.products
+        move = Optimizer.move
         def leave(*arguments):
             if step == 2 and ({who}):
                 sys.exit(0)
-            return products(*arguments)
-        Optimizer.products = leave
+            return move(*arguments)
+        Optimizer.move = leave
         steps(3)
         """
     )

@@ -234,7 +234,7 @@ def test_locks_do_not_outlast_a_run_however_it_ends(go, tmp_path):
         ("folder", "is a folder"),
         ("fifo", "is no regular file"),
         ("link", "is a symbolic link"),
-        ("file/run.h5", "cannot be made"),
+        ("file/run.h5", "cannot be written"),
         ("a" * 300, "File name too long"),
         ("a/" * 3000 + "run.h5", "File name too long"),
     ],
