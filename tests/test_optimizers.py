@@ -575,7 +575,7 @@ def everything(optimizer):
         for name, value in vars(thing).items():
             if isinstance(value, (bool, int, float)):
                 found[k, name] = value
-            elif isinstance(value, np.ndarray) and name != "gradients":
+            elif isinstance(value, np.ndarray) and name not in ("gradients", "spare"):
                 found[k, name] = value.copy()
     return found
 

@@ -13,7 +13,7 @@ checked before any of it is set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -55,7 +55,7 @@ def objects(thing: Any) -> Iterator[Any]:
 
 
 class Memory:
-    """What the attributes of objects with state, and of their parts, are now: all of them, not only their state.
+    """What all attributes of some objects are now, those beside their state too.
 
     Only references are kept. So what changes an attribute for good gives it a new value, and changes no array or list
     in its place.
@@ -64,21 +64,21 @@ class Memory:
     --------
     >>> from types import SimpleNamespace
     >>> thing = SimpleNamespace(steps=1)
-    >>> memory = Memory(thing)
+    >>> memory = Memory([thing])
     >>> thing.steps = 2
     >>> memory.recall()
     >>> thing.steps
     1
     """
 
-    def __init__(self, *things: Any) -> None:
-        self._attributes = [(part, dict(vars(part))) for thing in things for part in objects(thing)]
+    def __init__(self, things: Iterable[Any]) -> None:
+        self._attributes = [(thing, dict(vars(thing))) for thing in things]
 
     def recall(self) -> None:
         """Set all attributes to what they were."""
-        for part, attributes in self._attributes:
-            vars(part).clear()
-            vars(part).update(attributes)
+        for thing, attributes in self._attributes:
+            vars(thing).clear()
+            vars(thing).update(attributes)
 
 
 def value(thing: Any, name: str) -> NDArray[Any] | None:

@@ -99,6 +99,7 @@ class Duplicate:
 
     def tell(self, tag: int, ranks: Iterable[int], content: Any) -> None:
         """Send a small message to some ranks, without waiting for anything. Local."""
+        SENT[:] = [request for request in SENT if not request.Test()]  # a long wait asks again and again
         SENT.extend(self.mpi.isend(content, rank, tag) for rank in ranks)
 
 

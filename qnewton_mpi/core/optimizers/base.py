@@ -18,7 +18,7 @@ from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
 from qnewton_mpi.core.rate import GAIN_SHARE, LossTrend, noise_limited_rate
 from qnewton_mpi.core.settings import POSITIVE, setting
-from qnewton_mpi.core.state import Kind, Memory
+from qnewton_mpi.core.state import Kind, Memory, objects
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device, to_host
@@ -175,7 +175,6 @@ class Optimizer(ABC, Generic[S]):
         self.evaluations = 0
         self.alike = 0
         self.most_alike = math.inf
-        self._pairs: dict[str, list[Array]] = {}
         self.xp = array_namespace(parameters)
         exchange.divide(self.pieces())
         self.held = exchange.hold(parameters)
@@ -185,6 +184,7 @@ class Optimizer(ABC, Generic[S]):
         )
         self.rows = [self.gradients[r, :] for r in range(len(exchange.local))]
         self.start()
+        self._stateful = [*objects(self), exchange]
 
     def pieces(self) -> Sequence[int]:
         """Return the lengths of the parts of the parameters that one rank has to hold whole; () if there are none."""
@@ -217,16 +217,6 @@ class Optimizer(ABC, Generic[S]):
         """Return that of `noise_limited_rate`, at most `bound`, times a schedule's factor; noise is tr(P⁻¹C). Local."""
         return self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
 
-    def turned(self, name: str) -> Array:
-        """Return an array like that of an attribute for its next value: of two that take turns. Local."""
-        present = getattr(self, name)
-        pair = self._pairs.setdefault(name, [])
-        free = [array for array in pair if array is not present]
-        if not free:
-            free = [self.xp.empty_like(present)]
-            pair += [present, free[0]]
-        return free[0]
-
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Local."""
         return {"trend": self.trend}
@@ -257,7 +247,7 @@ class Optimizer(ABC, Generic[S]):
             On every rank: where the ranks are not at one step, rate factor or point, and
             where all replicas have the same batch and the method needs their differences.
         """
-        before = Memory(self, self.exchange)
+        before = Memory(self._stateful)
         try:
             self.steps += 1
             self.note = self.noted()

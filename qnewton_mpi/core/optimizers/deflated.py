@@ -64,6 +64,7 @@ class Deflated(Probing[DeflatedSettings]):
     def start(self) -> None:
         super().start()
         self.velocity = self.xp.zeros_like(self.held)
+        self.spare = self.xp.empty_like(self.held)  # for the next one: a step that raises must find this one
 
     def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         batch = self.evaluate(loss_and_gradient)
@@ -75,7 +76,7 @@ class Deflated(Probing[DeflatedSettings]):
             rate = self.chosen_rate()
             self.probe_if_due(loss_and_gradient, batch)
 
-        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.turned("velocity"))
+        self.velocity, self.spare = combination(beta, self.velocity, 1.0, mean, out=self.spare), self.velocity
         z = combination(1.0, mean, beta, self.velocity)
         ritz = self.ritz
         values = ritz.values

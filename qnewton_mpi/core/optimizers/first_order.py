@@ -81,13 +81,14 @@ class Momentum(Probing[MomentumSettings]):
     def start(self) -> None:
         super().start()
         self.velocity = self.xp.zeros_like(self.held)
+        self.spare = self.xp.empty_like(self.held)  # for the next one: a step that raises must find this one
 
     def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         batch = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(batch.rows)
         beta = self.settings.momentum
         rate = self.probed_rate(loss_and_gradient, batch, mean, beta) if self.adaptive else self.chosen_rate()
-        self.velocity = combination(beta, self.velocity, 1.0, mean, out=self.turned("velocity"))
+        self.velocity, self.spare = combination(beta, self.velocity, 1.0, mean, out=self.spare), self.velocity
         d = combination(1.0, mean, beta, self.velocity) if self.settings.nesterov else self.velocity
         return Step(mean, d, rate, {"loss": batch.loss})
 
@@ -128,14 +129,17 @@ class Adam(Optimizer[AdamSettings]):
     def start(self) -> None:
         self.first = self.xp.zeros_like(self.held)
         self.second = self.xp.zeros_like(self.held)
+        self.spares = self.xp.empty_like(self.held), self.xp.empty_like(self.held)  # for the next ones
         self.product = 1.0  # of NAdam's momenta so far
 
     def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         batch = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(batch.rows)
         s, t = self.settings, self.steps
-        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean, out=self.turned("first"))
-        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean, out=self.turned("second"))
+        first, second = self.spares
+        self.spares = self.first, self.second
+        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean, out=first)
+        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean, out=second)
         scale = (self.second / (1 - s.beta2**t)) ** 0.5 + s.epsilon
         if s.nesterov:
             now, coming = (s.beta1 * (1 - 0.5 * 0.96 ** (k * s.momentum_decay)) for k in (t, t + 1))

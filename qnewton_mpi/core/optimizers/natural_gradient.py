@@ -64,6 +64,7 @@ class NaturalGradient(Optimizer[S]):
 
     def start(self) -> None:
         self.moment = self.xp.zeros_like(self.held)
+        self.spare = self.xp.empty_like(self.held)  # for the next one: a step that raises must find this one
         self.updates = 0
         self.trace = 0.0  # of F
         self.known = 0.0  # tr((F + ε I)⁻¹F), as of the last update: the noise of one sample
@@ -82,7 +83,7 @@ class NaturalGradient(Optimizer[S]):
         gg = self.exchange.dots((mean, mean))[0]
         beta, t, clip = self.settings.momentum, self.steps, self.clip(batch, gg)
         g = clip * mean if clip < 1 else mean
-        self.moment = combination(beta, self.moment, 1 - beta, g, out=self.turned("moment"))
+        self.moment, self.spare = combination(beta, self.moment, 1 - beta, g, out=self.spare), self.moment
         unbiased = 1 / (1 - beta ** (t + 1))
         z = combination(beta * unbiased, self.moment, (1 - beta) * unbiased, g)
         d = self.apply_inverse(z)
