@@ -21,10 +21,8 @@ parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--method", default="kronecker")
 parser.add_argument("--lr", default=argparse.SUPPRESS)
-parser.add_argument("--max-divergence", default=argparse.SUPPRESS, help="bound of a step, where it is too tight")
-parser.add_argument("--damping", default=argparse.SUPPRESS)
 options = parser.parse_args()
-settings = {name: value for name, value in vars(options).items() if name in ("lr", "max_divergence", "damping")}
+settings = {name: value for name, value in vars(options).items() if name == "lr"}
 
 rank, ranks = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
 splits = datasets.load(options.data, None)

@@ -20,7 +20,6 @@ parser.add_argument("--text", default=Path(__file__).parent.parent / "README.md"
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--method", default="kronecker")
 parser.add_argument("--lr", default=argparse.SUPPRESS)
-parser.add_argument("--max-divergence", default=argparse.SUPPRESS, help="bound of a step, where it is too tight")
 options = parser.parse_args()
 
 rank, ranks = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
@@ -48,7 +47,7 @@ class Transformer(torch.nn.Module):
 
 torch.manual_seed(0)
 model = Transformer()
-settings = {name: value for name, value in vars(options).items() if name in ("lr", "max_divergence")}
+settings = {name: value for name, value in vars(options).items() if name == "lr"}
 per_rank = 1 if ranks > 1 else 2  # replicas: the methods look at how they differ
 rows = BATCH // ranks
 samples = rows // per_rank * LENGTH  # of a replica: characters that it predicts

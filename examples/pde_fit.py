@@ -1,6 +1,6 @@
 """The diffusivity k(x) of u_t = (k u_x)_x from 64 noisy experiments, by its discrete adjoint; a replica has 8 of them.
 
-mpiexec -n 2 python examples/pde_fit.py [200 kronecker max_divergence=0.1]
+mpiexec -n 2 python examples/pde_fit.py [200 kronecker]
 """
 
 import sys
@@ -9,7 +9,7 @@ import numpy as np
 
 from qnewton_mpi.core.create import create
 
-steps, method, *words = sys.argv[1:] or ["200", "kronecker", "max_divergence=0.1"]
+steps, method, *words = sys.argv[1:] or ["200", "kronecker"]
 random, x, noise = np.random.default_rng(0), np.linspace(0, 1, 41), 0.2
 truth, D = np.exp(np.sin(6 * x) + np.cos(5 * x) / 2), 41 * (np.eye(41, 40) - np.eye(41, 40, -1))  # u = 0 at both ends
 L = np.column_stack([np.ones(41), 0.1 * np.tri(41)[:, 1:]])  # log k = L w: for normal w a random walk along x

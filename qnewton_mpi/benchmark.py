@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES, AllgatherExchange
 from qnewton_mpi.core.kernels import combination, inner
-from qnewton_mpi.core.optimizers.kronecker import Layer, LayerShape
+from qnewton_mpi.core.layers import LayerShape
+from qnewton_mpi.core.optimizers.kronecker import Layer
 from qnewton_mpi.core.secants import multisecant
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder

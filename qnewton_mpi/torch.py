@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
 from qnewton_mpi.adapter.surroundings import Surroundings
@@ -230,7 +233,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self._surroundings.begin()
         self._found = np.zeros(len(self._tensors), bool)
         self._attempt(self._prepare)
-        self.figures = core.step(self._loss_and_gradient)
+        self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses))
         if core.parameters is not self._bound:
             self._bind()
         self._share_buffers()
@@ -346,6 +349,28 @@ class QuasiNewton(torch.optim.Optimizer):
             self._agree_on_step()
         return loss, self.core.rows[own]
 
+    def _trial_losses(self, point: Array, replicas: range) -> NDArray[np.float64]:
+        """Return the closure's losses at a point, without a trace; not a number where it cannot be called again."""
+        kept, gradients = self._flat.clone(), [p.grad for p in self._tensors]
+        self._flat.copy_(to_tensor(point))
+        for span in itertools.compress(self._parameters.spans, self._frozen):
+            self._flat[span] = kept[span]
+        losses = np.full(len(replicas), np.nan)
+        try:
+            for k in range(len(replicas)):
+                self._replica = k
+                for p in self._tensors:
+                    p.grad = None
+                with contextlib.suppress(Exception), self._surroundings.of(k), without_gradients():
+                    losses[k] = _number(self._closure())
+        finally:
+            self._parameters.rebind()
+            self._flat.copy_(kept)
+            for p, gradient in zip(self._tensors, gradients, strict=True):
+                p.grad = gradient
+            self._settle()
+        return losses
+
     def _evaluate_at(self, point: Array, replica: int) -> float:
         several = len(self.core.exchange.local) > 1
         if point is self.core.parameters:
@@ -428,6 +453,29 @@ class QuasiNewton(torch.optim.Optimizer):
         """Wait for the GPU: PyTorch and CuPy need not be on the same stream."""
         if self._flat.is_cuda:
             torch.cuda.synchronize(self._flat.device)
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """A closure as the core calls it: for the gradient of a replica, or for the losses of all of this rank's."""
+
+    loss_and_gradient: Callable[[Array, int], tuple[float, Array]]
+    losses: Callable[[Array, range], NDArray[np.float64]]
+
+    def __call__(self, point: Array, replica: int) -> tuple[float, Array]:
+        return self.loss_and_gradient(point, replica)
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    """Let what is called compute a loss alone: without a graph, and with `backward` doing nothing."""
+    backward = torch.autograd.backward
+    torch.autograd.backward = lambda *_, **__: None  # what Tensor.backward calls
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.autograd.backward = backward
 
 
 def _number(loss: Any) -> float:

@@ -42,6 +42,56 @@ def test_loss_falls(method):
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_a_trial_is_a_loss_alone_and_leaves_no_trace():
+    """χ is measured by losses, without a backward pass; gradients, random numbers and buffers are what they were."""
+    torch.manual_seed(3)
+    seen, passes = [], []
+
+    def run(method):
+        model = perceptron(torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5))
+        optimizer, closure = prepared(model, method=method)
+        torch.manual_seed(7)
+
+        def watched():
+            loss = closure()
+            passes.append(loss.requires_grad)
+            return loss
+
+        optimizer.step(watched)
+        buffers = [b.clone() for b in model.buffers()]
+        return [p.grad.clone() for p in model.parameters()], torch.rand(3), buffers, optimizer.core
+
+    *seen, core = run("kronecker")
+    assert core.repeats
+    assert core.trials >= 2 * 4
+    assert passes.count(True) == core.evaluations == 4
+    assert passes.count(False) == core.trials
+    passes.clear()
+    *expected, _ = run("adam")  # which evaluates once
+    for ours, theirs in zip(seen, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_closure_that_draws_anew_is_not_asked_again():
+    """What has no second value: the curvature is then of successive gradients."""
+    model, random, calls = perceptron(), np.random.default_rng(0), []
+    optimizer = QuasiNewton(model.parameters(), samples=32, replicas_per_rank=4)
+
+    def closure():
+        rows = torch.from_numpy(random.integers(0, len(X), 128))
+        x, y = optimizer.share(X[rows], Y[rows])
+        loss = ((model(x) - y) ** 2).mean()
+        loss.backward()
+        calls.append(optimizer.core.steps)
+        return loss
+
+    losses = [optimizer.step(closure) for _ in range(60)]
+    assert not optimizer.core.repeats
+    assert [calls.count(step) for step in (1, 2, 60)] == [4 + 4, 4, 4]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:3])
+
+
 def test_one_replica_a_step_without_a_second_evaluation():
     """SGD's steps are PyTorch's."""
     models = perceptron(), perceptron()

@@ -121,8 +121,11 @@ class Exchange(ABC):
         return array_namespace(vector).asarray(vector[self.held], copy=True)
 
     @abstractmethod
-    def collect(self, vector: Array) -> Array:
-        """Return the whole (N,) of a held vector, bitwise the same on every rank where the held parts are."""
+    def collect(self, vector: Array, buffer: str = "whole") -> Array:
+        """Return the whole (N,) of a held vector, bitwise the same on every rank where the held parts are.
+
+        It stays what it is until the next call with the same name of a buffer.
+        """
 
     @abstractmethod
     def summed(self) -> slice:
@@ -253,7 +256,7 @@ class AllgatherExchange(Exchange):
     def rows(self, columns: Array) -> Array:
         return columns[self.local.start : self.local.stop, :]
 
-    def collect(self, vector: Array) -> Array:
+    def collect(self, vector: Array, buffer: str = "whole") -> Array:
         return vector
 
     @property
@@ -315,9 +318,9 @@ class SlicedExchange(Exchange):
         )
         return self._unpack(slices)
 
-    def collect(self, vector: Array) -> Array:
+    def collect(self, vector: Array, buffer: str = "whole") -> Array:
         self._count(lambda n: (n - 1) * self._row_bytes(vector))
-        whole = self._buffer("whole", (self.size,), vector)
+        whole = self._buffer(buffer, (self.size,), vector)
         return self.transport.allgather(vector, self.words, whole)
 
     def summed(self) -> slice:

@@ -1,18 +1,23 @@
-"""The learning rate that needs no tuning: as large as the noise that it leaves allows."""
+"""The learning rate that noise allows: as large as the noise that it leaves is worth."""
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qnewton_mpi.core.state import Kind
 
-# κ: how much of the loss that the last stretch of the run gained may be given back as noise, by preconditioned steps.
+# κ: how much of the loss that the last stretch of the run gained may be given back as noise.
 GAIN_SHARE = 0.7
-# Where the loss has stopped falling, as if it still fell by this part of itself.
-LEAST_SLOPE = 0.02
-# The run has been thrown back when of its last 1/RECENT losses, or so, this share is beyond twice the level.
-RECENT = 1 / 16
-THROWN_BACK = 0.75
+# Of 4 (L̃₂ − L̃₄) for losses of independent noise σ it is σ/√t times this: the weights 2s/t² and 4s³/t⁴, squared, add up
+# to 4/(3t) and 16/(7t), their product to 8/(5t).
+SLOPE_ERROR = 4 * math.sqrt(4 / 3 + 16 / 7 - 2 * 8 / 5)
+# The slope is so many of its standard errors below zero, and no loss that has stopped falling, where the loss rises.
+RISEN = 3.0
+VARIANCE_WEIGHT = 0.02  # of a step in the running variance of the losses
 
 
 class LossTrend:
@@ -22,8 +27,9 @@ class LossTrend:
     Zhang 2013, arXiv 1212.1824), kept as L̃_c ← L̃_c + c/(t + c − 1) (L − L̃_c). For L = L_∞ + a t⁻ᵖ it is
     L_∞ + c/(c − p) a t⁻ᵖ, so 4 (L̃₂ − L̃₄) = 8/((2 − p)(4 − p)) · p a t⁻ᵖ, which is about −t dL/dt.
 
-    These means reach back as far as a share of the run. So where the loss has risen to more than twice the level, and
-    stays there for some 20 steps, it starts anew with t = 1: a rise is not a loss that has stopped falling.
+    A constant added to the losses changes nothing of the slope, nor of its standard error, which the differences of the
+    replicas' losses tell. Where the slope is three of those below zero, the loss has risen, and the trend starts anew
+    with t = 1: these means reach back as far as a share of the run.
 
     Attributes
     ----------
@@ -31,36 +37,42 @@ class LossTrend:
         L̃₄, the recent loss.
     slope : float
         4 (L̃₂ − L̃₄): by how much the loss falls while t grows by a factor e. Noise may make it negative.
+    error : float
+        Its standard error where the loss has stopped falling, 2.59 σ/√t, σ² the variance of a step's mean loss.
 
     Examples
     --------
     >>> trend = LossTrend()
     >>> for t in range(1, 2001):
-    ...     trend.add(0.1 + t**-0.25)
+    ...     trend.add(np.array([0.1, 0.1]) + t**-0.25)
     >>> round(trend.level, 3), round(trend.slope / (0.25 * 2000**-0.25), 2)
     (0.26, 1.22)
     """
 
-    state: ClassVar = {"steps": Kind.SHARED, "long": Kind.SHARED, "level": Kind.SHARED, "risen": Kind.SHARED}
+    state: ClassVar = {"steps": Kind.SHARED, "long": Kind.SHARED, "level": Kind.SHARED, "variance": Kind.SHARED}
 
     def __init__(self) -> None:
         self.steps = 0
-        self.long = self.level = 0.0
-        self.risen = 0.0  # the share of the recent losses that are beyond twice the level; a single one is no rise
+        self.long = self.level = self.variance = 0.0
 
-    def add(self, loss: float) -> None:
-        """Take in the loss of the next step."""
-        if self.steps > 0:
-            self.risen += RECENT * ((loss > self.level + abs(self.level)) - self.risen)
-        if self.risen > THROWN_BACK:
-            self.steps, self.risen = 0, 0.0
+    def add(self, losses: NDArray[np.float64]) -> None:
+        """Take in the replicas' losses (M,) of the next step."""
+        if self.slope < -RISEN * self.error:
+            self.steps = 0
         self.steps += 1
+        loss = float(losses.mean())
         self.long += 2 / (self.steps + 1) * (loss - self.long)
         self.level += 4 / (self.steps + 3) * (loss - self.level)
+        variance = float(losses.var(ddof=1)) / len(losses) if len(losses) > 1 else 0.0
+        self.variance += max(1 / self.steps, VARIANCE_WEIGHT) * (variance - self.variance)
 
     @property
     def slope(self) -> float:
         return 4 * (self.long - self.level)
+
+    @property
+    def error(self) -> float:
+        return SLOPE_ERROR * math.sqrt(self.variance / max(1, self.steps))
 
 
 def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE) -> float:
@@ -69,7 +81,7 @@ def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE
     Steps w ← w − α P⁻¹(∇L + noise of covariance C) keep the loss above the minimum of its bowl by α tr(P⁻¹C)/4 (from
     the stationary state, P⁻¹HΣ + ΣHP⁻¹ = α P⁻¹CP⁻¹; Mandt, Hoffman and Blei 2017, arXiv 1704.04289). If the rest of the
     loss falls as (α t)⁻ᵖ, their sum is least where that noise is p times the rest, which is −t dL/dt. So the rate falls
-    by itself as the run levels off. Where the loss has stopped falling, it is as if it fell by 2% of itself.
+    by itself as the run levels off. What cannot be told from a slope of zero, the standard error, is the least.
 
     Parameters
     ----------
@@ -82,14 +94,14 @@ def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE
     Returns
     -------
     float
-        Infinite without noise.
+        Infinite without noise, and where nothing is known of the slope, as all losses are the same.
 
     Examples
     --------
     >>> trend = LossTrend()
-    >>> trend.add(1.0)  # a single loss has no slope: 2% of it
-    >>> round(noise_limited_rate(trend, noise=0.28), 6)
-    0.2
+    >>> trend.add(np.array([1.0, 2.0]))  # the mean is known to 0.5, the slope to 2.59 times that
+    >>> round(noise_limited_rate(trend, noise=2.8 * 0.5), 2)
+    2.59
     """
-    gain = max(trend.slope, LEAST_SLOPE * abs(trend.level))  # a loss may be negative, a rate may not
-    return 4 * share * gain / noise if noise > 0 else float("inf")
+    gain = max(trend.slope, trend.error)
+    return 4 * share * gain / noise if noise > 0 and gain > 0 else math.inf

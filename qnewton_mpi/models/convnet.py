@@ -141,6 +141,16 @@ class Convnet:
                     gradients[some, start:stop] += part.reshape(len(part), -1)
         return losses / count, gradients
 
+    def losses(self, parameters: Array, images: Array, labels: Array) -> Array:
+        """Return the losses (R,) of `losses_and_gradients`, to rounding, without the gradients: a third of the work."""
+        replicas, count = labels.shape
+        losses, weights = self.xp.zeros(replicas), self._unflatten(parameters[None])
+        for some in self._blocks(replicas, count):
+            for block in self._blocks(count):
+                _, logits = self._forward(weights, images[some, block])
+                losses[some] += self.xp.sum(self._softmax(logits, labels[some, block])[0], axis=1).real
+        return losses / count
+
     def evaluate(self, parameters: Array, images: Array, labels: Array) -> tuple[float, int]:
         """Return the summed negative log-likelihood (nats) and the number of samples classified correctly."""
         total, correct = 0.0, 0

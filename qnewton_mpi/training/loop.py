@@ -57,8 +57,15 @@ class ReplicaLoss:
 
     def at_once(self, parameters: Array, replicas: Sequence[int]) -> tuple[Array, Array]:
         """Return the losses (R,) and gradients (R, N) of several replicas, at parameters (N,) or (R, N)."""
+        return self.network.losses_and_gradients(parameters, *self._batches(replicas))
+
+    def losses(self, parameters: Array, replicas: Sequence[int]) -> Array:
+        """Return the losses (R,) alone, at parameters (N,)."""
+        return self.network.losses(parameters, *self._batches(replicas))
+
+    def _batches(self, replicas: Sequence[int]) -> tuple[Array, Array]:
         indices = np.stack([self.order.indices(self.step, replica) for replica in replicas])
-        return self.network.losses_and_gradients(parameters, *self.split.batch(self.network.xp.asarray(indices)))
+        return self.split.batch(self.network.xp.asarray(indices))
 
 
 def train(

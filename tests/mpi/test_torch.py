@@ -288,3 +288,25 @@ def test_running_statistics_are_those_of_rank_0(communicator):
     assert bool((model.table == torch.inf).all())
     everyone = communicator.mpi.allgather([buffer.numpy().tobytes() for buffer in model.buffers()])
     assert all(theirs == everyone[0] for theirs in everyone)
+
+
+def test_a_loss_that_cannot_be_had_again(communicator):
+    """`lambda: loss`, one replica a rank: the gradients stay to be looked at, and the loss falls."""
+    if communicator.size == 1:
+        pytest.skip("one replica has no noise")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    optimizer = QuasiNewton(model.parameters(), samples=32, communicator=communicator)
+    generator = torch.Generator().manual_seed(communicator.rank)
+    losses = []
+    for _ in range(100):
+        x = torch.randn(32, 5, generator=generator)
+        optimizer.zero_grad()
+        loss = ((model(x) - x[:, :1] * x[:, 1:2]) ** 2).mean()
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        losses.append(optimizer.step(lambda loss=loss: loss))
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert not optimizer.core.repeats
+    assert optimizer.core.evaluations == 100 * communicator.size
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])

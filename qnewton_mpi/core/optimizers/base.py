@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
-from qnewton_mpi.core.rate import GAIN_SHARE, LossTrend, noise_limited_rate
+from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind, Memory, objects
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
@@ -26,8 +27,9 @@ from qnewton_mpi.parallel.device import Array, to_device, to_host
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 """`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica.
 
-It may have a method for several replicas at once, `losses, gradients = f.at_once(w, replicas)`, w (N,) or (R, N),
-losses (R,), gradients (R, N). Then that is called instead.
+It may have methods for several replicas at once, which are then called instead:
+`losses, gradients = f.at_once(w, replicas)`, w (N,) or (R, N), losses (R,), gradients (R, N), and
+`losses = f.losses(w, replicas)`, w (N,), where only losses are needed.
 """
 
 Figures = dict[str, float]
@@ -66,14 +68,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """w ← w − α d, and what is to be told of it.
+    """w ← w − c α d, c the factor of a schedule, and what is to be told of it.
 
     Attributes
     ----------
     mean, direction : (held,)
         ḡ and d.
     rate : float
-        α, the factor of a schedule included.
+        α, before a schedule's factor.
     figures : dict
         Those that only the method has, and the loss.
     norms : tuple of float, optional
@@ -139,6 +141,8 @@ class Optimizer(ABC, Generic[S]):
         Time that this rank has spent in `loss_and_gradient`.
     evaluations : int
         Gradients that all replicas together have evaluated, those of probes included.
+    trials : int
+        Losses that they have evaluated without the gradients.
     alike : int
         Steps up to the last one in which all replicas had the same loss and gradient norm, so the same batch.
     most_alike : float
@@ -148,8 +152,12 @@ class Optimizer(ABC, Generic[S]):
 
     settings_type: ClassVar[type[Settings]]
     minimum_replicas: ClassVar[int] = 1
-    gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
-    state: ClassVar[Mapping[str, Kind]] = {"held": Kind.HELD, "steps": Kind.SHARED, "evaluations": Kind.SHARED}
+    state: ClassVar[Mapping[str, Kind]] = {
+        "held": Kind.HELD,
+        "steps": Kind.SHARED,
+        "evaluations": Kind.SHARED,
+        "trials": Kind.SHARED,
+    }
     figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate")
 
     def __init__(
@@ -173,6 +181,7 @@ class Optimizer(ABC, Generic[S]):
         self.trend = LossTrend()
         self.gradient_seconds = 0.0
         self.evaluations = 0
+        self.trials = 0
         self.alike = 0
         self.most_alike = math.inf
         self.xp = array_namespace(parameters)
@@ -210,12 +219,8 @@ class Optimizer(ABC, Generic[S]):
         return self.settings.lr == "auto"
 
     def chosen_rate(self) -> float:
-        """Return the rate of the settings, where that is a number, times a schedule's factor. Local."""
-        return self.rate_factor * self.fixed_rate(float(self.settings.lr))
-
-    def auto_rate(self, noise: float, bound: float = math.inf) -> float:
-        """Return that of `noise_limited_rate`, at most `bound`, times a schedule's factor; noise is tr(P⁻¹C). Local."""
-        return self.rate_factor * min(noise_limited_rate(self.trend, noise, self.gain_share), bound)
+        """Return the rate of the settings, where that is a number. Local."""
+        return self.fixed_rate(float(self.settings.lr))
 
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Local."""
@@ -251,7 +256,7 @@ class Optimizer(ABC, Generic[S]):
         try:
             self.steps += 1
             self.note = self.noted()
-            step = self.propose(loss_and_gradient)
+            step = self.bound(self.propose(loss_and_gradient), loss_and_gradient)
         except BaseException:
             before.recall()
             raise
@@ -261,14 +266,18 @@ class Optimizer(ABC, Generic[S]):
     def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         """Evaluate the gradients, take them into the state, and return a step. Collective.
 
-        Where it raises, all attributes are set to what they were. So it changes no array of the state in its place.
+        Where this or `bound` raises, all attributes are set to what they were. So they change no array in its place.
         """
 
+    def bound(self, step: Step, loss_and_gradient: LossAndGradient) -> Step:
+        """Return the step made as short as it has to be. Collective."""
+        return step
+
     def move(self, step: Step) -> Figures:
-        """Do w ← w − α d; return the figures. Collective."""
+        """Do w ← w − c α d, c the factor of a schedule; return the figures. Collective."""
         direction = self.rested(step.direction) if self.resting else step.direction
-        self.rate = step.rate
-        self.held = combination(1.0, self.held, -step.rate, direction, out=self.held)
+        self.rate = self.rate_factor * step.rate
+        self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
         pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
         gg, dd, gd = self.exchange.dots(*pairs) if step.norms is None or self.resting else step.norms
@@ -276,9 +285,9 @@ class Optimizer(ABC, Generic[S]):
         norms = math.sqrt(gg * dd)
         return {
             "gradient_norm": math.sqrt(gg),
-            "step_norm": step.rate * math.sqrt(dd),
+            "step_norm": self.rate * math.sqrt(dd),
             "cosine": gd / norms if norms > 0 else math.nan,
-            "rate": step.rate,
+            "rate": self.rate,
             **step.figures,
         }
 
@@ -309,12 +318,9 @@ class Optimizer(ABC, Generic[S]):
             On every rank, unless it is a trial.
         """
         local = self.exchange.local
-        self.exchange.communicator.halfway(False)  # others wait for what follows in a gate
         self.evaluations += self.exchange.replicas
         at_once = getattr(loss_and_gradient, "at_once", None)
-        self.exchange.communicator.enter("gradient")
-        started = time.perf_counter()
-        with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told below, once
+        with self.evaluating():
             if at_once:
                 points = self.parameters if displacements is None else self.parameters + displacements
                 losses, self.gradients[...] = at_once(points, local)
@@ -326,11 +332,7 @@ class Optimizer(ABC, Generic[S]):
                     if gradient is not self.rows[r]:
                         self.gradients[r, :] = gradient
             squares = to_host(square_norms(self.gradients))
-        self.gradient_seconds += time.perf_counter() - started
-        self.exchange.communicator.enter("algebra")
-        figures = np.stack([to_host(losses), squares], axis=1, dtype=np.float64)
-        everyone, notes = self.exchange.share(figures, self.note, self.steps)
-        self.compare(notes)
+        everyone = self.shared(losses, squares)
         finite = np.logical_and.reduce(np.isfinite(everyone), axis=1)
         if trial:
             everyone[~finite] = np.inf, 0
@@ -341,8 +343,45 @@ class Optimizer(ABC, Generic[S]):
             raise NonFiniteGradientError(self.steps, first, *everyone[first])
         if displacements is None:
             self.look_for_differences(everyone)
-        self.exchange.communicator.halfway(True)
         return Batch(self.gradients, everyone[:, 0], everyone[:, 1])
+
+    def losses_at(self, loss_and_gradient: LossAndGradient, change: Array) -> NDArray[np.float64]:
+        """Return all replicas' losses (M,) at w + change, a held vector; ∞ for what is not finite. Collective.
+
+        Where `loss_and_gradient` has no `losses`, its gradients are evaluated and lost, `gradients` among them.
+        """
+        local, point = self.exchange.local, self.exchange.collect(self.held + change, "trial")
+        losses_of = getattr(loss_and_gradient, "losses", None)
+        if losses_of:
+            self.trials += self.exchange.replicas
+        else:
+            self.evaluations += self.exchange.replicas
+        with self.evaluating():
+            if losses_of:
+                losses = losses_of(point, local)
+            else:
+                losses = np.array([loss_and_gradient(point, replica)[0] for replica in local])
+        everyone = self.shared(losses)[:, 0]
+        return np.where(np.isfinite(everyone), everyone, np.inf)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While the program's own function is called."""
+        self.exchange.communicator.halfway(False)  # others wait for what follows in a gate
+        self.exchange.communicator.enter("gradient")
+        started = time.perf_counter()
+        with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told later, once
+            yield
+        self.gradient_seconds += time.perf_counter() - started
+        self.exchange.communicator.enter("algebra")
+
+    def shared(self, *figures: Array) -> NDArray[np.float64]:
+        """Return the figures (R,) of this rank's replicas for all, (M, figures), and compare the ranks' notes."""
+        own = np.stack([to_host(figure) for figure in figures], axis=1, dtype=np.float64)
+        everyone, notes = self.exchange.share(own, self.note, self.steps)
+        self.compare(notes)
+        self.exchange.communicator.halfway(True)
+        return everyone
 
     def noted(self) -> NDArray[np.int64]:
         """Return what has to be the same on all ranks at a step, as bits: its number, the rate factor, w. Local."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from qnewton_mpi.core.optimizers.base import Figures, Optimizer
+from qnewton_mpi.core.optimizers.base import Batch, Figures
 from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
@@ -21,6 +21,7 @@ from qnewton_mpi.parallel.device import Array, to_device
 class FisherSettings(NaturalGradientSettings):
     """Settings of `fisher`."""
 
+    damping: float = setting(0.3, "ε, of F's mean eigenvalue; at least the smallest that the rank keeps", POSITIVE)
     rank: int = setting(64, "directions of the Fisher matrix that are kept", POSITIVE)
 
 
@@ -31,9 +32,10 @@ class Fisher(NaturalGradient[FisherSettings]):
         F ≈ Σ_k λ_k u_k u_kᵀ                   the leading eigenpairs, from the Gram matrix of L's rows and G
         (F + ε I)⁻¹ z = (z − Σ_k λ_k/(λ_k + ε) u_k u_kᵀ z)/ε
 
-    L (rank × held) has the rows √λ_k u_k. The bulk, outside the span, moves at the rate α/ε. Where the replicas'
-    gradients are all equal, F = 0 and the step is that of gradient descent at this rate. F is updated at every step
-    until its rank is reached. Kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/method.md.
+    L (rank × held) has the rows √λ_k u_k. ε is a share of the mean eigenvalue of F, and at least the smallest one that
+    the rank keeps; the bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients are all equal, F = 0 and the step is that of gradient descent. F is updated
+    at every step until its rank is reached. Kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see
+    docs/method.md.
 
     Examples
     --------
@@ -58,17 +60,7 @@ class Fisher(NaturalGradient[FisherSettings]):
         "eigenvalues": Kind.SHARED,
     }
     lengths: ClassVar = {"factor": "rank", "eigenvalues": "rank"}
-    figures = (
-        *Optimizer.figures,
-        "damping",
-        "clip",
-        "shrink",
-        "noise_share",
-        "kept_rank",
-        "captured",
-        "largest_eigenvalue",
-        "smallest_eigenvalue",
-    )
+    figures = (*NaturalGradient.figures, "kept_rank", "captured", "largest_eigenvalue", "smallest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: FisherSettings) -> Traffic:
@@ -79,12 +71,20 @@ class Fisher(NaturalGradient[FisherSettings]):
         self.factor = self.held[None, :][:0, :]
         self.eigenvalues = np.zeros(0)  # λ, on the host, descending
 
+    @property
+    def damping(self) -> float:
+        """ε, as of the last update; 1 where F is zero, whatever that is worth."""
+        cut = len(self.eigenvalues) == self.settings.rank < self.exchange.size
+        least = float(self.eigenvalues[-1]) if cut else 0.0
+        mean = self.trace / self.exchange.size if len(self.eigenvalues) else 0.0
+        return max(least, self.settings.damping * mean) or 1.0
+
     def update_is_due(self) -> bool:
         full = len(self.eigenvalues) == self.settings.rank
         return not full or self.steps % self.settings.update_every == 0
 
-    def update(self, gradients: Array) -> Array:
-        mean, G = self.exchange.centred(gradients)
+    def update(self, batch: Batch) -> Array:
+        mean, G = self.exchange.centred(batch.rows)
         weight = self.weight
         G = math.sqrt(weight) * self.scale * G
         columns = self.xp.concat([math.sqrt(1 - weight) * self.factor, G])
@@ -97,7 +97,9 @@ class Fisher(NaturalGradient[FisherSettings]):
         S[:kept, kept:] = S[kept:, :kept].T
         self.trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
         values, vectors = leading_eigenpairs(S, self.settings.rank)
-        values = values[values > n * float(self.xp.finfo(G.dtype).eps) * values[0]]
+        epsilon = float(self.xp.finfo(G.dtype).eps)
+        differences = self.scale**2 * batch.squares.sum() * (10 * epsilon) ** 2  # of equal gradients: rounding
+        values = values[values > n * max(epsilon * values[0], differences)]
         self.eigenvalues = values
         self.factor = to_device(vectors[:, : len(values)].T, G) @ columns
         rest = max(0.0, self.trace - float(values.sum()))  # what the rank cuts off, in the bulk

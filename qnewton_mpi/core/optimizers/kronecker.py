@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,29 +11,18 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from qnewton_mpi.core.kernels import PIECE
-from qnewton_mpi.core.optimizers.base import AUTO, Figures, Optimizer
-from qnewton_mpi.core.optimizers.natural_gradient import (
-    BATCH,
-    DIVERGENCE_HELP,
-    NaturalGradient,
-    NaturalGradientSettings,
-    momentum_noise,
-)
-from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.core.layers import LayerShape, layer_shapes
+from qnewton_mpi.core.optimizers.base import Batch, Figures
+from qnewton_mpi.core.optimizers.natural_gradient import BATCH, NaturalGradient, NaturalGradientSettings
+from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device
 
 FIRST_UPDATES = 10
-LEAST_LOSS = 1e-3  # nats; nearer to zero, or below, damping and bound stay as if the loss were this
-DAMPING_SHARE = 0.3  # of a layer's mean V: more would hide the layer's curvature
 FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
-FLATTENING = 0.25  # of V's exponent, and of the layers' noise, where a step is all noise
-LEAST_NOISE = 1e-3  # of a layer, for one without
-LEAST_DAMPING = 1e-3  # of ε, for a layer whose gradients vanish
 FIRST_SHARES = 20  # steps, before which the shares of signal are not known well enough
 SHARE_WEIGHT = 0.04  # of an update in the means that they are known from
-LEAST_SHARE = 0.2  # of signal that a group of directions is taken to have
 GROUPS = 8  # of a layer's directions, by factors of 4 from its largest V on down
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 
@@ -42,10 +31,10 @@ RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
 class KroneckerSettings(NaturalGradientSettings):
     """Settings of `kronecker`."""
 
-    lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
-    damping: float = setting(0.007, "ε of (F + ε I)⁻¹, for each nat of the loss; at most 0.3 mean V", POSITIVE)
+    damping: float = setting(0.3, "ε, of a layer's mean V, where a step is signal; a tenth where it is noise", POSITIVE)
+    flattening: float = setting(0.25, "of V's exponent, where a step is noise; 0 is off", NOT_NEGATIVE)
+    least_share: float = setting(0.2, "of signal that a group of directions is taken to have; 1 is off", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
-    max_divergence: float = setting(0.0001, f"for each nat of the loss, {DIVERGENCE_HELP}", POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)
 
 
@@ -104,7 +93,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     settings_type = KroneckerSettings
     state: ClassVar = {**NaturalGradient.state, "inverse": Kind.HELD, "largest": Kind.SHARED}
-    figures = (*Optimizer.figures, "damping", "clip", "shrink", "noise_share", "largest_eigenvalue")
+    figures = (*NaturalGradient.figures, "largest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: KroneckerSettings) -> Traffic:
@@ -121,24 +110,10 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
         self.inverse = self.xp.zeros_like(self.held)  # P⁻¹ as of the last update
         self.largest = 0.0  # of V
+        self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # of a layer without gradients
 
     def parts(self) -> Mapping[str, Any]:
         return {**super().parts(), **{f"layer-{layer.start}": layer for layer in self.layers}}
-
-    @property
-    def damping(self) -> float:
-        """ε, relative to the recent loss: F, a covariance of gradients, shrinks as the loss does."""
-        return super().damping * self.level
-
-    @property
-    def divergence(self) -> float:
-        """δ, relative to the recent loss, as ε is: so √(2δ/ε), the longest step off F's span, stays the same."""
-        return super().divergence * self.level
-
-    @property
-    def level(self) -> float:
-        """The recent loss, in nats."""
-        return max(self.trend.level, LEAST_LOSS)
 
     def fixed_rate(self, rate: float) -> float:
         return rate * math.sqrt(self.batch / BATCH)
@@ -146,8 +121,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     def update_is_due(self) -> bool:
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
 
-    def update(self, gradients: Array) -> Array:
-        mean, differences = self.exchange.samples(gradients)
+    def update(self, batch: Batch) -> Array:
+        mean, differences = self.exchange.samples(batch.rows)
         differences *= self.scale
         for layer in self.layers:
             layer.add(differences[:, layer.span], self.weight)
@@ -168,26 +143,27 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return mean
 
     def damped(self, variances: Array) -> Array:
-        """Return V + ε of a layer, where ε is at most a share of the mean of V. Local."""
-        share = DAMPING_SHARE * FLAT_SHARE**self.flatness
-        return variances + self.xp.clip(share * self.xp.mean(variances), LEAST_DAMPING * self.damping, self.damping)
+        """Return V + ε of a layer, ε a share of the mean of V. Local."""
+        share = self.settings.damping * FLAT_SHARE**self.flatness
+        return variances + self.xp.clip(share * self.xp.mean(variances), self.tiny, None)
 
     def flattened(self, layer: Layer, damped: Array) -> Array:
         """Return s^ν n^(−φ/4) (V + ε)^(φ/4 − 1) of a layer, n = Σ V (V + ε)^(φ/4 − 1) its noise. Local."""
-        exponent = FLATTENING * self.flatness
+        exponent = self.settings.flattening * self.flatness
         scales = damped ** (exponent - 1)
-        noise = self.xp.clip(self.xp.sum(layer.total * scales), LEAST_NOISE, None)
+        noise = self.xp.clip(self.xp.sum(layer.total * scales), self.tiny, None)
         scales = scales * noise**-exponent
-        return scales * layer.signal_shares() ** self.noise_share if self.steps >= FIRST_SHARES else scales
+        known = self.steps >= FIRST_SHARES
+        return scales * layer.signal_shares(self.settings.least_share) ** self.noise_share.value if known else scales
 
     @property
     def flatness(self) -> float:
         """φ = ν², ν the share of noise in the recent steps."""
-        return self.noise_share**2
+        return self.noise_share.value**2
 
     def apply_inverse(self, z: Array) -> Array:
         """Return P⁻¹ z; at an update, take z̃² and V into the means from which the next one has its shares of signal."""
-        noise = momentum_noise(self.settings.momentum, self.steps) / self.batch
+        noise = self.momentum.noise(self.steps) / self.batch
         parts = [z[:0]]
         for layer in self.layers:
             rotated = layer.rotated(z[layer.span])
@@ -232,20 +208,6 @@ class Side:
         ridge = RIDGE * float(self.xp.sum(self.xp.linalg.diagonal(factor))) / factor.shape[0]
         self.basis = self.xp.linalg.qr(factor @ old + ridge * old)[0]
         return (self.xp.matrix_transpose(old) @ self.basis) ** 2
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Where a layer is among all parameters: (outputs, inputs) weights, then as many biases as outputs, if any."""
-
-    start: int
-    outputs: int
-    inputs: int
-    bias: bool
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.outputs * (self.inputs + self.bias)
 
 
 class Layer:
@@ -315,8 +277,8 @@ class Layer:
         new = self.xp.reshape(self.xp.stack([squares, self.total]), self.compared.shape)
         self.compared = self.compared + weight * (new - self.compared)
 
-    def signal_shares(self) -> Array:
-        """Return s = 1 − Σ N/Σ S, at least a fifth, of each direction, the sums over those of about as large a V."""
+    def signal_shares(self, least: float) -> Array:
+        """Return s = 1 − Σ N/Σ S, at least `least`, of each direction, the sums over those of about as large a V."""
         xp, size = self.xp, self.total.shape[0]
         tiny = float(xp.finfo(self.total.dtype).smallest_normal)
         logarithms = xp.log2(xp.clip(self.total, tiny, None))
@@ -329,7 +291,7 @@ class Layer:
             return xp.astype(groups[None, piece] == numbers, groups.dtype)
 
         sums = sum(compared[:, piece] @ xp.matrix_transpose(members(piece)) for piece in pieces)
-        shares = xp.clip(1 - sums[1, :] / xp.clip(sums[0, :], tiny, None), LEAST_SHARE, None)
+        shares = xp.clip(1 - sums[1, :] / xp.clip(sums[0, :], tiny, None), least, None)
         return xp.concat([shares @ members(piece) for piece in pieces])
 
     def rotated(self, flat: Array) -> Array:
@@ -356,18 +318,3 @@ class Layer:
         weights = self.outputs * self.inputs
         matrices = self.xp.reshape(flat[:, :weights], (flat.shape[0], self.outputs, self.inputs))
         return self.xp.concat([matrices, flat[:, weights:, None]], axis=2) if self.bias else matrices
-
-
-def layer_shapes(shapes: Sequence[tuple[int, ...]]) -> list[LayerShape]:
-    """Return the layers of parameters that follow each other in the given shapes. Local.
-
-    A tensor with more than one axis is a layer, (first axis) × (all others); a vector as long as that first axis, right
-    after it, is its bias. Any other vector is a layer of one column.
-    """
-    layers, start, k = [], 0, 0
-    while k < len(shapes):
-        outputs, inputs = shapes[k][0], math.prod(shapes[k][1:])
-        bias = len(shapes[k]) > 1 and k + 1 < len(shapes) and shapes[k + 1] == (outputs,)
-        layers.append(LayerShape(start, outputs, inputs, bias))
-        start, k = layers[-1].stop, k + 1 + bias
-    return layers

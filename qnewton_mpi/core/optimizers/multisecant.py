@@ -70,7 +70,7 @@ class Multisecant(Optimizer[MultisecantSettings]):
         mean, G = self.exchange.centred(batch.rows)
         inverse = InverseHessian(self.exchange, W, G, self.settings.tolerance, self.settings.tikhonov)
         d = inverse.apply(mean[None, :])[0, :]
-        self.displacements = self.spread.advance(self.steps, W, G, inverse, rate)
+        self.displacements = self.spread.advance(self.steps, W, G, inverse, self.rate_factor * rate)
         figures = {
             "loss": batch.loss,
             "spread_norm": math.sqrt(self.exchange.dots((W, W))[0]),

@@ -1,120 +1,251 @@
-"""What `fisher` and `kronecker` share: momentum, the preconditioned step, and the bound on its KL divergence."""
+"""What `fisher` and `kronecker` share: momentum, the preconditioned step, and how long it may be."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from qnewton_mpi.core.kernels import combination
+import numpy as np
+from numpy.typing import NDArray
+
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
-from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.core.optimizers.rules import (
+    RUNNING,
+    Curvature,
+    Momentum,
+    NoiseShare,
+    RelativeChange,
+    SuccessiveGradients,
+    fixed_point,
+)
+from qnewton_mpi.core.rate import noise_limited_rate
+from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
 
 BATCH = 256
-# The replicas' covariance may be this many times what F makes expect before the gradient counts as an outlier.
-OUTLIER = 10.0
-# A step may be this many times as long as those before it, by a running mean of their squares with this weight.
-LONGEST = 3.0
-STEP_WEIGHT = 0.02
-NOISE_WEIGHT = 0.1  # of a step in the running share of noise
-DIVERGENCE_HELP = f"bound of a step's predicted KL divergence (nats) at a batch of {BATCH}; it grows as √batch"
+# Steps between measurements of χ: they cost 3 to 4% of the gradients, a loss alone being a third of one.
+LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
+LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
+SHORTER = 0.1  # is a step whose loss is not finite
+FLAT, STEEP = 1e-15, 1e15  # what a measurement may say: so far rounding goes
+LIMITS = ("rate", "curvature", "change")  # which may decide how long a step is, by their numbers in the figure `limit`
 
 
 @dataclass(frozen=True)
 class NaturalGradientSettings(Settings):
-    """Settings that the methods share, of which each sets some anew."""
+    """Settings that the methods share, of which each sets some anew. 0 turns a rule off."""
 
-    lr: float | str = setting(0.1, "learning rate", POSITIVE, AUTO)
-    damping: float = setting(0.1, "ε of (F + ε I)⁻¹", POSITIVE)
-    momentum: float = setting(0.9, "momentum β", FRACTION)
+    lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
+    momentum: float = setting(0.9, "momentum β; 0 is off", FRACTION)
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
-    max_divergence: float = setting(0.01, DIVERGENCE_HELP, POSITIVE)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
+    curvature: float = setting(1.0, "C, of the largest rate C (1 + ν)/χ; 0: no bound", NOT_NEGATIVE)
+    relative_change: float = setting(0.02, "η, that the noise of a step may make; 0: no bound", NOT_NEGATIVE)
+    outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
+    gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
 
 
 S = TypeVar("S", bound=NaturalGradientSettings)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NaturalStep(Step):
+    """A step before it is bounded.
+
+    Attributes
+    ----------
+    losses : (M,)
+        Before the step.
+    dz : float
+        dᵀz.
+    noise : float
+        ν.
+    longest : float
+        The largest rate by the relative change.
+    """
+
+    losses: NDArray[np.float64]
+    dz: float
+    noise: float
+    longest: float
+
+
 class NaturalGradient(Optimizer[S]):
-    """w ← w − α (F + ε I)⁻¹ z, F the Fisher matrix from the replicas and z Nesterov's momentum of the mean gradient.
+    """w ← w − α P⁻¹ z, P from the Fisher matrix F of the replicas and z Nesterov's momentum of the mean gradient.
 
     All replicas stand at the same w, so G = [g_i − ḡ] is sampling noise, and its covariance is the Fisher matrix of the
     log-likelihood: b/(M−1) G Gᵀ with b samples a replica. How its running mean is held is up to the method.
 
-    A step d of rate α changes the model's distribution by a KL divergence of about α²/2 dᵀ(F + ε I)d = α²/2 dᵀz, which
-    is bounded: α is shrunk to it. This matters in the first steps, before F has seen the large directions, and keeps a
-    rate too large from diverging (as in K-FAC: Ba, Grosse and Martens 2017). Nor is a step more than three times as
-    long as those before it.
+        ḡ, F     the replicas' mean gradient, and F ← (1 − γ) F + γ b/(M−1) G Gᵀ every few steps
+        z        momentum of ḡ, an outlier clipped
+        d        P⁻¹ z
+        ν        the share of noise in dᵀz, a running mean
+        χ        2 [f_B(w − α d) − f_B(w) + α ḡᵀd]/(α² dᵀz), a running mean, measured every few steps
+        α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
+                                C (1 + ν)/χ                                             what curvature allows
+                                η ‖w‖/(√ν ‖d‖)                                          what the noise may change
+        w        w − α d
+
+    Nothing of it changes where a constant is added to the loss, or the loss multiplied by one.
     """
 
     minimum_replicas = 2
     state: ClassVar[Mapping[str, Kind]] = {
         **Optimizer.state,
-        "moment": Kind.HELD,
         "updates": Kind.SHARED,
         "trace": Kind.SHARED,
         "known": Kind.SHARED,
-        "square_step": Kind.SHARED,
-        "noise_share": Kind.SHARED,
+        "repeats": Kind.SHARED,
+        "shortened": Kind.SHARED,
     }
 
+    figures = (*Optimizer.figures, "clip", "shrink", "noise_share", "curvature", "limit")
+
     def start(self) -> None:
-        self.moment = self.xp.zeros_like(self.held)
-        self.spare = self.xp.empty_like(self.held)  # for the next one: a step that raises must find this one
+        s = self.settings
+        self.momentum = Momentum(s.momentum, self.held)
+        self.noise_share = NoiseShare()
+        self.curvature = Curvature(bound_of(s.curvature))
+        self.successive = SuccessiveGradients(self.exchange, self.held)
+        self.change = RelativeChange(bound_of(s.relative_change), self.held)
         self.updates = 0
         self.trace = 0.0  # of F
-        self.known = 0.0  # tr((F + ε I)⁻¹F), as of the last update: the noise of one sample
-        self.square_step = 0.0  # ‖Δw‖², running mean
-        self.noise_share = 0.0  # ν, of dᵀz, running mean
+        self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
+        self.shortened = 1.0  # what the bound of the change leaves of a step, a running mean
+        self.told = False
+        self.repeats = True  # whether the losses of a batch can be had again, at other parameters
 
-    def propose(self, loss_and_gradient: LossAndGradient) -> Step:
+    def parts(self) -> Mapping[str, Any]:
+        own = {
+            "momentum": self.momentum,
+            "noise_share": self.noise_share,
+            "curvature": self.curvature,
+            "successive": self.successive,
+            "change": self.change,
+        }
+        return {**super().parts(), **own}
+
+    def propose(self, loss_and_gradient: LossAndGradient) -> NaturalStep:
         batch = self.evaluate(loss_and_gradient)
-        self.trend.add(batch.loss)
+        self.trend.add(batch.losses)
         if self.update_is_due():
             self.updates += 1
-            mean = self.update(batch.rows)
+            mean = self.update(batch)
         else:
             mean = self.exchange.mean(batch.rows)
 
-        gg = self.exchange.dots((mean, mean))[0]
-        beta, t, clip = self.settings.momentum, self.steps, self.clip(batch, gg)
-        g = clip * mean if clip < 1 else mean
-        self.moment, self.spare = combination(beta, self.moment, 1 - beta, g, out=self.spare), self.moment
-        unbiased = 1 / (1 - beta ** (t + 1))
-        z = combination(beta * unbiased, self.moment, (1 - beta) * unbiased, g)
+        if not self.repeats:
+            self.successive.add(mean)
+            self.curvature.logarithm = self.successive.logarithm
+        t, gg = self.steps, self.exchange.dots((mean, mean))[0]
+        clip = self.clip(batch, gg)
+        z = self.momentum.add(clip * mean if clip < 1 else mean, t)
         d = self.apply_inverse(z)
-        dz, dd, gd = self.exchange.dots((d, z), (d, d), (mean, d))
-        noise = self.known / self.batch * momentum_noise(beta, t)
-        # dᵀz far below the noise: there is none, as where the batch is all there is. Then nearer to 0 again.
-        share = min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0
-        self.noise_share += NOISE_WEIGHT * (share - self.noise_share)
-        wanted = self.auto_rate(self.known / self.batch) if self.adaptive else self.chosen_rate()
-        rate = min(wanted, self.bound(dz, dd))
-        self.square_step += max(1 / self.steps, STEP_WEIGHT) * (rate**2 * dd - self.square_step)
-        figures = {
-            "loss": batch.loss,
-            "damping": self.damping,
-            "clip": clip,
-            "shrink": rate / wanted if wanted else 1.0,
-            "noise_share": self.noise_share,
-            **self.spectrum(),
-        }
-        return Step(mean, d, rate, figures, (gg, dd, gd))
+        pairs = (d, z), (d, d), (mean, d), *self.change.pairs(d, self.held)
+        dz, dd, gd, changes, sizes = self.exchange.dots(*pairs)
+        self.noise_share.add(self.known / self.batch * self.momentum.noise(t), dz)
+        noise = self.noise_share.unbiased
+        figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
+        longest = self.change.limit(changes, sizes, noise)
+        rate = self.noise_limited() if self.adaptive else self.chosen_rate()
+        return NaturalStep(
+            mean, d, rate, figures, (gg, dd, gd), losses=batch.losses, dz=dz, noise=noise, longest=longest
+        )
 
-    def bound(self, dz: float, dd: float) -> float:
-        """Return the largest rate of a step: of KL divergence δ, and three times as long as those before. Local.
+    def noise_limited(self) -> float:
+        """Return the rate auto. The noise counts as far as the steps are noise, of which there is no less than seen."""
+        noise = self.noise_share.least * self.known / self.batch
+        return noise_limited_rate(self.trend, noise, bound_of(self.settings.gain_share))
 
-        The second is for where nearly all samples are learnt. What one that is not asks for is then off F's span, where
-        δ allows steps hundreds of times as long as usual.
+    def bound(self, step: Step, loss_and_gradient: LossAndGradient) -> Step:
+        assert isinstance(step, NaturalStep)
+        assert step.norms is not None
+        t, length = self.steps, math.sqrt(step.norms[1])
+        if t == 1:
+            self.measure_first(step, loss_and_gradient)
+        limits = step.rate, self.curvature.limit(self.curvature.logarithm, step.noise), step.longest
+        rate = min(limits)
+        if t > 1 and self.measures and self.curvature.due(t, self.interval(loss_and_gradient), rate * length):
+            logarithm = self.measured(step, loss_and_gradient, rate)
+            while math.isinf(logarithm):  # rather a short step than one to where the loss is not finite
+                rate *= SHORTER
+                logarithm = self.measured(step, loss_and_gradient, rate)
+            self.curvature.add(logarithm, t, rate * length)
+            rate = min(rate, self.curvature.limit(logarithm, step.noise))
+        if not self.repeats:
+            change, slope, predicted = self.displacement(step, rate)
+            noise = self.rate_factor * rate * self.known / self.batch
+            self.successive.follow(change, slope, self.momentum.newest(t) * noise, predicted)
+        wanted = min(limits[:2])
+        shrink = rate / wanted if 0 < wanted < math.inf else 1.0
+        self.note_shortening(shrink)
+        figures = {"shrink": shrink, "curvature": self.curvature.value, "limit": float(np.argmin(limits))}
+        return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms)
+
+    def note_shortening(self, shrink: float) -> None:
+        """Take in what part of a step the bound of its change leaves; tell once where that is little at most steps."""
+        self.shortened += RUNNING * (shrink - self.shortened)
+        if self.shortened < LITTLE and not self.told:
+            self.told = True
+            if self.exchange.communicator.rank == 0:
+                wider = 2 * self.settings.relative_change
+                warnings.warn(
+                    f"the bound of the relative change leaves {self.shortened:.0%} of the steps: if the loss falls too "
+                    f"slowly, try relative_change={wider:g}",
+                    stacklevel=2,
+                )
+
+    @property
+    def measures(self) -> bool:
+        """Whether the curvature along this step can be measured."""
+        return self.settings.curvature > 0 and self.repeats and self.rate_factor > 0
+
+    def interval(self, loss_and_gradient: LossAndGradient) -> int:
+        """Return the steps between measurements. Local."""
+        return LOSSES_EVERY if hasattr(loss_and_gradient, "losses") else GRADIENTS_EVERY
+
+    def measure_first(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> None:
+        """Measure χ where the first step leads, after a look at whether the losses can be had again. Collective.
+
+        They cannot where they are others at the same point, or the same at another one.
         """
-        bound = math.sqrt(2 * self.divergence / dz) if dz > 0 else 0.0
-        if self.square_step > 0 and dd > 0:
-            bound = min(bound, LONGEST * math.sqrt(self.square_step / dd))
-        return bound
+        if not self.measures or not step.dz > 0:
+            return
+        again = self.losses_at(loss_and_gradient, self.xp.zeros_like(self.held))
+        self.repeats = bool(np.allclose(again, step.losses, rtol=1e-6))
+        if self.repeats:
+            there = self.losses_at(loss_and_gradient, self.displacement(step, 1.0)[0])
+            self.repeats = bool((there != step.losses).any())
+        if self.repeats:
+            tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
+            rate = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
+            assert step.norms is not None
+            self.curvature.add(self.measured(step, loss_and_gradient, rate), 1, rate * math.sqrt(step.norms[1]))
+
+    def allowed(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
+        """Return the rate that is allowed by what is measured at a rate; 0: the loss is not finite. Collective."""
+        logarithm = self.measured(step, loss_and_gradient, rate)
+        return 0.0 if math.isinf(logarithm) else min(self.curvature.limit(logarithm, step.noise), step.longest)
+
+    def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
+        """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
+        assert step.norms is not None
+        rate *= self.rate_factor
+        return -rate * step.direction, -rate * step.norms[2], rate**2 * step.dz
+
+    def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
+        """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective."""
+        change, slope, predicted = self.displacement(step, rate)
+        losses = self.losses_at(loss_and_gradient, change)
+        if not predicted > 0:
+            return self.curvature.logarithm
+        ratio = abs(2 * (float(losses.mean() - step.losses.mean()) - slope)) / predicted
+        return math.log(min(max(ratio, FLAT), STEEP)) if math.isfinite(ratio) else math.inf
 
     def clip(self, batch: Batch, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
@@ -126,17 +257,7 @@ class NaturalGradient(Optimizer[S]):
         rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * batch.square
         if self.trace == 0 or noise <= rounding:
             return 1.0
-        return min(1.0, math.sqrt(OUTLIER * self.trace / (self.batch * noise)))
-
-    @property
-    def damping(self) -> float:
-        """ε of this step."""
-        return self.settings.damping
-
-    @property
-    def divergence(self) -> float:
-        """δ, the bound of this step's predicted KL divergence in nats."""
-        return self.settings.max_divergence * math.sqrt(self.batch / BATCH)
+        return min(1.0, math.sqrt(bound_of(self.settings.outlier) * self.trace / (self.batch * noise)))
 
     @property
     def batch(self) -> int:
@@ -158,8 +279,8 @@ class NaturalGradient(Optimizer[S]):
         """Tell whether this step updates F."""
 
     @abstractmethod
-    def update(self, gradients: Array) -> Array:
-        """Take this rank's gradients, (R, N), into F, set `trace` and `known`; return ḡ, (held,). Collective."""
+    def update(self, batch: Batch) -> Array:
+        """Take the gradients into F, set `trace` and `known`; return ḡ, (held,). Collective."""
 
     @abstractmethod
     def apply_inverse(self, z: Array) -> Array:
@@ -170,15 +291,6 @@ class NaturalGradient(Optimizer[S]):
         """Return the figures of F."""
 
 
-def momentum_noise(beta: float, steps: int) -> float:
-    """Return the noise of z as a multiple of the noise of one ḡ: Σ_k a_k² for z = Σ_k a_k ḡ_{t−k}, t ≥ 1. Local.
-
-    With m = (1 − β) Σ_k βᵏ ḡ_{t−k}, a_k is (1 − β)/(1 − βᵗ⁺¹) times 1 + β for k = 0 and βᵏ⁺¹ for k = 1 … t − 1.
-
-    Examples
-    --------
-    >>> [round(momentum_noise(0.9, steps), 3) for steps in (1, 2, 1000)]  # soon a 14th
-    [1.0, 0.581, 0.071]
-    """
-    past = beta**4 * (1 - beta ** (2 * (steps - 1))) / (1 - beta**2)
-    return ((1 - beta) / (1 - beta ** (steps + 1))) ** 2 * ((1 + beta) ** 2 + past)
+def bound_of(value: float) -> float:
+    """Return the bound that a setting means: none for 0."""
+    return value if value > 0 else math.inf

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.rate import GAIN_SHARE, noise_limited_rate
 from qnewton_mpi.core.ritz import RitzPairs
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
@@ -41,6 +42,7 @@ class Probing(Optimizer[S]):
 
     ritz: RitzPairs  # where the method probes; from random directions at first
     always_probes: ClassVar[bool] = False
+    gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
     curvature_factor: ClassVar[float] = 1.0  # times 1/|λ| is the largest rate "auto"
 
     @property
@@ -82,10 +84,11 @@ class Probing(Optimizer[S]):
 
         c is `curvature_factor`.
         """
-        self.trend.add(batch.loss)
+        self.trend.add(batch.losses)
         noise = batch.noise(self.exchange.dots((mean, mean))[0])
         self.probe_if_due(loss_and_gradient, batch)
-        return self.auto_rate(noise / (1 - momentum), self.curvature_factor / self.curvature(choose))
+        bound = self.curvature_factor / self.curvature(choose)
+        return min(noise_limited_rate(self.trend, noise / (1 - momentum), self.gain_share), bound)
 
     def curvature(self, choose: Callable[[Matrix], float]) -> float:
         """Return one of the |λ| of the Ritz values, as `min` or `max`; not zero, so that it can be divided by."""

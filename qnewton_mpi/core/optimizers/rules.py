@@ -1,0 +1,235 @@
+"""The small parts that a step of the natural-gradient methods is made of, each with a value that turns it off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+from array_api_compat import array_namespace
+
+from qnewton_mpi.core.exchange import Exchange
+from qnewton_mpi.core.kernels import combination
+from qnewton_mpi.core.state import Kind
+from qnewton_mpi.parallel.device import Array
+
+RUNNING = 0.02  # weight of a step in running means
+NOISE_WEIGHT = 0.1  # of a step in the running share of noise
+LEAST_NOISE = 0.03  # ν, as far as it can be told from zero: it is a mean over some ten steps
+CURVATURE_WEIGHT = 0.3  # of a measurement in the running mean of log χ
+FIRST_TRIALS = 12  # of the first step at most
+FIRST_STEPS = 10  # in which χ is measured at each step
+LONGER = 2.0  # times the length that was measured is as far as a measurement holds
+DOWN = 100.0  # χ is taken to fall by no more from one measurement to the next
+
+
+class Momentum:
+    """z = Σ_k a_k ḡ_{t−k}, Σ_k a_k = 1: Nesterov's momentum, unbiased. Off: β = 0.
+
+    m ← β m + (1 − β) ḡ,    z = (β m + (1 − β) ḡ)/(1 − βᵗ⁺¹)
+    """
+
+    state: ClassVar = {"mean": Kind.HELD}
+
+    def __init__(self, beta: float, like: Array) -> None:
+        xp = array_namespace(like)
+        self.beta, self.mean, self.spare = beta, xp.zeros_like(like), xp.empty_like(like)
+
+    def add(self, g: Array, step: int) -> Array:
+        """Take in the gradient (held,) of a step, from 1; return z, (held,). Local."""
+        beta = self.beta
+        self.mean, self.spare = combination(beta, self.mean, 1 - beta, g, out=self.spare), self.mean
+        unbiased = 1 / (1 - beta ** (step + 1))
+        return combination(beta * unbiased, self.mean, (1 - beta) * unbiased, g)
+
+    def newest(self, step: int) -> float:
+        """Return a_0, the weight of the newest gradient. Local."""
+        return (1 - self.beta**2) / (1 - self.beta ** (step + 1))
+
+    def noise(self, step: int) -> float:
+        """Return the noise of z as a multiple of that of one ḡ, Σ_k a_k². Local.
+
+        a_k is (1 − β)/(1 − βᵗ⁺¹) times 1 + β for k = 0 and βᵏ⁺¹ for k = 1 … t − 1.
+
+        Examples
+        --------
+        >>> [round(Momentum(0.9, np.zeros(1)).noise(step), 3) for step in (1, 2, 1000)]  # soon a 14th
+        [1.0, 0.581, 0.071]
+        """
+        beta = self.beta
+        past = beta**4 * (1 - beta ** (2 * (step - 1))) / (1 - beta**2)
+        return ((1 - beta) / (1 - beta ** (step + 1))) ** 2 * ((1 + beta) ** 2 + past)
+
+
+class NoiseShare:
+    """ν, the share of noise in dᵀz, a running mean: 0 where a step is signal alone, 1 where it is noise alone.
+
+    It starts from 0: a run is taken for signal until it is known to be noise.
+
+    Attributes
+    ----------
+    value : float
+    unbiased : float
+        The mean of what has been seen.
+    """
+
+    state: ClassVar = {"value": Kind.SHARED, "weight": Kind.SHARED}
+
+    def __init__(self) -> None:
+        self.value = self.weight = 0.0
+
+    @property
+    def unbiased(self) -> float:
+        return self.value / self.weight if self.weight > 0 else 0.0
+
+    @property
+    def least(self) -> float:
+        """ν, and no less than can be told from zero."""
+        return max(self.value, LEAST_NOISE)
+
+    def add(self, noise: float, dz: float) -> None:
+        """Take in a step's dᵀz, and the part of it that is expected of noise. Local."""
+        # dᵀz far below the noise: there is none, as where the batch is all there is. Then nearer to 0 again.
+        share = min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0
+        self.value += NOISE_WEIGHT * (share - self.value)
+        self.weight += NOISE_WEIGHT * (1 - self.weight)
+
+
+class Curvature:
+    """χ, the curvature of the loss along a step as a multiple of what P says, and the rate that it allows.
+
+        c = 2 [f_B(w + Δw) − f_B(w) − g_BᵀΔw],    χ = |c|/(Δwᵀ P Δw),    α ≤ C (1 + ν)/χ
+
+    on the batch that made the step: one loss more, no gradient. 1/χ leads to the minimum along the step (LeCun, Simard
+    and Pearlmutter 1993), and is as far as a step of signal goes; from 2/χ on that batch's loss no longer falls. A step
+    of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded elsewhere.
+
+    It is measured in each of the first ten steps, then every few, and where a step is twice as long as the one that was
+    measured last. log χ is a running mean. Along negative curvature, which P has not, |c| is as good a measure of how
+    far the quadratic model goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c| says nothing. So
+    a measurement counts as no less than a hundredth of χ. Off: C = ∞.
+    """
+
+    state: ClassVar = {"logarithm": Kind.SHARED, "known": Kind.SHARED, "length": Kind.SHARED}
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.logarithm, self.known, self.length = factor, 0.0, False, 0.0
+
+    @property
+    def value(self) -> float:
+        """χ; 1 before it is known."""
+        return math.exp(self.logarithm)
+
+    def limit(self, logarithm: float, noise: float) -> float:
+        """Return the largest rate, given log χ and ν."""
+        return self.factor * (1 + noise) * math.exp(-logarithm)
+
+    def due(self, step: int, every: int, length: float) -> bool:
+        """Tell whether it is to be measured at a step, from 1, of this length."""
+        return step <= FIRST_STEPS or step % every == 0 or length > LONGER * self.length
+
+    def add(self, logarithm: float, step: int, length: float) -> None:
+        """Take in log χ of a step, from 1, of this length."""
+        self.length = length
+        weight = max(CURVATURE_WEIGHT, 1 / step) if self.known else 1.0
+        change = logarithm - self.logarithm
+        self.logarithm += weight * max(change, -math.log(DOWN)) if self.known else logarithm
+        self.known = True
+
+
+class SuccessiveGradients:
+    """χ of steps whose losses cannot be had again, from the gradients that there are anyway.
+
+        (ḡ_{t+1} − ḡ_t)ᵀΔw_t = Δw_tᵀ H Δw_t + noise,    mean of the noise a_0 α tr(P⁻¹C)
+
+    The newest gradient is in Δw_t by a_0, with its noise, whose covariance C the replicas' differences tell. The noise
+    of the two batches is far larger than on one batch, so that only running means of both curvatures over some fifty
+    steps say anything: it takes that long to see a change.
+    """
+
+    state: ClassVar = {"change": Kind.HELD} | dict.fromkeys(
+        ("count", "before", "expected", "predicted", "curvature", "metric"), Kind.SHARED
+    )
+
+    def __init__(self, exchange: Exchange, held: Array) -> None:
+        self.exchange, self.change = exchange, array_namespace(held).zeros_like(held)
+        self.count = 0
+        self.before = self.expected = self.predicted = 0.0  # ḡᵀΔw, the mean noise and ΔwᵀPΔw of the last step
+        self.curvature = self.metric = 0.0  # running means
+
+    def add(self, mean: Array) -> None:
+        """Take in the gradient after the last step. Collective."""
+        if self.predicted > 0:
+            curvature = self.exchange.dots((mean, self.change))[0] - self.before - self.expected
+            self.count += 1
+            weight = max(1 / self.count, RUNNING)
+            self.curvature += weight * (curvature - self.curvature)
+            self.metric += weight * (self.predicted - self.metric)
+
+    def follow(self, change: Array, before: float, expected: float, predicted: float) -> None:
+        """Keep a step Δw: ḡᵀΔw, the mean of the noise and Δwᵀ P Δw. Local."""
+        self.change, self.before, self.expected, self.predicted = change, before, expected, predicted
+
+    @property
+    def logarithm(self) -> float:
+        """Log χ; 0 before it is known."""
+        return math.log(abs(self.curvature) / self.metric) if self.metric > 0 and self.curvature != 0 else 0.0
+
+
+def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float:
+    """Return the rate that allows itself, by the secant method in logarithms, from 1.
+
+    Parameters
+    ----------
+    allowed : callable
+        The rate that a measurement at a rate allows; 0 where the loss is not finite.
+    tolerance : float
+        Relative.
+
+    Examples
+    --------
+    >>> round(fixed_point(lambda rate: 1 / (4 + rate), 1e-6), 6)  # α (4 + α) = 1
+    0.236068
+    """
+    x, points = 0.0, []
+    for _ in range(FIRST_TRIALS):
+        rate = allowed(math.exp(x))
+        if rate == 0:
+            x -= math.log(100)
+            continue
+        points.append((abs(x - math.log(rate)), x, math.log(rate)))
+        if points[-1][0] < tolerance:
+            break
+        if len(points) == 1:
+            x = math.log(rate)
+            continue
+        (_, x0, y0), (_, x1, y1) = points[-2:]
+        slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 0.0
+        x = x1 - (x1 - y1) / (1 - slope) if slope < 0.5 else y1
+    return math.exp(min(points)[1] if points else x)
+
+
+class RelativeChange:
+    """The noise of a step may change the parameters by η, relatively. Off: ∞.
+
+        α ‖d‖ ≤ η ‖w‖/√ν
+
+    over the coordinates that were not zero at the start: those have no scale. √ν is the noise's part of the length of a
+    step. A bound of the relative change is what LARS and LAMB give each layer (You, Gitman and Ginsburg 2017, arXiv
+    1708.03888; You et al. 2020, arXiv 1904.00962). One factor for all layers keeps the direction what P⁻¹ made it.
+    """
+
+    state: ClassVar = {"scaled": Kind.HELD}
+
+    def __init__(self, eta: float, held: Array) -> None:
+        xp = array_namespace(held)
+        self.eta = eta
+        self.scaled = xp.astype(held != 0, held.dtype)
+
+    def pairs(self, d: Array, held: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Return the pairs whose scalar products are ‖d‖² and ‖w‖² over the coordinates with a scale. Local."""
+        return (d * self.scaled, d), (held * self.scaled, held)
+
+    def limit(self, dd: float, ww: float, noise: float) -> float:
+        """Return the largest rate, given ‖d‖² and ‖w‖² of `pairs`, and ν. Local."""
+        return self.eta * math.sqrt(ww / (dd * noise)) if ww * dd * noise > 0 else math.inf
