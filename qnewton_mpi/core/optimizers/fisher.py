@@ -33,9 +33,9 @@ class Fisher(NaturalGradient[FisherSettings]):
         (F + ε I)⁻¹ z = (z − Σ_k λ_k/(λ_k + ε) u_k u_kᵀ z)/ε
 
     L (rank × held) has the rows √λ_k u_k. ε is a share of the mean eigenvalue of F, and at least the smallest one that
-    the rank keeps; the bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients are all equal, F = 0 and the step is that of gradient descent. F is updated
-    at every step until its rank is reached. Kin are TONGA (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see
-    docs/method.md.
+    the rank keeps; the bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients are all equal, F = 0
+    and the step is that of gradient descent. F is updated at every step until its rank is reached. Kin are TONGA (Le
+    Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/method.md.
 
     Examples
     --------
@@ -97,9 +97,8 @@ class Fisher(NaturalGradient[FisherSettings]):
         S[:kept, kept:] = S[kept:, :kept].T
         self.trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
         values, vectors = leading_eigenpairs(S, self.settings.rank)
-        epsilon = float(self.xp.finfo(G.dtype).eps)
-        differences = self.scale**2 * batch.squares.sum() * (10 * epsilon) ** 2  # of equal gradients: rounding
-        values = values[values > n * max(epsilon * values[0], differences)]
+        rounding = max(float(self.xp.finfo(G.dtype).eps) * values[0], self.rounding(batch))
+        values = values[values > n * rounding]
         self.eigenvalues = values
         self.factor = to_device(vectors[:, : len(values)].T, G) @ columns
         rest = max(0.0, self.trace - float(values.sum()))  # what the rank cuts off, in the bulk

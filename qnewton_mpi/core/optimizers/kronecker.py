@@ -110,7 +110,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
         self.inverse = self.xp.zeros_like(self.held)  # P⁻¹ as of the last update
         self.largest = 0.0  # of V
-        self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # of a layer without gradients
+        self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # where there is no gradient
 
     def parts(self) -> Mapping[str, Any]:
         return {**super().parts(), **{f"layer-{layer.start}": layer for layer in self.layers}}
@@ -133,7 +133,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
         for layer in self.layers:
             layer.total = variances[layer.span]
-        damped = [self.damped(layer.total) for layer in self.layers]
+        least = max(self.rounding(batch) / self.exchange.size, self.tiny)
+        damped = [self.damped(layer.total, least) for layer in self.layers]
         newton = 1 / self.xp.concat([self.held[:0], *damped])
         flattened = self.xp.concat([self.held[:0], *map(self.flattened, self.layers, damped)])
         pairs = [(variances, other) for other in (self.xp.ones_like(variances), newton, flattened)]
@@ -142,10 +143,10 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         self.largest = self.exchange.largest(float(self.xp.max(variances)) if own else 0.0)
         return mean
 
-    def damped(self, variances: Array) -> Array:
-        """Return V + ε of a layer, ε a share of the mean of V. Local."""
+    def damped(self, variances: Array, least: float) -> Array:
+        """Return V + ε of a layer, ε a share of the mean of V, at least what V has of rounding. Local."""
         share = self.settings.damping * FLAT_SHARE**self.flatness
-        return variances + self.xp.clip(share * self.xp.mean(variances), self.tiny, None)
+        return variances + self.xp.clip(share * self.xp.mean(variances), least, None)
 
     def flattened(self, layer: Layer, damped: Array) -> Array:
         """Return s^ν n^(−φ/4) (V + ε)^(φ/4 − 1) of a layer, n = Σ V (V + ε)^(φ/4 − 1) its noise. Local."""

@@ -32,7 +32,7 @@ BATCH = 256
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
 LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
 SHORTER = 0.1  # is a step whose loss is not finite
-FLAT, STEEP = 1e-15, 1e15  # what a measurement may say: so far rounding goes
+FLAT = 1e-30  # χ where the loss is linear along a step
 LIMITS = ("rate", "curvature", "change")  # which may decide how long a step is, by their numbers in the figure `limit`
 
 
@@ -63,16 +63,16 @@ class NaturalStep(Step):
         Before the step.
     dz : float
         dᵀz.
+    sizes : (float, float)
+        ‖d‖² and ‖w‖² over the coordinates that have a scale.
     noise : float
         ν.
-    longest : float
-        The largest rate by the relative change.
     """
 
     losses: NDArray[np.float64]
     dz: float
+    sizes: tuple[float, float]
     noise: float
-    longest: float
 
 
 class NaturalGradient(Optimizer[S]):
@@ -147,15 +147,12 @@ class NaturalGradient(Optimizer[S]):
         z = self.momentum.add(clip * mean if clip < 1 else mean, t)
         d = self.apply_inverse(z)
         pairs = (d, z), (d, d), (mean, d), *self.change.pairs(d, self.held)
-        dz, dd, gd, changes, sizes = self.exchange.dots(*pairs)
+        dz, dd, gd, *sizes = self.exchange.dots(*pairs)
         self.noise_share.add(self.known / self.batch * self.momentum.noise(t), dz)
-        noise = self.noise_share.unbiased
         figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
-        longest = self.change.limit(changes, sizes, noise)
         rate = self.noise_limited() if self.adaptive else self.chosen_rate()
-        return NaturalStep(
-            mean, d, rate, figures, (gg, dd, gd), losses=batch.losses, dz=dz, noise=noise, longest=longest
-        )
+        own = {"losses": batch.losses, "dz": dz, "sizes": tuple(sizes), "noise": self.noise_share.unbiased}
+        return NaturalStep(mean, d, rate, figures, (gg, dd, gd), **own)
 
     def noise_limited(self) -> float:
         """Return the rate auto. The noise counts as far as the steps are noise, of which there is no less than seen."""
@@ -168,15 +165,17 @@ class NaturalGradient(Optimizer[S]):
         t, length = self.steps, math.sqrt(step.norms[1])
         if t == 1:
             self.measure_first(step, loss_and_gradient)
-        limits = step.rate, self.curvature.limit(self.curvature.logarithm, step.noise), step.longest
-        rate = min(limits)
+        along, longest = self.curvature.limit(self.curvature.logarithm, step.noise), self.longest(step)
+        rate = min(step.rate, along, longest)
         if t > 1 and self.measures and self.curvature.due(t, self.interval(loss_and_gradient), rate * length):
             logarithm = self.measured(step, loss_and_gradient, rate)
             while math.isinf(logarithm):  # rather a short step than one to where the loss is not finite
                 rate *= SHORTER
                 logarithm = self.measured(step, loss_and_gradient, rate)
             self.curvature.add(logarithm, t, rate * length)
-            rate = min(rate, self.curvature.limit(logarithm, step.noise))
+            along = min(rate, self.curvature.limit(logarithm, step.noise))
+        limits = step.rate, along, longest
+        rate = min(limits)
         if not self.repeats:
             change, slope, predicted = self.displacement(step, rate)
             noise = self.rate_factor * rate * self.known / self.batch
@@ -230,7 +229,12 @@ class NaturalGradient(Optimizer[S]):
     def allowed(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
         """Return the rate that is allowed by what is measured at a rate; 0: the loss is not finite. Collective."""
         logarithm = self.measured(step, loss_and_gradient, rate)
-        return 0.0 if math.isinf(logarithm) else min(self.curvature.limit(logarithm, step.noise), step.longest)
+        along = 0.0 if math.isinf(logarithm) else self.curvature.limit(logarithm, step.noise)
+        return min(along, self.longest(step))
+
+    def longest(self, step: NaturalStep) -> float:
+        """Return the largest rate by the change: of its noise, or of all of it where no curvature is measured. Local."""
+        return self.change.limit(*step.sizes, step.noise if self.repeats else 1.0)
 
     def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
         """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
@@ -245,7 +249,7 @@ class NaturalGradient(Optimizer[S]):
         if not predicted > 0:
             return self.curvature.logarithm
         ratio = abs(2 * (float(losses.mean() - step.losses.mean()) - slope)) / predicted
-        return math.log(min(max(ratio, FLAT), STEEP)) if math.isfinite(ratio) else math.inf
+        return math.log(max(ratio, FLAT)) if math.isfinite(ratio) else math.inf
 
     def clip(self, batch: Batch, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
@@ -258,6 +262,10 @@ class NaturalGradient(Optimizer[S]):
         if self.trace == 0 or noise <= rounding:
             return 1.0
         return min(1.0, math.sqrt(bound_of(self.settings.outlier) * self.trace / (self.batch * noise)))
+
+    def rounding(self, batch: Batch) -> float:
+        """Return the trace that F has of equal gradients, whose differences are rounding: some ten units each. Local."""
+        return float(batch.squares.sum()) * (10 * self.scale * float(self.xp.finfo(self.held.dtype).eps)) ** 2
 
     @property
     def batch(self) -> int:

@@ -173,7 +173,8 @@ class SuccessiveGradients:
     @property
     def logarithm(self) -> float:
         """Log χ; 0 before it is known."""
-        return math.log(abs(self.curvature) / self.metric) if self.metric > 0 and self.curvature != 0 else 0.0
+        ratio = abs(self.curvature) / self.metric if self.metric > 0 else 0.0
+        return math.log(ratio) if ratio > 0 else 0.0
 
 
 def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float:
