@@ -629,18 +629,17 @@ def test_a_step_that_raises_changes_nothing(communicator, variant, step):
     np.testing.assert_array_equal(trajectory(optimizer, problem, 4), expected[step - 1 :])
 
 
-def test_what_the_noise_may_change():
-    """α ‖d‖ ≤ η ‖w‖/√ν over what was not zero at the start; no bound where nothing has a scale, or nothing is noise."""
-    start = np.array([3.0, 4.0, 0.0])
-    change = RelativeChange(0.02, start)
-    w, d = np.array([3.0, 4.0, 7.0]), np.array([0.6, 0.8, 100.0])
-    dd, ww = (float(x @ y) for x, y in change.pairs(d, w))
-    assert (dd, ww) == (pytest.approx(1), pytest.approx(25))
-    assert change.limit(dd, ww, 1.0) == pytest.approx(0.1)
-    assert change.limit(dd, ww, 0.25) == pytest.approx(0.2)
-    assert change.limit(dd, ww, 0.0) == change.limit(0.0, ww, 1.0) == np.inf
-    nowhere = RelativeChange(0.02, 0 * start)
-    assert nowhere.limit(*(float(x @ y) for x, y in nowhere.pairs(d, w)), 1.0) == np.inf
+def test_what_the_noise_may_change(communicator):
+    """α √ν r ≤ η over what was not zero at the start; no bound where nothing has a scale, or nothing is noise."""
+    start = np.array([3.0, 4.0, 0.0, 0.0, 2.0, 0.0])
+    exchange, spans = EXCHANGES["allgather"](communicator, REPLICAS, 6), [slice(0, 3), slice(3, 4), slice(4, 6)]
+    change = RelativeChange(0.02, exchange, spans, start)
+    w, d = np.array([3.0, 4.0, 7.0, 7.0, 2.0, 7.0]), np.array([0.6, 0.8, 100.0, 100.0, 4.0, 100.0])
+    assert change.squared(d, w) == pytest.approx((0.2**2 + 2**2) / 2)
+    assert change.limit(0.04, 1.0) == pytest.approx(0.1)
+    assert change.limit(0.04, 0.25) == pytest.approx(0.2)
+    assert change.limit(0.04, 0.0) == change.limit(0.0, 1.0) == np.inf
+    assert RelativeChange(0.02, exchange, spans, 0 * start).squared(d, w) == 0
 
 
 def test_what_curvature_allows():
@@ -651,11 +650,12 @@ def test_what_curvature_allows():
     assert curvature.limit(curvature.logarithm, 1.0) == pytest.approx(0.5)
     curvature.add(np.log(1), 2, 1.0)
     assert curvature.value == pytest.approx(2)
-    curvature.add(np.log(1e-15), 100, 1.0)
+    curvature.add(np.log(1e-15), 640, 1.0)
     assert curvature.value == pytest.approx(2 * 100**-0.3)
-    assert curvature.due(101, 10, 2.1)
-    assert not curvature.due(101, 10, 1.9)
-    assert curvature.due(110, 10, 0.1)
+    assert curvature.due(641, 10, 2.1)
+    assert not curvature.due(641, 10, 1.9)
+    assert curvature.due(650, 10, 0.1)
+    assert all(curvature.due(step, 10, 0.1) for step in range(1, 11))
 
 
 def test_a_bound_that_shortens_nearly_all_steps_is_told_once(communicator):
@@ -680,8 +680,8 @@ def test_rules_that_are_off_change_nothing(communicator):
     momentum = Momentum(0.0, w)
     for step in (1, 2, 3):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
-    change = RelativeChange(np.inf, w)
-    assert change.limit(1.0, 1.0, 1.0) == np.inf
+    change = RelativeChange(np.inf, EXCHANGES["allgather"](communicator, REPLICAS, SIZE), [slice(0, SIZE)], w)
+    assert change.limit(1.0, 1.0) == np.inf
     assert Curvature(np.inf).limit(3.0, 0.5) == np.inf
     problem = Quadratic(SIZE, REPLICAS)
     options = {"flattening": 0, "least_share": 1, "damping": 1e-3, **UNBOUNDED, "lr": 1e-3}

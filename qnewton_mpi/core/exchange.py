@@ -175,10 +175,19 @@ class Exchange(ABC):
 
     def dots(self, *pairs: tuple[Array, Array]) -> list[float]:
         """Return Σ x·y over all coordinates (and columns) of each pair of held arrays, the same on all ranks."""
-        part, xp = self.summed(), array_namespace(pairs[0][0])
+        return [float(value) for value in self.dots_of_parts([slice(0, self.size)], *pairs)[:, 0]]
+
+    def dots_of_parts(self, spans: Sequence[slice], *pairs: tuple[Array, Array]) -> Matrix:
+        """Return Σ x·y over the coordinates of each span, and columns, of each pair of held arrays: (pairs, spans)."""
+        part, first = self.summed(), self.held.start
+        parts = [
+            slice(max(part.start, span.start - first), max(part.start, min(part.stop, span.stop - first)))
+            for span in spans
+        ]
         # One array of all sums, so that a GPU is waited for once.
-        sums = xp.stack([inner(x[..., part], y[..., part]) for x, y in pairs])
-        return [float(value) for value in self._added(to_host(sums)[None])]
+        sums = [inner(x[..., own], y[..., own]) for x, y in pairs for own in parts]
+        partial = to_host(array_namespace(pairs[0][0]).stack(sums)).reshape(len(pairs), len(spans))
+        return self._added(partial[None])
 
     def largest(self, value: float) -> float:
         """Return the largest of the ranks' values."""

@@ -70,7 +70,7 @@ class RitzPairs:
         "residuals": Kind.SHARED,
         "_rayleigh": Kind.SHARED,
     }
-    varying: ClassVar = {"vectors": "pairs", "values": "pairs", "residuals": "pairs"}
+    lengths: ClassVar = {"vectors": "pairs", "values": "pairs", "residuals": "pairs"}
 
     def __init__(self, exchange: Exchange, directions: Array, smoothing: float = 0.0) -> None:
         self.exchange, self.smoothing = exchange, smoothing

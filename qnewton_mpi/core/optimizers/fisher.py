@@ -33,9 +33,9 @@ class Fisher(NaturalGradient[FisherSettings]):
         (F + ε I)⁻¹ z = (z − Σ_k λ_k/(λ_k + ε) u_k u_kᵀ z)/ε
 
     L (rank × held) has the rows √λ_k u_k. ε is a share of the mean eigenvalue of F, and at least the smallest one that
-    the rank keeps; the bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients are all equal, F = 0
-    and the step is that of gradient descent. F is updated at every step until its rank is reached. Kin are TONGA (Le
-    Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/method.md.
+    the rank keeps; the bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients are all equal,
+    F = 0 and the step is that of gradient descent. F is updated at every step until its rank is reached. Kin are TONGA
+    (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/method.md.
 
     Examples
     --------

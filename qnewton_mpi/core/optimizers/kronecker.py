@@ -46,11 +46,11 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         A = Σ_i X_iᵀ X_i,  Q_A ← qr((A + ρ I) Q_A)     running means, and their eigenbases by
         B = Σ_i X_i X_iᵀ,  Q_B ← qr((B + ρ I) Q_B)     orthogonal iteration
         V = Σ_i (Q_Bᵀ X_i Q_A)²                        elementwise: F's diagonal in this basis
-        (F + ε I)⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + min(ε, 0.3 mean V))] Q_Aᵀ
+        P⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + 0.3 mean V)] Q_Aᵀ
 
     That is for steps of signal alone. With ν the share of noise in a step's dᵀz and φ = ν², the last line is
 
-        P⁻¹ Z = c Q_B [s^ν (Q_Bᵀ Z Q_A) n^(−φ/4) (V + min(ε, 0.3 · 10^(−φ) mean V))^(φ/4 − 1)] Q_Aᵀ
+        P⁻¹ Z = c Q_B [s^ν (Q_Bᵀ Z Q_A) n^(−φ/4) (V + ε)^(φ/4 − 1)] Q_Aᵀ,    ε = 0.3 · 10^(−φ) mean V
 
     where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and c leaves the noise of all layers, tr(P⁻¹F), as it is with
     1/(V + ε). Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
@@ -84,15 +84,14 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     ...     errors = x[replica] @ w.reshape(2, 3).T - y[replica]
     ...     return float((errors**2).sum()) / 64, (errors.T @ x[replica] / 32).reshape(-1)
     >>> exchange = AllgatherExchange(Communicator(), replicas=8, size=6)
-    >>> settings = Kronecker.settings_type(max_divergence=0.1)  # the default is for deep networks
-    >>> optimizer = Kronecker(settings, np.zeros(6), exchange, samples=32, shapes=[(2, 3)])
+    >>> optimizer = Kronecker(Kronecker.settings_type(), np.zeros(6), exchange, samples=32, shapes=[(2, 3)])
     >>> losses = [optimizer.step(loss_and_gradient)["loss"] for _ in range(50)]
     >>> losses[0] > 9, losses[-1] < 1
     (True, True)
     """
 
     settings_type = KroneckerSettings
-    state: ClassVar = {**NaturalGradient.state, "inverse": Kind.HELD, "largest": Kind.SHARED}
+    state: ClassVar = {**NaturalGradient.state, "inverse": Kind.HELD, "largest": Kind.SHARED, "rounded": Kind.SHARED}
     figures = (*NaturalGradient.figures, "largest_eigenvalue")
 
     @classmethod
@@ -110,6 +109,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
         self.inverse = self.xp.zeros_like(self.held)  # P⁻¹ as of the last update
         self.largest = 0.0  # of V
+        self.rounded = 0.0  # what V has of rounding
         self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # where there is no gradient
 
     def parts(self) -> Mapping[str, Any]:
@@ -133,7 +133,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
         for layer in self.layers:
             layer.total = variances[layer.span]
-        least = max(self.rounding(batch) / self.exchange.size, self.tiny)
+        self.rounded += self.weight * (self.rounding(batch) / self.exchange.size - self.rounded)
+        least = max(self.rounded, self.tiny)
         damped = [self.damped(layer.total, least) for layer in self.layers]
         newton = 1 / self.xp.concat([self.held[:0], *damped])
         flattened = self.xp.concat([self.held[:0], *map(self.flattened, self.layers, damped)])

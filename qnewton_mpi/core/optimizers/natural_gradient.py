@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.optimizers.rules import (
     RUNNING,
@@ -28,7 +29,7 @@ from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
 
 BATCH = 256
-# Steps between measurements of χ: they cost 3 to 4% of the gradients, a loss alone being a third of one.
+# Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
 LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
 SHORTER = 0.1  # is a step whose loss is not finite
@@ -45,7 +46,7 @@ class NaturalGradientSettings(Settings):
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
     curvature: float = setting(1.0, "C, of the largest rate C (1 + ν)/χ; 0: no bound", NOT_NEGATIVE)
-    relative_change: float = setting(0.02, "η, that the noise of a step may make; 0: no bound", NOT_NEGATIVE)
+    relative_change: float = setting(0.02, "η, of a layer, that noise may make in a step; 0: no bound", NOT_NEGATIVE)
     outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
     gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
 
@@ -63,15 +64,15 @@ class NaturalStep(Step):
         Before the step.
     dz : float
         dᵀz.
-    sizes : (float, float)
-        ‖d‖² and ‖w‖² over the coordinates that have a scale.
+    change : float
+        r², the squared relative change of a layer for α = 1, mean over the layers.
     noise : float
         ν.
     """
 
     losses: NDArray[np.float64]
     dz: float
-    sizes: tuple[float, float]
+    change: float
     noise: float
 
 
@@ -88,7 +89,7 @@ class NaturalGradient(Optimizer[S]):
         χ        2 [f_B(w − α d) − f_B(w) + α ḡᵀd]/(α² dᵀz), a running mean, measured every few steps
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
                                 C (1 + ν)/χ                                             what curvature allows
-                                η ‖w‖/(√ν ‖d‖)                                          what the noise may change
+                                η/√(ν mean_l (‖d_l‖/‖w_l‖)²)                            what the noise may change
         w        w − α d
 
     Nothing of it changes where a constant is added to the loss, or the loss multiplied by one.
@@ -107,12 +108,12 @@ class NaturalGradient(Optimizer[S]):
     figures = (*Optimizer.figures, "clip", "shrink", "noise_share", "curvature", "limit")
 
     def start(self) -> None:
-        s = self.settings
+        s, spans = self.settings, [slice(layer.start, layer.stop) for layer in layer_shapes(self.shapes)]
         self.momentum = Momentum(s.momentum, self.held)
         self.noise_share = NoiseShare()
         self.curvature = Curvature(bound_of(s.curvature))
         self.successive = SuccessiveGradients(self.exchange, self.held)
-        self.change = RelativeChange(bound_of(s.relative_change), self.held)
+        self.change = RelativeChange(bound_of(s.relative_change), self.exchange, spans, self.held)
         self.updates = 0
         self.trace = 0.0  # of F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
@@ -146,13 +147,21 @@ class NaturalGradient(Optimizer[S]):
         clip = self.clip(batch, gg)
         z = self.momentum.add(clip * mean if clip < 1 else mean, t)
         d = self.apply_inverse(z)
-        pairs = (d, z), (d, d), (mean, d), *self.change.pairs(d, self.held)
-        dz, dd, gd, *sizes = self.exchange.dots(*pairs)
+        dz, dd, gd = self.exchange.dots((d, z), (d, d), (mean, d))
         self.noise_share.add(self.known / self.batch * self.momentum.noise(t), dz)
         figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
         rate = self.noise_limited() if self.adaptive else self.chosen_rate()
-        own = {"losses": batch.losses, "dz": dz, "sizes": tuple(sizes), "noise": self.noise_share.unbiased}
-        return NaturalStep(mean, d, rate, figures, (gg, dd, gd), **own)
+        return NaturalStep(
+            mean,
+            d,
+            rate,
+            figures,
+            (gg, dd, gd),
+            losses=batch.losses,
+            dz=dz,
+            change=self.change.squared(d, self.held),
+            noise=self.noise_share.unbiased,
+        )
 
     def noise_limited(self) -> float:
         """Return the rate auto. The noise counts as far as the steps are noise, of which there is no less than seen."""
@@ -233,8 +242,8 @@ class NaturalGradient(Optimizer[S]):
         return min(along, self.longest(step))
 
     def longest(self, step: NaturalStep) -> float:
-        """Return the largest rate by the change: of its noise, or of all of it where no curvature is measured. Local."""
-        return self.change.limit(*step.sizes, step.noise if self.repeats else 1.0)
+        """Return the largest rate by the change: by noise, or by all of d where no curvature is measured. Local."""
+        return self.change.limit(step.change, step.noise if self.repeats else 1.0)
 
     def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
         """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
@@ -264,7 +273,7 @@ class NaturalGradient(Optimizer[S]):
         return min(1.0, math.sqrt(bound_of(self.settings.outlier) * self.trace / (self.batch * noise)))
 
     def rounding(self, batch: Batch) -> float:
-        """Return the trace that F has of equal gradients, whose differences are rounding: some ten units each. Local."""
+        """Return the trace that F has of equal gradients, whose differences are rounding: some ten units. Local."""
         return float(batch.squares.sum()) * (10 * self.scale * float(self.xp.finfo(self.held.dtype).eps)) ** 2
 
     @property

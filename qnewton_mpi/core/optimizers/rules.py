@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from qnewton_mpi.core.exchange import Exchange
@@ -105,15 +106,16 @@ class Curvature:
     of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded elsewhere.
 
     It is measured in each of the first ten steps, then every few, and where a step is twice as long as the one that was
-    measured last. log χ is a running mean. Along negative curvature, which P has not, |c| is as good a measure of how
-    far the quadratic model goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c| says nothing. So
-    a measurement counts as no less than a hundredth of χ. Off: C = ∞.
+    measured last. log χ is a running mean. Along negative curvature, which P has not, |c| is as good a
+    measure of how far the quadratic model goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c|
+    says nothing. So a measurement counts as no less than a hundredth of χ. Off: C = ∞.
     """
 
-    state: ClassVar = {"logarithm": Kind.SHARED, "known": Kind.SHARED, "length": Kind.SHARED}
+    state: ClassVar = dict.fromkeys(("logarithm", "measured", "length"), Kind.SHARED)
 
     def __init__(self, factor: float) -> None:
-        self.factor, self.logarithm, self.known, self.length = factor, 0.0, False, 0.0
+        self.factor, self.logarithm = factor, 0.0
+        self.measured, self.length = 0, 0.0  # the step that was measured last, from 1, and its length
 
     @property
     def value(self) -> float:
@@ -125,16 +127,14 @@ class Curvature:
         return self.factor * (1 + noise) * math.exp(-logarithm)
 
     def due(self, step: int, every: int, length: float) -> bool:
-        """Tell whether it is to be measured at a step, from 1, of this length."""
+        """Tell whether it is to be measured at a step of this length, as every so many are after the first ten."""
         return step <= FIRST_STEPS or step % every == 0 or length > LONGER * self.length
 
     def add(self, logarithm: float, step: int, length: float) -> None:
-        """Take in log χ of a step, from 1, of this length."""
-        self.length = length
-        weight = max(CURVATURE_WEIGHT, 1 / step) if self.known else 1.0
-        change = logarithm - self.logarithm
-        self.logarithm += weight * max(change, -math.log(DOWN)) if self.known else logarithm
-        self.known = True
+        """Take in log χ of a step of this length."""
+        change = max(logarithm - self.logarithm, -math.log(DOWN))
+        self.logarithm += max(CURVATURE_WEIGHT, 1 / step) * change if self.measured else logarithm
+        self.measured, self.length = step, length
 
 
 class SuccessiveGradients:
@@ -211,26 +211,29 @@ def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float:
 
 
 class RelativeChange:
-    """The noise of a step may change the parameters by η, relatively. Off: ∞.
+    """The noise of a step may change a layer by η, relatively, in the root mean square over the layers. Off: ∞.
 
-        α ‖d‖ ≤ η ‖w‖/√ν
+        α √ν r ≤ η,    r² = mean over l of (‖d_l‖/‖w_l‖)²
 
     over the coordinates that were not zero at the start: those have no scale. √ν is the noise's part of the length of a
-    step. A bound of the relative change is what LARS and LAMB give each layer (You, Gitman and Ginsburg 2017, arXiv
-    1708.03888; You et al. 2020, arXiv 1904.00962). One factor for all layers keeps the direction what P⁻¹ made it.
+    step. A relative change of each layer is what LARS and LAMB prescribe (You, Gitman and Ginsburg 2017, arXiv
+    1708.03888; You et al. 2020, arXiv 1904.00962). One factor for all keeps the direction what P⁻¹ made it.
     """
 
     state: ClassVar = {"scaled": Kind.HELD}
 
-    def __init__(self, eta: float, held: Array) -> None:
+    def __init__(self, eta: float, exchange: Exchange, spans: Sequence[slice], held: Array) -> None:
         xp = array_namespace(held)
-        self.eta = eta
+        self.eta, self.exchange, self.spans = eta, exchange, spans
         self.scaled = xp.astype(held != 0, held.dtype)
 
-    def pairs(self, d: Array, held: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """Return the pairs whose scalar products are ‖d‖² and ‖w‖² over the coordinates with a scale. Local."""
-        return (d * self.scaled, d), (held * self.scaled, held)
+    def squared(self, d: Array, held: Array) -> float:
+        """Return r², 0 where no layer has a scale. Collective."""
+        pairs = (d * self.scaled, d), (held * self.scaled, held)
+        changes, sizes = self.exchange.dots_of_parts(self.spans, *pairs)
+        known = sizes > 0
+        return float(np.mean(changes[known] / sizes[known])) if known.any() else 0.0
 
-    def limit(self, dd: float, ww: float, noise: float) -> float:
-        """Return the largest rate, given ‖d‖² and ‖w‖² of `pairs`, and ν. Local."""
-        return self.eta * math.sqrt(ww / (dd * noise)) if ww * dd * noise > 0 else math.inf
+    def limit(self, squared: float, noise: float) -> float:
+        """Return the largest rate, given r² and ν. Local."""
+        return self.eta / math.sqrt(squared * noise) if squared * noise > 0 else math.inf
