@@ -33,7 +33,7 @@ BATCH = 256
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
 LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
 SHORTER = 0.1  # is a step whose loss is not finite
-FLAT = 1e-30  # χ where the loss is linear along a step
+FLAT = 1e-15  # χ where the loss is linear along a step
 LIMITS = ("rate", "curvature", "change")  # which may decide how long a step is, by their numbers in the figure `limit`
 
 
