@@ -14,13 +14,14 @@ batches     (deflated) gradient and probe of a secant are of different batches
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from extended_study import run
 
 from qnewton_mpi.core.optimizers import Deflated, Fisher, Kronecker, Optimizer
-from qnewton_mpi.core.optimizers.base import Array, LossAndGradient
+from qnewton_mpi.core.optimizers.base import Array, Batch, LossAndGradient
 
 
 def random(differences: Array, generator: np.random.Generator) -> Array:
@@ -39,9 +40,10 @@ def spoiled(kind: type[Optimizer[Any]], spoil: Any) -> type[Optimizer[Any]]:
     """Return the method `kind` on spoiled differences. One rank."""
 
     class Spoiled(kind):  # type: ignore[valid-type, misc]
-        def update(self, gradients: Array) -> Array:
-            mean = gradients.mean(axis=0)
-            return super().update(mean + spoil(gradients - mean, np.random.default_rng([self.seed, self.steps])))
+        def update(self, batch: Batch) -> Array:
+            mean = batch.rows.mean(axis=0)
+            differences = spoil(batch.rows - mean, np.random.default_rng([self.seed, self.steps]))
+            return super().update(replace(batch, rows=mean + differences))
 
     return Spoiled
 
@@ -58,11 +60,13 @@ class Uncentred(Fisher):
 class DifferentBatches(Deflated):
     """`deflated` with replica i's probes on the batch of replica i + 1."""
 
-    def evaluate(self, loss_and_gradient: LossAndGradient, displacements: Array | None = None) -> tuple[Array, float]:
+    def evaluate(
+        self, loss_and_gradient: LossAndGradient, displacements: Array | None = None, trial: bool = False
+    ) -> Batch:
         def shifted(parameters: Array, replica: int) -> tuple[float, Array]:
             return loss_and_gradient(parameters, (replica + 1) % self.exchange.replicas)
 
-        return super().evaluate(loss_and_gradient if displacements is None else shifted, displacements)
+        return super().evaluate(loss_and_gradient if displacements is None else shifted, displacements, trial)
 
 
 if __name__ == "__main__":
