@@ -695,3 +695,19 @@ def test_rules_that_are_off_change_nothing(communicator):
 
 def test_every_method_is_covered():
     assert {method for method, _ in VARIANTS.values()} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("variant", ["kronecker", "fisher"])
+def test_a_loss_that_can_no_longer_be_had(communicator, variant):
+    """After ten steps it is nowhere finite but where its gradient is taken: steps go on by successive gradients."""
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
+
+    def loss_and_gradient(w, replica):
+        loss, gradient = problem(w, replica)
+        there = optimizer.steps <= 10 or np.array_equal(w, optimizer.parameters)
+        return (loss if there else np.nan), gradient
+
+    trajectory(optimizer, loss_and_gradient, 60)
+    assert not optimizer.repeats
+    assert optimizer.steps == 60

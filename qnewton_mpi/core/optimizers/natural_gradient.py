@@ -32,7 +32,7 @@ BATCH = 256
 # Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
 LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
-SHORTER = 0.1  # is a step whose loss is not finite
+SHORTER, SHORTENINGS = 0.1, 10  # is a step whose loss is not finite, and how often
 FLAT = 1e-15  # χ where the loss is linear along a step
 LIMITS = ("rate", "curvature", "change")  # which may decide how long a step is, by their numbers in the figure `limit`
 
@@ -178,11 +178,17 @@ class NaturalGradient(Optimizer[S]):
         rate = min(step.rate, along, longest)
         if t > 1 and self.measures and self.curvature.due(t, self.interval(loss_and_gradient), rate * length):
             logarithm = self.measured(step, loss_and_gradient, rate)
-            while math.isinf(logarithm):  # rather a short step than one to where the loss is not finite
+            for _ in range(SHORTENINGS):  # rather a short step than one to where the loss is not finite
+                if math.isfinite(logarithm):
+                    break
                 rate *= SHORTER
                 logarithm = self.measured(step, loss_and_gradient, rate)
-            self.curvature.add(logarithm, t, rate * length)
-            along = min(rate, self.curvature.limit(logarithm, step.noise))
+            self.repeats = math.isfinite(logarithm)
+            if self.repeats:
+                self.curvature.add(logarithm, t, rate * length)
+                along = min(rate, self.curvature.limit(logarithm, step.noise))
+            else:  # it cannot be had at all
+                along, longest = rate, self.longest(step)
         limits = step.rate, along, longest
         rate = min(limits)
         if not self.repeats:
