@@ -27,6 +27,7 @@ PLAIN = {
         "η": "eta",
         "κ": "kappa",
         "λ": "lambda",
+        "ν": "nu",
         "ρ": "rho",
         "σ": "sigma",
         "χ": "chi",
