@@ -361,7 +361,7 @@ class QuasiNewton(torch.optim.Optimizer):
                 self._replica = k
                 for p in self._tensors:
                     p.grad = None
-                with contextlib.suppress(Exception), self._surroundings.of(k), without_gradients():
+                with contextlib.suppress(Exception), self._surroundings.of(k), without_traces():
                     losses[k] = _number(self._closure())
         finally:
             self._parameters.rebind()
@@ -467,15 +467,39 @@ class Evaluations:
 
 
 @contextlib.contextmanager
-def without_gradients() -> Iterator[None]:
-    """Let what is called compute a loss alone: without a graph, and with `backward` doing nothing."""
-    backward = torch.autograd.backward
-    torch.autograd.backward = lambda *_, **__: None  # what Tensor.backward calls
+def without_traces() -> Iterator[None]:
+    """Let what is called compute a loss and leave nothing behind: neither gradients nor running statistics.
+
+    Without a graph; `backward` and `zero_grad` do nothing, and the buffers of modules are what they were afterwards.
+    """
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(module: torch.nn.Module, *_: Any) -> None:
+        for buffer in module.buffers(recurse=False):
+            kept.setdefault(id(buffer), (buffer, buffer.clone()))
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    places: list[tuple[Any, str]] = [
+        (torch.autograd, "backward"),
+        (torch.nn.Module, "zero_grad"),
+        (torch.optim.Optimizer, "zero_grad"),
+    ]
+    before = [getattr(owner, name) for owner, name in places]  # Tensor.backward calls that of autograd
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
     try:
+        for owner, name in places:
+            setattr(owner, name, nothing)
         with torch.no_grad():
             yield
     finally:
-        torch.autograd.backward = backward
+        hook.remove()
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, function)
+        with torch.no_grad():
+            for buffer, value in kept.values():
+                buffer.copy_(value)
 
 
 def _number(loss: Any) -> float:

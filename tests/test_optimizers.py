@@ -14,7 +14,7 @@ from qnewton_mpi.core.optimizers.rules import Curvature, Momentum, RelativeChang
 from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.core.state import objects
-from qnewton_mpi.errors import NonFiniteGradientError
+from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import to_host
 
@@ -645,12 +645,14 @@ def test_what_the_noise_may_change(communicator):
 def test_what_curvature_allows():
     """1/χ for signal, 2/χ for noise; χ a running mean of its logarithm, to which a zero counts as a hundredth."""
     curvature = Curvature(1.0)
-    curvature.add(np.log(4), 1, 1.0)
-    assert curvature.limit(curvature.logarithm, 0.0) == pytest.approx(0.25)
-    assert curvature.limit(curvature.logarithm, 1.0) == pytest.approx(0.5)
-    curvature.add(np.log(1), 2, 1.0)
+    curvature.add(np.log(4), 1, 1.0, 0.5, 9.0)
+    assert curvature.newest == pytest.approx(1.5 / 4)
+    assert curvature.limit(0.0) == pytest.approx(0.25)
+    assert curvature.limit(1.0) == pytest.approx(0.5)
+    curvature.add(np.log(1), 2, 1.0, 0.0, 0.1)
     assert curvature.value == pytest.approx(2)
-    curvature.add(np.log(1e-15), 640, 1.0)
+    assert curvature.newest == 0.1
+    curvature.add(np.log(1e-15), 640, 1.0, 0.0, 9.0)
     assert curvature.value == pytest.approx(2 * 100**-0.3)
     assert curvature.due(641, 10, 2.1)
     assert not curvature.due(641, 10, 1.9)
@@ -682,7 +684,7 @@ def test_rules_that_are_off_change_nothing(communicator):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
     change = RelativeChange(np.inf, EXCHANGES["allgather"](communicator, REPLICAS, SIZE), [slice(0, SIZE)], w)
     assert change.limit(1.0, 1.0) == np.inf
-    assert Curvature(np.inf).limit(3.0, 0.5) == np.inf
+    assert Curvature(np.inf).limit(0.5) == np.inf
     problem = Quadratic(SIZE, REPLICAS)
     options = {"flattening": 0, "least_share": 1, "damping": 1e-3, **UNBOUNDED, "lr": 1e-3}
     optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, **options)
@@ -708,6 +710,43 @@ def test_a_loss_that_can_no_longer_be_had(communicator, variant):
         there = optimizer.steps <= 10 or np.array_equal(w, optimizer.parameters)
         return (loss if there else np.nan), gradient
 
-    trajectory(optimizer, loss_and_gradient, 60)
+    with pytest.warns(UserWarning, match="successive gradients") as told:
+        trajectory(optimizer, loss_and_gradient, 60)
+    assert len(told) == 1
     assert not optimizer.repeats
     assert optimizer.steps == 60
+
+
+@pytest.mark.parametrize("variant", ["kronecker", "fisher"])
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5])
+def test_a_loss_that_is_not_the_gradients(communicator, variant, part):
+    """Gradients that were clipped or scaled: the curvature of their steps is not measured by the loss."""
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
+    before = np.mean([problem(problem.start, k)[0] for k in range(REPLICAS)])
+
+    def scaled(w, replica):
+        loss, gradient = problem(w, replica)
+        return loss, (part or 1 / np.linalg.norm(gradient)) * gradient
+
+    with pytest.warns(UserWarning, match="successive gradients"):
+        trajectory(optimizer, scaled, 150)
+    assert np.mean([problem(optimizer.parameters, k)[0] for k in range(REPLICAS)]) < 0.7 * before
+
+
+def test_a_trial_that_raises_an_error_of_arithmetic_is_no_loss(communicator):
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS)
+
+    def narrow(w, replica):
+        if np.linalg.norm(w - problem.start) > 0.1:
+            raise OverflowError("math range error")
+        return problem(w, replica)
+
+    assert 0 < optimizer.step(narrow)["step_norm"] <= 0.1
+
+
+def test_a_rate_without_a_bound_is_refused(communicator):
+    problem = Quadratic(SIZE, REPLICAS)
+    with pytest.raises(UserError, match="has no bound"):
+        make_optimizer("kronecker", problem, communicator, REPLICAS, **UNBOUNDED)

@@ -356,7 +356,9 @@ class Optimizer(ABC, Generic[S]):
             self.trials += self.exchange.replicas
         else:
             self.evaluations += self.exchange.replicas
-        with self.evaluating():
+        losses: Array = np.full(len(local), np.inf)
+        # Wherever a trial leads, and however the program says that it cannot compute a loss there.
+        with self.evaluating(), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError):
             if losses_of:
                 losses = losses_of(point, local)
             else:

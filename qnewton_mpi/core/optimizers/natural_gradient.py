@@ -26,14 +26,17 @@ from qnewton_mpi.core.optimizers.rules import (
 from qnewton_mpi.core.rate import noise_limited_rate
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
+from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.device import Array
 
 BATCH = 256
 # Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
 LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
-SHORTER, SHORTENINGS = 0.1, 10  # is a step whose loss is not finite, and how often
-FLAT = 1e-15  # χ where the loss is linear along a step
+CHECK_EVERY = 50  # steps between looks at whether the loss is quadratic
+QUARTERS = 10  # of a rate, at most, to where it is
+FARTHER = 100.0  # times as far is looked where the loss is linear
+ROUNDING = 4.0  # units of the loss
 LIMITS = ("rate", "curvature", "change")  # which may decide how long a step is, by their numbers in the figure `limit`
 
 
@@ -108,6 +111,12 @@ class NaturalGradient(Optimizer[S]):
     figures = (*Optimizer.figures, "clip", "shrink", "noise_share", "curvature", "limit")
 
     def start(self) -> None:
+        if self.adaptive and not any(
+            (self.settings.curvature, self.settings.relative_change, self.settings.gain_share)
+        ):
+            raise UserError(
+                "the rate auto has no bound: let one of curvature, relative_change, gain_share be more than 0"
+            )
         s, spans = self.settings, [slice(layer.start, layer.stop) for layer in layer_shapes(self.shapes)]
         self.momentum = Momentum(s.momentum, self.held)
         self.noise_share = NoiseShare()
@@ -171,35 +180,41 @@ class NaturalGradient(Optimizer[S]):
     def bound(self, step: Step, loss_and_gradient: LossAndGradient) -> Step:
         assert isinstance(step, NaturalStep)
         assert step.norms is not None
-        t, length = self.steps, math.sqrt(step.norms[1])
-        if t == 1:
-            self.measure_first(step, loss_and_gradient)
-        along, longest = self.curvature.limit(self.curvature.logarithm, step.noise), self.longest(step)
-        rate = min(step.rate, along, longest)
-        if t > 1 and self.measures and self.curvature.due(t, self.interval(loss_and_gradient), rate * length):
-            logarithm = self.measured(step, loss_and_gradient, rate)
-            for _ in range(SHORTENINGS):  # rather a short step than one to where the loss is not finite
-                if math.isfinite(logarithm):
-                    break
-                rate *= SHORTER
-                logarithm = self.measured(step, loss_and_gradient, rate)
-            self.repeats = math.isfinite(logarithm)
-            if self.repeats:
-                self.curvature.add(logarithm, t, rate * length)
-                along = min(rate, self.curvature.limit(logarithm, step.noise))
-            else:  # it cannot be had at all
-                along, longest = rate, self.longest(step)
-        limits = step.rate, along, longest
+        if self.measures and step.dz > 0:
+            if not self.curvature.measured:
+                self.measure_first(step, loss_and_gradient)
+            elif self.curvature.due(
+                self.steps, self.interval(loss_and_gradient), self.length(step, self.rate_of(step))
+            ):
+                self.measure(step, loss_and_gradient, self.rate_of(step))
+        limits = self.limits(step)
         rate = min(limits)
         if not self.repeats:
             change, slope, predicted = self.displacement(step, rate)
             noise = self.rate_factor * rate * self.known / self.batch
-            self.successive.follow(change, slope, self.momentum.newest(t) * noise, predicted)
+            self.successive.follow(change, slope, self.momentum.newest(self.steps) * noise, predicted)
         wanted = min(limits[:2])
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
         self.note_shortening(shrink)
         figures = {"shrink": shrink, "curvature": self.curvature.value, "limit": float(np.argmin(limits))}
         return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms)
+
+    def limits(self, step: NaturalStep) -> tuple[float, float, float]:
+        """Return the largest rates by noise or the settings, by curvature, and by the change, as in `LIMITS`. Local.
+
+        Where no curvature is measured, all of a step may change what else its noise may.
+        """
+        now = self.curvature.measured == self.steps
+        along = min(self.curvature.limit(step.noise), self.curvature.newest if now else math.inf)
+        return step.rate, along, self.change.limit(step.change, step.noise if self.repeats else 1.0)
+
+    def rate_of(self, step: NaturalStep) -> float:
+        return min(self.limits(step))
+
+    def length(self, step: NaturalStep, rate: float) -> float:
+        """Return ‖Δw‖. Local."""
+        assert step.norms is not None
+        return self.rate_factor * rate * math.sqrt(step.norms[1])
 
     def note_shortening(self, shrink: float) -> None:
         """Take in what part of a step the bound of its change leaves; tell once where that is little at most steps."""
@@ -226,30 +241,60 @@ class NaturalGradient(Optimizer[S]):
     def measure_first(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> None:
         """Measure χ where the first step leads, after a look at whether the losses can be had again. Collective.
 
-        They cannot where they are others at the same point, or the same at another one.
+        They cannot where they are others at the same point, or the same at another one; nor are they of the gradient
+        where no rate allows itself.
         """
-        if not self.measures or not step.dz > 0:
+        there = self.displacement(step, 1.0)[0]
+        points = self.xp.zeros_like(there), there, there
+        again, once, twice = (self.losses_at(loss_and_gradient, point) for point in points)
+        same = np.allclose(again, step.losses, rtol=1e-6, atol=0) and (once == twice).all()
+        if not same or (once == step.losses).all():
+            self.repeats = False
             return
-        again = self.losses_at(loss_and_gradient, self.xp.zeros_like(self.held))
-        self.repeats = bool(np.allclose(again, step.losses, rtol=1e-6))
-        if self.repeats:
-            there = self.losses_at(loss_and_gradient, self.displacement(step, 1.0)[0])
-            self.repeats = bool((there != step.losses).any())
-        if self.repeats:
-            tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
-            rate = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
-            assert step.norms is not None
-            self.curvature.add(self.measured(step, loss_and_gradient, rate), 1, rate * math.sqrt(step.norms[1]))
+        tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
+        rate = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
+        if rate is not None:
+            self.measure(step, loss_and_gradient, rate)
+        if self.repeats and not self.curvature.measured and self.rate_factor >= 1:
+            self.stop_measuring(step)
 
     def allowed(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
         """Return the rate that is allowed by what is measured at a rate; 0: the loss is not finite. Collective."""
         logarithm = self.measured(step, loss_and_gradient, rate)
-        along = 0.0 if math.isinf(logarithm) else self.curvature.limit(logarithm, step.noise)
-        return min(along, self.longest(step))
+        along = 0.0 if math.isinf(logarithm) else self.curvature.factor * (1 + step.noise) * math.exp(-logarithm)
+        return min(FARTHER * rate if math.isnan(along) else along, self.limits(step)[2])
 
-    def longest(self, step: NaturalStep) -> float:
-        """Return the largest rate by the change: by noise, or by all of d where no curvature is measured. Local."""
-        return self.change.limit(step.change, step.noise if self.repeats else 1.0)
+    def measure(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> None:
+        """Take χ along the step in, at a rate or where the loss is quadratic from there down. Collective.
+
+        Of a curvature c ∝ α² a quarter of the rate has a sixteenth. Where it has more than an eighth, a rate that much
+        shorter is looked at. That is done where χ is more than twice what is known, and at every 50th step.
+        """
+        logarithm, t = self.measured(step, loss_and_gradient, rate), self.steps
+        known = self.curvature.logarithm if self.curvature.measured else -math.inf
+        if logarithm > known + math.log(2) or t % CHECK_EVERY == 0:
+            for k in range(QUARTERS):
+                quarter = self.measured(step, loss_and_gradient, rate / 4)
+                if math.isfinite(logarithm) and quarter < logarithm + math.log(2) or math.isnan(quarter) and k == 0:
+                    break
+                if math.isnan(quarter) or k == QUARTERS - 1:  # never, down to rounding
+                    self.stop_measuring(step)
+                    return
+                rate, logarithm = rate / 4, quarter
+        if math.isfinite(logarithm):
+            self.curvature.add(logarithm, t, self.length(step, rate), step.noise, rate)
+
+    def stop_measuring(self, step: NaturalStep) -> None:
+        """Go on by successive gradients: the loss is not the one of this gradient. Local."""
+        self.repeats = False
+        if self.curvature.measured:
+            self.successive.begin(self.curvature.value, step.dz)
+        if self.exchange.communicator.rank == 0:
+            warnings.warn(
+                "the loss does not change along a step as its gradient says (clipped, scaled or decayed in the closure? "
+                "other samples at each call? a large constant?): its curvature is taken from successive gradients",
+                stacklevel=2,
+            )
 
     def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
         """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
@@ -258,13 +303,17 @@ class NaturalGradient(Optimizer[S]):
         return -rate * step.direction, -rate * step.norms[2], rate**2 * step.dz
 
     def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
-        """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective."""
+        """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective.
+
+        Not a number where the loss's curvature is rounding.
+        """
         change, slope, predicted = self.displacement(step, rate)
         losses = self.losses_at(loss_and_gradient, change)
-        if not predicted > 0:
-            return self.curvature.logarithm
-        ratio = abs(2 * (float(losses.mean() - step.losses.mean()) - slope)) / predicted
-        return math.log(max(ratio, FLAT)) if math.isfinite(ratio) else math.inf
+        curvature = abs(2 * (float(losses.mean() - step.losses.mean()) - slope))
+        if not math.isfinite(curvature):
+            return math.inf
+        rounding = ROUNDING * float(self.xp.finfo(self.held.dtype).eps) * float(np.abs(step.losses).mean())
+        return math.log(curvature / predicted) if curvature > rounding and predicted > 0 else math.nan
 
     def clip(self, batch: Batch, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.

@@ -111,30 +111,32 @@ class Curvature:
     says nothing. So a measurement counts as no less than a hundredth of χ. Off: C = ∞.
     """
 
-    state: ClassVar = dict.fromkeys(("logarithm", "measured", "length"), Kind.SHARED)
+    state: ClassVar = dict.fromkeys(("logarithm", "measured", "length", "newest"), Kind.SHARED)
 
     def __init__(self, factor: float) -> None:
         self.factor, self.logarithm = factor, 0.0
         self.measured, self.length = 0, 0.0  # the step that was measured last, from 1, and its length
+        self.newest = math.inf  # the rate that it allowed
 
     @property
     def value(self) -> float:
         """χ; 1 before it is known."""
         return math.exp(self.logarithm)
 
-    def limit(self, logarithm: float, noise: float) -> float:
-        """Return the largest rate, given log χ and ν."""
-        return self.factor * (1 + noise) * math.exp(-logarithm)
+    def limit(self, noise: float) -> float:
+        """Return the largest rate, given ν."""
+        return self.factor * (1 + noise) * math.exp(-self.logarithm)
 
     def due(self, step: int, every: int, length: float) -> bool:
         """Tell whether it is to be measured at a step of this length, as every so many are after the first ten."""
         return step <= FIRST_STEPS or step % every == 0 or length > LONGER * self.length
 
-    def add(self, logarithm: float, step: int, length: float) -> None:
-        """Take in log χ of a step of this length."""
+    def add(self, logarithm: float, step: int, length: float, noise: float, rate: float) -> None:
+        """Take in log χ of a step of this length, ν and rate, beyond which it does not go."""
         change = max(logarithm - self.logarithm, -math.log(DOWN))
         self.logarithm += max(CURVATURE_WEIGHT, 1 / step) * change if self.measured else logarithm
         self.measured, self.length = step, length
+        self.newest = min(rate, self.factor * (1 + noise) * math.exp(-logarithm))
 
 
 class SuccessiveGradients:
@@ -166,6 +168,10 @@ class SuccessiveGradients:
             self.curvature += weight * (curvature - self.curvature)
             self.metric += weight * (self.predicted - self.metric)
 
+    def begin(self, chi: float, predicted: float) -> None:
+        """Go on from a χ that is known, as if from ten steps. Local."""
+        self.count, self.curvature, self.metric = 10, chi * predicted, predicted
+
     def follow(self, change: Array, before: float, expected: float, predicted: float) -> None:
         """Keep a step Δw: ḡᵀΔw, the mean of the noise and Δwᵀ P Δw. Local."""
         self.change, self.before, self.expected, self.predicted = change, before, expected, predicted
@@ -177,8 +183,10 @@ class SuccessiveGradients:
         return math.log(ratio) if ratio > 0 else 0.0
 
 
-def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float:
+def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float | None:
     """Return the rate that allows itself, by the secant method in logarithms, from 1.
+
+    None where none does to a factor of 2; but where the loss is not finite at it, one before.
 
     Parameters
     ----------
@@ -192,11 +200,11 @@ def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float:
     >>> round(fixed_point(lambda rate: 1 / (4 + rate), 1e-6), 6)  # α (4 + α) = 1
     0.236068
     """
-    x, points = 0.0, []
+    x, points, wall = 0.0, [], False
     for _ in range(FIRST_TRIALS):
         rate = allowed(math.exp(x))
         if rate == 0:
-            x -= math.log(100)
+            x, wall = x - math.log(100), True
             continue
         points.append((abs(x - math.log(rate)), x, math.log(rate)))
         if points[-1][0] < tolerance:
@@ -207,7 +215,11 @@ def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float:
         (_, x0, y0), (_, x1, y1) = points[-2:]
         slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 0.0
         x = x1 - (x1 - y1) / (1 - slope) if slope < 0.5 else y1
-    return math.exp(min(points)[1] if points else x)
+    distance, x, _ = min(points, default=(math.inf, x, x))
+    inside = [x for _, x, y in points if y > x]
+    if distance < math.log(2) or (wall and not inside):
+        return math.exp(x)
+    return math.exp(max(inside)) if wall else None
 
 
 class RelativeChange:
