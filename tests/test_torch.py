@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -88,8 +89,93 @@ def test_a_closure_that_draws_anew_is_not_asked_again():
 
     losses = [optimizer.step(closure) for _ in range(60)]
     assert not optimizer.core.repeats
-    assert [calls.count(step) for step in (1, 2, 60)] == [4 + 4, 4, 4]
+    assert [calls.count(step) for step in (1, 2, 60)] == [4 + 3 * 4, 4, 4]  # the same point, and another one twice
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:3])
+
+
+def clip(model):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+
+def scale(model):
+    for p in model.parameters():
+        p.grad *= 3
+
+
+def decay(model):
+    for p in model.parameters():
+        p.grad += 0.1 * p.detach()
+
+
+@pytest.mark.parametrize("change", [clip, scale, decay])
+def test_gradients_that_are_not_of_the_loss(change):
+    """They are told once at most, and the loss falls all the same."""
+    model = perceptron()
+    optimizer, closure = prepared(model)
+
+    def changed():
+        loss = closure()
+        if loss.requires_grad:
+            change(model)
+        return loss
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        losses = [optimizer.step(changed) for _ in range(150)]
+    assert np.mean(losses[-20:]) < 0.7 * losses[0]
+    messages = [str(warning.message) for warning in told]
+    assert sum("as its gradient says" in message for message in messages) == (0 if optimizer.core.repeats else 1)
+
+
+def test_a_trial_leaves_what_is_not_its_own_alone():
+    """The gradients of another model in the closure; running statistics, without `module` too."""
+    model, other = perceptron(torch.nn.BatchNorm1d(8)), torch.nn.Linear(5, 1)
+    optimizer, closure = prepared(model, module=None)
+    second = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def both():
+        second.zero_grad()
+        other(X[:64]).square().mean().backward()
+        return closure()
+
+    for step in range(1, 13):
+        optimizer.step(both)
+        assert model[1].num_batches_tracked == 4 * step
+        assert all(p.grad.abs().sum() > 0 for p in other.parameters())
+    assert optimizer.core.trials > 12
+
+
+def test_batches_drawn_anew_at_a_head_of_zeros():
+    """Any batch has the same loss at the first step; later measurements tell."""
+    model, random = perceptron(), np.random.default_rng(0)
+    torch.nn.init.zeros_(model[-1].weight)
+    torch.nn.init.zeros_(model[-1].bias)
+    optimizer = QuasiNewton(model.parameters(), samples=32, replicas_per_rank=4)
+
+    def closure():
+        rows = torch.from_numpy(random.integers(0, len(X), 128))
+        x, y = optimizer.share(X[rows], (X[rows, :1] > 0).float())
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(x), y)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = [optimizer.step(closure) for _ in range(150)]
+    assert np.mean(losses[-20:]) < 0.5 * losses[0]
+
+
+def test_a_warm_up_from_zero():
+    """A step of no length measures nothing, and does not end the measuring."""
+    optimizer, closure = prepared(perceptron())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
+    losses = []
+    for _ in range(60):
+        losses.append(optimizer.step(closure))
+        scheduler.step()
+    assert losses[0] == losses[1]
+    assert losses[-1] < 0.5 * losses[0]
+    assert optimizer.core.repeats
 
 
 def test_one_replica_a_step_without_a_second_evaluation():

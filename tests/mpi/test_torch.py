@@ -1,5 +1,7 @@
 """The PyTorch adapter over the ranks: the built-in network's trajectory, and what only several ranks can get wrong."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -310,3 +312,36 @@ def test_a_loss_that_cannot_be_had_again(communicator):
     assert not optimizer.core.repeats
     assert optimizer.core.evaluations == 100 * communicator.size
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("closures", [0, 12])
+def test_a_loss_alone(communicator, closures):
+    """`lambda: loss` has no second value, from the start or later: the curvature is of successive gradients then."""
+    if communicator.size < 2:
+        pytest.skip("one replica")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    optimizer = QuasiNewton(model.parameters(), samples=32, communicator=communicator)
+    random = torch.Generator().manual_seed(communicator.rank)
+    losses = []
+    for step in range(150):
+        x = torch.randn(32, 4, generator=random)
+
+        def loss_of(x=x):
+            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+        def closure(loss_of=loss_of):
+            optimizer.zero_grad()
+            loss = loss_of()
+            loss.backward()
+            return loss
+
+        if step < closures:
+            losses.append(optimizer.step(closure))
+            continue
+        loss = closure()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses.append(optimizer.step(lambda loss=loss: loss))
+    assert not optimizer.core.repeats
+    assert np.mean(losses[-10:]) < 0.2 * losses[0]

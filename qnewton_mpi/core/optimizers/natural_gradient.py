@@ -184,7 +184,7 @@ class NaturalGradient(Optimizer[S]):
             if not self.curvature.measured:
                 self.measure_first(step, loss_and_gradient)
             elif self.curvature.due(
-                self.steps, self.interval(loss_and_gradient), self.length(step, self.rate_of(step))
+                self.steps, self.interval(loss_and_gradient), self.promise(step, self.rate_of(step))
             ):
                 self.measure(step, loss_and_gradient, self.rate_of(step))
         limits = self.limits(step)
@@ -211,10 +211,9 @@ class NaturalGradient(Optimizer[S]):
     def rate_of(self, step: NaturalStep) -> float:
         return min(self.limits(step))
 
-    def length(self, step: NaturalStep, rate: float) -> float:
-        """Return ‖Δw‖. Local."""
-        assert step.norms is not None
-        return self.rate_factor * rate * math.sqrt(step.norms[1])
+    def promise(self, step: NaturalStep, rate: float) -> float:
+        """Return α dᵀz: by how much the loss is to fall, but for its curvature. Local."""
+        return self.rate_factor * rate * step.dz
 
     def note_shortening(self, shrink: float) -> None:
         """Take in what part of a step the bound of its change leaves; tell once where that is little at most steps."""
@@ -275,14 +274,15 @@ class NaturalGradient(Optimizer[S]):
         if logarithm > known + math.log(2) or t % CHECK_EVERY == 0:
             for k in range(QUARTERS):
                 quarter = self.measured(step, loss_and_gradient, rate / 4)
-                if math.isfinite(logarithm) and quarter < logarithm + math.log(2) or math.isnan(quarter) and k == 0:
+                quadratic = math.isfinite(logarithm) and quarter < logarithm + math.log(2)
+                if quadratic or (k == 0 and math.isnan(quarter)):
                     break
                 if math.isnan(quarter) or k == QUARTERS - 1:  # never, down to rounding
                     self.stop_measuring(step)
                     return
                 rate, logarithm = rate / 4, quarter
         if math.isfinite(logarithm):
-            self.curvature.add(logarithm, t, self.length(step, rate), step.noise, rate)
+            self.curvature.add(logarithm, t, self.promise(step, rate), step.noise, rate)
 
     def stop_measuring(self, step: NaturalStep) -> None:
         """Go on by successive gradients: the loss is not the one of this gradient. Local."""
@@ -291,7 +291,7 @@ class NaturalGradient(Optimizer[S]):
             self.successive.begin(self.curvature.value, step.dz)
         if self.exchange.communicator.rank == 0:
             warnings.warn(
-                "the loss does not change along a step as its gradient says (clipped, scaled or decayed in the closure? "
+                "the loss does not change along a step as its gradient says (clipped, scaled, decayed in the closure? "
                 "other samples at each call? a large constant?): its curvature is taken from successive gradients",
                 stacklevel=2,
             )

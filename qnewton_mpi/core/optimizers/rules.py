@@ -20,7 +20,7 @@ LEAST_NOISE = 0.03  # ν, as far as it can be told from zero: it is a mean over 
 CURVATURE_WEIGHT = 0.3  # of a measurement in the running mean of log χ
 FIRST_TRIALS = 12  # of the first step at most
 FIRST_STEPS = 10  # in which χ is measured at each step
-LONGER = 2.0  # times the length that was measured is as far as a measurement holds
+MORE = 2.0  # times what the step that was measured promised is as far as a measurement holds
 DOWN = 100.0  # χ is taken to fall by no more from one measurement to the next
 
 
@@ -105,17 +105,18 @@ class Curvature:
     and Pearlmutter 1993), and is as far as a step of signal goes; from 2/χ on that batch's loss no longer falls. A step
     of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded elsewhere.
 
-    It is measured in each of the first ten steps, then every few, and where a step is twice as long as the one that was
-    measured last. log χ is a running mean. Along negative curvature, which P has not, |c| is as good a
-    measure of how far the quadratic model goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c|
-    says nothing. So a measurement counts as no less than a hundredth of χ. Off: C = ∞.
+    It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, twice the fall of
+    the one that was measured last: it is longer, or the gradient has grown, as after a step too long. log χ is a
+    running mean. Along negative curvature, which P has not, |c| is as good a measure of how far the quadratic model
+    goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c| says nothing. So a measurement counts as
+    no less than a hundredth of χ. Off: C = ∞.
     """
 
-    state: ClassVar = dict.fromkeys(("logarithm", "measured", "length", "newest"), Kind.SHARED)
+    state: ClassVar = dict.fromkeys(("logarithm", "measured", "promise", "newest"), Kind.SHARED)
 
     def __init__(self, factor: float) -> None:
         self.factor, self.logarithm = factor, 0.0
-        self.measured, self.length = 0, 0.0  # the step that was measured last, from 1, and its length
+        self.measured, self.promise = 0, 0.0  # the step that was measured last, from 1, and its α dᵀz
         self.newest = math.inf  # the rate that it allowed
 
     @property
@@ -127,15 +128,15 @@ class Curvature:
         """Return the largest rate, given ν."""
         return self.factor * (1 + noise) * math.exp(-self.logarithm)
 
-    def due(self, step: int, every: int, length: float) -> bool:
-        """Tell whether it is to be measured at a step of this length, as every so many are after the first ten."""
-        return step <= FIRST_STEPS or step % every == 0 or length > LONGER * self.length
+    def due(self, step: int, every: int, promise: float) -> bool:
+        """Tell whether it is to be measured at a step of this α dᵀz, as every so many are after the first ten."""
+        return step <= FIRST_STEPS or step % every == 0 or promise > MORE * self.promise
 
-    def add(self, logarithm: float, step: int, length: float, noise: float, rate: float) -> None:
-        """Take in log χ of a step of this length, ν and rate, beyond which it does not go."""
+    def add(self, logarithm: float, step: int, promise: float, noise: float, rate: float) -> None:
+        """Take in log χ of a step of this α dᵀz, ν and rate, beyond which it does not go."""
         change = max(logarithm - self.logarithm, -math.log(DOWN))
         self.logarithm += max(CURVATURE_WEIGHT, 1 / step) * change if self.measured else logarithm
-        self.measured, self.length = step, length
+        self.measured, self.promise = step, promise
         self.newest = min(rate, self.factor * (1 + noise) * math.exp(-logarithm))
 
 
