@@ -105,8 +105,8 @@ class Curvature:
     and Pearlmutter 1993), and is as far as a step of signal goes; from 2/χ on that batch's loss no longer falls. A step
     of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded elsewhere.
 
-    It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, twice the fall of
-    the one that was measured last: it is longer, or the gradient has grown, as after a step too long. log χ is a
+    It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, twice the fall
+    of the one that was measured last: it is longer, or the gradient has grown, as after one too long. log χ is a
     running mean. Along negative curvature, which P has not, |c| is as good a measure of how far the quadratic model
     goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c| says nothing. So a measurement counts as
     no less than a hundredth of χ. Off: C = ∞.
