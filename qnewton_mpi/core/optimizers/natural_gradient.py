@@ -106,6 +106,7 @@ class NaturalGradient(Optimizer[S]):
         "known": Kind.SHARED,
         "repeats": Kind.SHARED,
         "shortened": Kind.SHARED,
+        "largest": Kind.SHARED,
     }
 
     figures = (*Optimizer.figures, "clip", "shrink", "noise_share", "curvature", "limit")
@@ -127,6 +128,7 @@ class NaturalGradient(Optimizer[S]):
         self.trace = 0.0  # of F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
         self.shortened = 1.0  # what the bound of the change leaves of a step, a running mean
+        self.largest = 0.0  # loss so far: that of targets met to rounding has more than its own
         self.told = False
         self.repeats = True  # whether the losses of a batch can be had again, at other parameters
 
@@ -143,6 +145,7 @@ class NaturalGradient(Optimizer[S]):
     def propose(self, loss_and_gradient: LossAndGradient) -> NaturalStep:
         batch = self.evaluate(loss_and_gradient)
         self.trend.add(batch.losses)
+        self.largest = max(self.largest, float(np.abs(batch.losses).mean()))
         if self.update_is_due():
             self.updates += 1
             mean = self.update(batch)
@@ -278,7 +281,8 @@ class NaturalGradient(Optimizer[S]):
                 if quadratic or (k == 0 and math.isnan(quarter)):
                     break
                 if math.isnan(quarter) or k == QUARTERS - 1:  # never, down to rounding
-                    self.stop_measuring(step)
+                    if logarithm > self.rounding_of(self.largest, (self.rate_factor * rate) ** 2 * step.dz):
+                        self.stop_measuring(step)
                     return
                 rate, logarithm = rate / 4, quarter
         if math.isfinite(logarithm):
@@ -312,8 +316,15 @@ class NaturalGradient(Optimizer[S]):
         curvature = abs(2 * (float(losses.mean() - step.losses.mean()) - slope))
         if not math.isfinite(curvature):
             return math.inf
-        rounding = ROUNDING * float(self.xp.finfo(self.held.dtype).eps) * float(np.abs(step.losses).mean())
-        return math.log(curvature / predicted) if curvature > rounding and predicted > 0 else math.nan
+        if curvature == 0 or predicted == 0:
+            return math.nan
+        logarithm, rounding = math.log(curvature / predicted), self.rounding_of(np.abs(step.losses).mean(), predicted)
+        return logarithm if logarithm > rounding else math.nan
+
+    def rounding_of(self, loss: float, predicted: float) -> float:
+        """Return log χ that the rounding of a loss of this size makes where P says Δwᵀ P Δw. Local."""
+        rounding = ROUNDING * float(self.xp.finfo(self.held.dtype).eps) * loss
+        return math.log(rounding / predicted) if rounding > 0 and predicted > 0 else -math.inf
 
     def clip(self, batch: Batch, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.

@@ -117,7 +117,7 @@ class Curvature:
     def __init__(self, factor: float) -> None:
         self.factor, self.logarithm = factor, 0.0
         self.measured, self.promise = 0, 0.0  # the step that was measured last, from 1, and its α dᵀz
-        self.newest = math.inf  # the rate that it allowed
+        self.newest = 0.0  # the rate that it allowed
 
     @property
     def value(self) -> float:
