@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
@@ -129,7 +130,7 @@ def test_fisher_is_its_equation(communicator):
 
 @pytest.mark.parametrize("variant", ["kronecker", "fisher"])
 def test_rate_along_the_step_is_of_its_curvature(communicator, variant):
-    """On a quadratic α = (1 + ν) dᵀz/dᵀHd; at 1/λ of that direction, relative to P, the loss is least along d."""
+    """On a quadratic α = (1 + ν) dᵀz/dᵀHd, ς = 1; at 1/λ of that direction, as P has it, the loss is least along d."""
     problem = Quadratic(SIZE, REPLICAS)
     options = {"lr": 1e9, "momentum": 0, "relative_change": 0}
     optimizer = make_optimizer(variant, problem, communicator, REPLICAS, **options)
@@ -139,6 +140,26 @@ def test_rate_along_the_step_is_of_its_curvature(communicator, variant):
     noise = optimizer.noise_share.unbiased
     assert -mean @ step * (1 + noise) == pytest.approx(step @ problem.hessian @ step, rel=1e-6)
     assert (figures["limit"], figures["rate"]) == (1, pytest.approx((1 + noise) / figures["curvature"], rel=1e-6))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_momentum_does_not_carry_a_step_uphill(communicator, seed):
+    """Classes that can be separated, all samples at each step: far out the loss is linear, and allows any length."""
+    random = np.random.default_rng(seed)
+    centres, labels = random.standard_normal((3, 5)), random.integers(0, 3, (4, 64))
+    x, y = 2 * centres[labels] + random.standard_normal((4, 64, 5)), np.eye(3)[labels]
+
+    def loss_and_gradient(w, replica):
+        logits = x[replica] @ w[:15].reshape(3, 5).T + w[15:]
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        d = (np.exp(logs) - y[replica]) / 64
+        return -float((y[replica] * logs).sum()) / 64, np.concatenate([(d.T @ x[replica]).reshape(-1), d.sum(axis=0)])
+
+    optimizer = create("kronecker", np.zeros(18), 4, 64, shapes=[(3, 5), (3,)], communicator=communicator)
+    losses = [optimizer.step(loss_and_gradient)["loss"] for _ in range(200)]
+    assert max(losses) == losses[0]
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def test_curvature_is_that_of_the_dense_hessian(communicator):

@@ -48,7 +48,7 @@ class NaturalGradientSettings(Settings):
     momentum: float = setting(0.9, "momentum β; 0 is off", FRACTION)
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
-    curvature: float = setting(1.0, "C, of the largest rate C (1 + ν)/χ; 0: no bound", NOT_NEGATIVE)
+    curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
     relative_change: float = setting(0.02, "η, of a layer, that noise may make in a step; 0: no bound", NOT_NEGATIVE)
     outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
     gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
@@ -71,12 +71,15 @@ class NaturalStep(Step):
         r², the squared relative change of a layer for α = 1, mean over the layers.
     noise : float
         ν.
+    reach : float
+        ς + ν.
     """
 
     losses: NDArray[np.float64]
     dz: float
     change: float
     noise: float
+    reach: float
 
 
 class NaturalGradient(Optimizer[S]):
@@ -89,9 +92,10 @@ class NaturalGradient(Optimizer[S]):
         z        momentum of ḡ, an outlier clipped
         d        P⁻¹ z
         ν        the share of noise in dᵀz, a running mean
+        ς        the share of ḡᵀd in dᵀz, of this step, from 0 to 1
         χ        2 [f_B(w − α d) − f_B(w) + α ḡᵀd]/(α² dᵀz), a running mean, measured every few steps
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
-                                C (1 + ν)/χ                                             what curvature allows
+                                C (ς + ν)/χ                                             what curvature allows
                                 η/√(ν mean_l (‖d_l‖/‖w_l‖)²)                            what the noise may change
         w        w − α d
 
@@ -172,7 +176,8 @@ class NaturalGradient(Optimizer[S]):
             losses=batch.losses,
             dz=dz,
             change=self.change.squared(d, self.held),
-            noise=self.noise_share.unbiased,
+            noise=(noise := self.noise_share.unbiased),
+            reach=(min(1.0, max(0.0, gd / dz)) if dz > 0 else 1.0) + noise,
         )
 
     def noise_limited(self) -> float:
@@ -208,7 +213,7 @@ class NaturalGradient(Optimizer[S]):
         Where no curvature is measured, all of a step may change what else its noise may.
         """
         now = self.curvature.measured == self.steps
-        along = min(self.curvature.limit(step.noise), self.curvature.newest if now else math.inf)
+        along = min(self.curvature.limit(step.reach), self.curvature.newest if now else math.inf)
         return step.rate, along, self.change.limit(step.change, step.noise if self.repeats else 1.0)
 
     def rate_of(self, step: NaturalStep) -> float:
@@ -263,7 +268,7 @@ class NaturalGradient(Optimizer[S]):
     def allowed(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
         """Return the rate that is allowed by what is measured at a rate; 0: the loss is not finite. Collective."""
         logarithm = self.measured(step, loss_and_gradient, rate)
-        along = 0.0 if math.isinf(logarithm) else self.curvature.factor * (1 + step.noise) * math.exp(-logarithm)
+        along = 0.0 if math.isinf(logarithm) else self.curvature.allows(logarithm, step.reach)
         return min(FARTHER * rate if math.isnan(along) else along, self.limits(step)[2])
 
     def measure(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> None:
@@ -286,7 +291,7 @@ class NaturalGradient(Optimizer[S]):
                     return
                 rate, logarithm = rate / 4, quarter
         if math.isfinite(logarithm):
-            self.curvature.add(logarithm, t, self.promise(step, rate), step.noise, rate)
+            self.curvature.add(logarithm, t, self.promise(step, rate), step.reach, rate)
 
     def stop_measuring(self, step: NaturalStep) -> None:
         """Go on by successive gradients: the loss is not the one of this gradient. Local."""

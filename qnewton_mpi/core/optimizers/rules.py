@@ -99,11 +99,13 @@ class NoiseShare:
 class Curvature:
     """χ, the curvature of the loss along a step as a multiple of what P says, and the rate that it allows.
 
-        c = 2 [f_B(w + Δw) − f_B(w) − g_BᵀΔw],    χ = |c|/(Δwᵀ P Δw),    α ≤ C (1 + ν)/χ
+        c = 2 [f_B(w + Δw) − f_B(w) − g_BᵀΔw],    χ = |c|/(Δwᵀ P Δw),    α ≤ C (ς + ν)/χ
 
-    on the batch that made the step: one loss more, no gradient. 1/χ leads to the minimum along the step (LeCun, Simard
-    and Pearlmutter 1993), and is as far as a step of signal goes; from 2/χ on that batch's loss no longer falls. A step
-    of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded elsewhere.
+    on the batch that made the step: one loss more, no gradient. Where that step is the gradient's, ς = 1, 1/χ leads to
+    the minimum along it (LeCun, Simard and Pearlmutter 1993). Of a step with momentum that is ς/χ, ς = ḡᵀd/dᵀz: none
+    where it leads uphill, as in the restarts of O'Donoghue and Candès (2015, arXiv 1204.3982). So far goes a step of
+    signal. A step of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded
+    elsewhere.
 
     It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, twice the fall
     of the one that was measured last: it is longer, or the gradient has grown, as after one too long. log χ is a
@@ -124,20 +126,24 @@ class Curvature:
         """χ; 1 before it is known."""
         return math.exp(self.logarithm)
 
-    def limit(self, noise: float) -> float:
-        """Return the largest rate, given ν."""
-        return self.factor * (1 + noise) * math.exp(-self.logarithm)
+    def limit(self, reach: float) -> float:
+        """Return the largest rate, given ς + ν."""
+        return self.allows(self.logarithm, reach)
+
+    def allows(self, logarithm: float, reach: float) -> float:
+        """Return the largest rate by one log χ, given ς + ν."""
+        return self.factor * reach * math.exp(-logarithm)
 
     def due(self, step: int, every: int, promise: float) -> bool:
         """Tell whether it is to be measured at a step of this α dᵀz, as every so many are after the first ten."""
         return step <= FIRST_STEPS or step % every == 0 or promise > MORE * self.promise
 
-    def add(self, logarithm: float, step: int, promise: float, noise: float, rate: float) -> None:
-        """Take in log χ of a step of this α dᵀz, ν and rate, beyond which it does not go."""
+    def add(self, logarithm: float, step: int, promise: float, reach: float, rate: float) -> None:
+        """Take in log χ of a step of this α dᵀz, ς + ν and rate, beyond which it does not go."""
         change = max(logarithm - self.logarithm, -math.log(DOWN))
         self.logarithm += max(CURVATURE_WEIGHT, 1 / step) * change if self.measured else logarithm
         self.measured, self.promise = step, promise
-        self.newest = min(rate, self.factor * (1 + noise) * math.exp(-logarithm))
+        self.newest = min(rate, self.allows(logarithm, reach))
 
 
 class SuccessiveGradients:
