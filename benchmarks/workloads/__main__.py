@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -70,7 +71,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
+        print("interrupted: the same command, without --rerun, goes on", file=sys.stderr)
         return ENDED_BY_CTRL_C
 
 
@@ -93,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
 def every(options: argparse.Namespace) -> int:
     """Do what is missing."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are to end too
     store = Store(options.results)
     chosen = [problems.load(name, options.data_dir) for name in options.workloads]
     for name, least in (("jobs", options.jobs), ("seeds", options.seeds)):

@@ -196,14 +196,14 @@ def _psgd(model: nn.Module, lr: float, steps: int) -> torch.optim.Optimizer:
 
 PEERS: dict[str, Kind] = {
     "sgd": Kind("SGD", FIRST_ORDER, -3, _sgd),
-    "nesterov": Kind("SGD, Nesterov momentum 0.9", FIRST_ORDER, -5, _nesterov),
+    "nesterov": Kind("SGD with Nesterov's momentum of 0.9", FIRST_ORDER, -5, _nesterov),
     "adamw": Kind("AdamW", FIRST_ORDER, -7, _adamw),
     "schedulefree": Kind(
         "Schedule-Free AdamW", FIRST_ORDER, -6, _schedulefree, (CONSTANT,), Averaging, "pytorch-optimizer"
     ),
     "soap": Kind("SOAP", PRECONDITIONED, -7, _soap, package="heavyball"),
     "muon": Kind("Muon with AdamW for vectors", PRECONDITIONED, -6, _muon, package="heavyball"),
-    "psgd": Kind("PSGD, Kronecker factors", PRECONDITIONED, -7, _psgd, package="heavyball"),
+    "psgd": Kind("PSGD with Kronecker factors", PRECONDITIONED, -7, _psgd, package="heavyball"),
 }
 
 

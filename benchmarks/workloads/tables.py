@@ -175,7 +175,7 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
     if picture:
         parts += [
             "Performance profiles: on what fraction of the workloads a method is at the target within τ times what the "
-            "fastest of all needs.",
+            "fastest of all needs. The workloads are those where all are complete.",
             f"![Performance profiles]({picture})",
         ]
     parts += [
@@ -208,11 +208,17 @@ def losses(results: Results, of: Callable[[Summary], list[float]]) -> str:
         for problem in results.problems
     }
 
+    most = max((len(cell.records) for cell in results.cells.values()), default=0)
+
     def text(cell: Summary) -> str:
         values = of(cell)
         middle = number(mean(values))
         bold = f"**{middle}**" if mean(values) == lowest[cell.problem.name] < math.inf else middle
-        return f"{bold} ± {spread(values):.1g}" if len(values) > 1 and mean(values) < math.inf else bold
+        if len(values) < most:
+            return f"{bold} ({len(values)} of {most} seeds)"
+        # To the digits that are kept, runs that do not depend on the seed are equal.
+        error = spread(values) if most > 1 and mean(values) < math.inf else 0.0
+        return f"{bold} ± {error if error > 1e-9 * abs(mean(values)) else 0:.1g}" if most > 1 else bold
 
     return table(results, text)
 
