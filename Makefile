@@ -5,6 +5,7 @@ PYTHON  ?= python3
 RANKS   ?= 4
 EPOCHS  ?= 10
 RUNS    ?= runs
+JOBS    ?= 2
 
 # With the site's mpiexec the virtual environment gets no MPI of its own, and mpi4py loads the library beside mpiexec.
 ifdef MPIEXEC
@@ -27,10 +28,10 @@ export MPIEXEC
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: help run test test-slurm lint docs bench clean
+.PHONY: help run test test-slurm lint docs bench bench-workloads clean
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  with MPIEXEC=/path/to/mpiexec a site's own MPI; RANKS=$(RANKS) EPOCHS=$(EPOCHS) PYTHON=$(PYTHON)"
 
 run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedded images; draw NLL against epochs
@@ -56,6 +57,10 @@ docs: $(VENV)/.installed-docs  ## Build the documents as a site, docs/_build/htm
 bench: $(VENV)/.installed-dev  ## Time steps against one Allreduce, the convnet's gradients beside PyTorch's
 	$(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi bench
 
+bench-workloads: $(VENV)/.installed-peers  ## The default beside tuned peers on 12 workloads (hours); JOBS, DATA (folder)
+	$(BIN)/python -m benchmarks.workloads suite --jobs $(JOBS) $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m benchmarks.workloads table --output docs/workloads.md
+
 clean:  ## Remove the virtual environments, the built site, and what the runs left
 	rm -rf .venv .venv-site .venv-gpu docs/_build $(RUNS)
 
@@ -74,4 +79,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),docs]'
+	touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),peers]'
 	touch $@

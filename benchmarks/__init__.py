@@ -1,0 +1,1 @@
+"""What the package is measured by; not part of the wheel."""

@@ -1,0 +1,75 @@
+"""Which runs there are to be: the same rule for every peer, and none for the package's methods.
+
+A peer's rates are half decades apart. At each schedule, with seed 0, four around where the optimizer is commonly used;
+as long as the best is the lowest or the highest, one more beyond it, up to four more. The other seeds then take the
+better schedule at its best rate, by the training loss at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from benchmarks.workloads.optimizers import CONSTANT, COSINE, PEERS
+from benchmarks.workloads.running import Key, Record
+
+GRID, MORE = 4, 4
+
+
+def rate(half_decades: int) -> float:
+    """Return 10^(half_decades / 2), to three digits."""
+    return float(f"{10 ** (half_decades / 2):.3g}")
+
+
+def grid(lowest: int, loss: Callable[[float], float | None]) -> tuple[list[float], float | None]:
+    """Return the rates that are to be run now, and the best one where there are none.
+
+    Parameters
+    ----------
+    lowest : int
+        Of the first four, in half decades.
+    loss : callable
+        Of a rate: what it came to; None, where it was not run yet.
+    """
+    places = list(range(lowest, lowest + GRID))
+    while True:
+        losses = {place: loss(rate(place)) for place in places}
+        missing = [rate(place) for place, found in losses.items() if found is None]
+        if missing:
+            return missing, None
+        # All without an end: the lowest rate, so that lower ones are tried.
+        best = min(places, key=lambda place: (losses[place], place))
+        if best not in (places[0], places[-1]) or len(places) == GRID + MORE:
+            return [], rate(best)
+        places = [best - 1, *places] if best == places[0] else [*places, best + 1]
+
+
+def chosen(records: Mapping[Key, Record], workload: str, optimizer: str, steps: int) -> tuple[list[Key], Key | None]:
+    """Return the runs of seed 0 that are missing, and, where none is, the one that the other seeds are to repeat."""
+    if optimizer not in PEERS:
+        return [], Key(workload, optimizer, None, CONSTANT, 0, steps)
+    missing, best = [], []
+    for schedule in PEERS[optimizer].schedules:
+
+        def key(lr: float, schedule: str = schedule) -> Key:
+            return Key(workload, optimizer, lr, schedule, 0, steps)
+
+        def loss(lr: float, key: Callable[[float], Key] = key) -> float | None:
+            return records[key(lr)].loss if key(lr) in records else None
+
+        rates, lr = grid(PEERS[optimizer].lowest, loss)
+        missing += [key(lr) for lr in rates]
+        best += [] if lr is None else [key(lr)]
+    if missing:
+        return missing, None
+    return [], min(best, key=lambda key: records[key].loss if math.isfinite(records[key].loss) else math.inf)
+
+
+def wanted(records: Mapping[Key, Record], workload: str, optimizer: str, steps: int, seeds: int) -> list[Key]:
+    """Return the runs that can be done now and were not; none, where all is done."""
+    missing, best = chosen(records, workload, optimizer, steps)
+    if best is None:
+        return missing
+    schedules = [best.schedule] if optimizer in PEERS else [CONSTANT, COSINE]
+    keys = [Key(workload, optimizer, best.lr, schedule, seed, steps) for schedule in schedules for seed in range(seeds)]
+    return [key for key in keys if key not in records]
