@@ -36,20 +36,22 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     common = Parser(add_help=False)
     common.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    placed = Parser(add_help=False)
+    placed.add_argument("--device", default="cpu", help="of PyTorch; CPU seconds are of the CPU alone")
     common.add_argument("--data-dir", help="folder of the data sets, as of qnewton-mpi train")
     several = Parser(add_help=False)
     several.add_argument("--workloads", nargs="+", default=list(problems.PROBLEMS), metavar="NAME")
     several.add_argument("--optimizers", nargs="+", default=EVERYONE, metavar="NAME")
     top = Parser(prog="python -m benchmarks.workloads", description="Workloads: the default beside tuned peers.")
     commands = top.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", parents=[common], help="one run, unless there is its record")
+    one = commands.add_parser("run", parents=[common, placed], help="one run, unless there is its record")
     one.add_argument("workload")
     one.add_argument("optimizer", help="default, a peer, or a method with settings, as kronecker:damping=0.1")
     one.add_argument("--lr", type=float)
     one.add_argument("--schedule", choices=[CONSTANT, COSINE], default=CONSTANT)
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--steps", type=int, help="other than the workload's: a trial, which no table counts")
-    every = commands.add_parser("suite", parents=[common, several], help="all runs that are missing")
+    every = commands.add_parser("suite", parents=[common, several, placed], help="all runs that are missing")
     every.add_argument("--seeds", type=int, default=3)
     every.add_argument("--jobs", type=int, default=1)
     every.add_argument(
@@ -86,9 +88,10 @@ def run(options: argparse.Namespace) -> int:
     record = store.read(problem.name).get(key)
     if record is None:
         torch.set_num_threads(1)
-        record = running.run(problem, key)
+        record = running.run(problem, key, options.device)
         store.add(record)
-    print(f"training {record.loss:.6g}, held out {record.held_out:.6g}, {record.cpu_ms:.3g} CPU ms a step")
+    cost = "" if record.cpu_ms is None else f", {record.cpu_ms:.3g} CPU ms a step"
+    print(f"training {record.loss:.6g}, held out {record.held_out:.6g}{cost}")
     return 0
 
 
@@ -112,7 +115,9 @@ def every(options: argparse.Namespace) -> int:
     def tell(line: str) -> None:
         print(line, flush=True)
 
-    failed = suite(store, steps, options.optimizers, options.seeds, options.jobs, options.data_dir, tell)
+    failed = suite(
+        store, steps, options.optimizers, options.seeds, options.jobs, options.data_dir, options.device, tell
+    )
     return 1 if failed else 0
 
 

@@ -99,7 +99,9 @@ class Problem:
         """Return the held-out loss."""
         training = model.training
         model.eval()
-        losses = [(len(batch[0]), self.loss(model, *batch).item()) for batch in self.held_out]
+        device = next(model.parameters()).device
+        batches = [tuple(part.to(device) for part in batch) for batch in self.held_out]
+        losses = [(len(batch[0]), self.loss(model, *batch).item()) for batch in batches]
         model.train(training)
         return sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
 

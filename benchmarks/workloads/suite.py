@@ -19,11 +19,11 @@ from qnewton_mpi.errors import printable
 ROOT = Path(__file__).parents[2]
 
 
-def command(key: Key, store: Store, data_dir: str | None) -> list[str]:
+def command(key: Key, store: Store, data_dir: str | None, device: str) -> list[str]:
     """Return the command line of a run."""
     words = [sys.executable, "-m", "benchmarks.workloads", "run", key.workload, key.optimizer]
     words += ["--schedule", key.schedule, "--seed", str(key.seed), "--steps", str(key.steps)]
-    words += ["--results", str(store.folder)]
+    words += ["--results", str(store.folder), "--device", device]
     if key.lr is not None:
         words += ["--lr", repr(key.lr)]
     return words + (["--data-dir", data_dir] if data_dir else [])
@@ -36,6 +36,7 @@ def suite(
     seeds: int,
     jobs: int,
     data_dir: str | None,
+    device: str = "cpu",
     tell: Callable[[str], None] = print,
 ) -> list[Key]:
     """Do all runs that are missing; return those that failed.
@@ -48,6 +49,8 @@ def suite(
     optimizers : sequence of str
     seeds, jobs : int
     data_dir : str, optional
+    device : str
+        Of PyTorch. What was run elsewhere is timed on the CPU, by a trial of some steps.
     tell : callable
         Takes a line of what goes on.
     """
@@ -57,10 +60,14 @@ def suite(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
         while True:
-            for key in _next(store, steps, optimizers, seeds, {*running, *failed}, jobs - len(running)):
+            for key in _next(store, steps, optimizers, seeds, {*running, *failed}, jobs - len(running), device):
                 words = tempfile.TemporaryFile()  # no pipe: nobody reads it meanwhile  # noqa: SIM115
                 process = subprocess.Popen(
-                    command(key, store, data_dir), env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=words
+                    command(key, store, data_dir, device),
+                    env=environment,
+                    cwd=ROOT,
+                    stdout=subprocess.DEVNULL,
+                    stderr=words,
                 )
                 running[key] = process, words
             if not running:
@@ -86,7 +93,7 @@ def suite(
 
 
 def _next(
-    store: Store, steps: dict[str, int], optimizers: Sequence[str], seeds: int, others: set[Key], most: int
+    store: Store, steps: dict[str, int], optimizers: Sequence[str], seeds: int, others: set[Key], most: int, device: str
 ) -> list[Key]:
     """Return up to so many runs that can begin now, other than some; where one failed, its tuning cannot go on."""
     found: list[Key] = []
@@ -94,6 +101,8 @@ def _next(
         records = store.read(workload)
         for optimizer in optimizers:
             keys = tuning.wanted(records, workload, optimizer, steps[workload], seeds)
+            if device == "cpu" and not keys:
+                keys = tuning.untimed(records, workload, optimizer, steps[workload])
             found += [key for key in keys if key not in others]
             if len(found) >= most:
                 return found[:most]

@@ -34,11 +34,14 @@ class Summary:
     records : list of Record
     runs : int
         All that were done to get here.
+    timings : list of float
+        CPU milliseconds a step: of these, or, where they were on a GPU, of others.
     """
 
     problem: Problem
     records: list[Record]
     runs: int
+    timings: list[float]
 
     @property
     def key(self) -> Key:
@@ -55,7 +58,7 @@ class Summary:
 
     @property
     def cpu_ms(self) -> float:
-        return mean([record.cpu_ms for record in self.records])
+        return mean(self.timings) if self.timings else math.inf
 
     def steps_to(self, target: float) -> float:
         """Return the steps until the training loss, mean over the last 5% and the seeds, is down to a target, or ∞."""
@@ -142,7 +145,8 @@ def summarize(problem: Problem, column: Column, records: Records) -> Summary | N
         if (key.optimizer, key.lr, key.schedule, key.steps) == (best.optimizer, best.lr, schedule, best.steps)
     ]
     runs = sum(key.optimizer == best.optimizer and key.steps == best.steps for key in records)
-    return Summary(problem, found, runs) if found else None
+    timed = [record.cpu_ms for record in found if record.cpu_ms is not None]
+    return Summary(problem, found, runs, timed or tuning.timings(records, best.optimizer)) if found else None
 
 
 def page(results: Results, seeds: int, picture: str | None) -> str:

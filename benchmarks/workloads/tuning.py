@@ -14,6 +14,7 @@ from benchmarks.workloads.optimizers import CONSTANT, COSINE, PEERS
 from benchmarks.workloads.running import Key, Record
 
 GRID, MORE = 4, 4
+TIMED = 40  # steps of a trial
 
 
 def rate(half_decades: int) -> float:
@@ -73,3 +74,16 @@ def wanted(records: Mapping[Key, Record], workload: str, optimizer: str, steps: 
     schedules = [best.schedule] if optimizer in PEERS else [CONSTANT, COSINE]
     keys = [Key(workload, optimizer, best.lr, schedule, seed, steps) for schedule in schedules for seed in range(seeds)]
     return [key for key in keys if key not in records]
+
+
+def untimed(records: Mapping[Key, Record], workload: str, optimizer: str, steps: int) -> list[Key]:
+    """Return the trial that times an optimizer where all its runs were on a GPU; none, where one was not."""
+    if timings(records, optimizer):
+        return []
+    best = chosen(records, workload, optimizer, steps)[1]
+    return [] if best is None else [Key(workload, optimizer, best.lr, best.schedule, 0, min(TIMED, steps - 1))]
+
+
+def timings(records: Mapping[Key, Record], optimizer: str) -> list[float]:
+    """Return the CPU milliseconds a step of a workload's runs of an optimizer, at any rate."""
+    return [r.cpu_ms for key, r in records.items() if key.optimizer == optimizer and r.cpu_ms is not None]
