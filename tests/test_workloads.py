@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -195,7 +196,7 @@ def test_tables_and_picture_are_the_same_again(tmp_path):
 
 def test_steps_to_a_target_are_interpolated():
     key = Key("linear", DEFAULT, None, CONSTANT, 0, 3)
-    cell = tables.Summary(short(problems.load("linear"), 3), [record(key, 1.0, [8.0, 4.0, 1.0])], 1)
+    cell = tables.Summary(short(problems.load("linear"), 3), [record(key, 1.0, [8.0, 4.0, 1.0])], 1, [])
     assert cell.steps_to(6.0) == 1.5
     assert cell.steps_to(1.0) == 3
     assert cell.steps_to(0.5) == math.inf
@@ -217,14 +218,14 @@ def test_profile_of_two():
     records[own] = record(own, 0.5, [8.0, 1.0, 0.5])
     results = tables.Results([problem], {"linear": records}, [DEFAULT])
     results.columns = [tables.Column(DEFAULT, DEFAULT, CONSTANT), tables.Column("sgd", "sgd")]
-    results.cells["linear", "sgd"] = tables.Summary(problem, [records[peer]], 1)
+    results.cells["linear", "sgd"] = tables.Summary(problem, [records[peer]], 1, [])
     assert profiles.profile(results, "first order", profiles.samples) == {DEFAULT: [1.0], "sgd": [1.5]}
 
 
 def test_suite_does_what_is_missing(tmp_path):
     store, lines = Store(tmp_path), []
     steps = {"linear": 3}
-    arguments = ([DEFAULT], 1, 2, None, lines.append)
+    arguments = ([DEFAULT], 1, 2, None, "cpu", lines.append)
     assert suite.suite(store, steps, *arguments) == []
     assert {key.schedule for key in store.read("linear")} == {CONSTANT, COSINE}
     before = store.path("linear").read_bytes()
@@ -236,7 +237,7 @@ def test_suite_does_what_is_missing(tmp_path):
 def test_suite_tells_of_a_run_that_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit('one\\nlast')"])
     lines = []
-    failed = suite.suite(Store(tmp_path), {"linear": 3}, [DEFAULT], 1, 1, None, lines.append)
+    failed = suite.suite(Store(tmp_path), {"linear": 3}, [DEFAULT], 1, 1, None, "cpu", lines.append)
     assert len(failed) == len(lines) == 2
     assert lines[0] == "1: linear default constant seed 0: failed: last"
 
@@ -280,3 +281,18 @@ def test_command_line_skips_what_exists(capsys, tmp_path):
 def test_method_with_settings_and_peers_have_their_names():
     assert optimizers.parse("kronecker:lr=0.1,damping=2") == ("kronecker", {"lr": "0.1", "damping": "2"})
     assert optimizers.parse(DEFAULT) == ("kronecker", {})
+
+
+def test_runs_on_a_gpu_are_timed_by_a_trial():
+    """Their CPU seconds say nothing; the suite on the CPU does some steps more of the chosen rate."""
+    records = {}
+    for key in tuning.wanted(records, "linear", "sgd", 200, 1):
+        records[key] = replace(record(key, 1.0), cpu_ms=None)
+    while keys := tuning.wanted(records, "linear", "sgd", 200, 1):
+        records |= {key: replace(record(key, 1.0), cpu_ms=None) for key in keys}
+    [trial] = tuning.untimed(records, "linear", "sgd", 200)
+    assert trial.steps == tuning.TIMED
+    records[trial] = replace(record(trial, 1.0), cpu_ms=7.0)
+    assert tuning.untimed(records, "linear", "sgd", 200) == []
+    assert tuning.wanted(records, "linear", "sgd", 200, 1) == []
+    assert tuning.timings(records, "sgd") == [7.0]
