@@ -267,6 +267,7 @@ class QuasiNewton(torch.optim.Optimizer):
             _check_groups(groups)
             return found
 
+        self.communicator.together(self._follow)  # the model may have been loaded just now
         found = self.communicator.together(check)
         agree_on_steps(self.core, state_dict)
         state.assign(found)

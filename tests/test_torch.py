@@ -77,9 +77,10 @@ def test_schedulers_scale_the_rate():
     assert rates == [1] * 3 + [0.5] * 3 + [0.25] * 3
 
 
+@pytest.mark.parametrize("model_first", [False, True])
 @pytest.mark.parametrize("exchange", ["allgather", "sliced"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_saved_state_goes_on_bitwise(tmp_path, method, exchange):
+def test_a_saved_state_goes_on_bitwise(tmp_path, method, exchange, model_first):
     model = perceptron()
     optimizer, closure = prepared(model, method=method, exchange=exchange)
     for _ in range(12):
@@ -90,8 +91,9 @@ def test_a_saved_state_goes_on_bitwise(tmp_path, method, exchange):
     again = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     optimizer, closure = prepared(again, method=method, exchange=exchange)
     states = torch.load(tmp_path / "state.pt")
-    optimizer.load_state_dict(states[1])
-    again.load_state_dict(states[0])  # in either order
+    loads = [lambda: optimizer.load_state_dict(states[1]), lambda: again.load_state_dict(states[0])]
+    for load in reversed(loads) if model_first else loads:
+        load()
     assert [optimizer.step(closure) for _ in range(8)] == expected
 
 
