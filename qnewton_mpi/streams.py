@@ -28,6 +28,7 @@ PLAIN = {
         "κ": "kappa",
         "λ": "lambda",
         "ν": "nu",
+        "ς": "s",
         "ρ": "rho",
         "σ": "sigma",
         "χ": "chi",

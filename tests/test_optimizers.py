@@ -664,16 +664,17 @@ def test_what_the_noise_may_change(communicator):
 
 
 def test_what_curvature_allows():
-    """1/χ for signal, 2/χ for noise; χ a running mean of its logarithm, to which a zero counts as a hundredth."""
+    """ς/χ for signal, 2/χ for noise; χ a running mean of its logarithm, to which a zero counts as a hundredth."""
     curvature = Curvature(1.0)
-    curvature.add(np.log(4), 1, 1.0, 0.5, 9.0)
+    curvature.add(np.log(4), 1, 1.0, 1.5, 9.0)
     assert curvature.newest == pytest.approx(1.5 / 4)
-    assert curvature.limit(0.0) == pytest.approx(0.25)
-    assert curvature.limit(1.0) == pytest.approx(0.5)
-    curvature.add(np.log(1), 2, 1.0, 0.0, 0.1)
+    assert curvature.limit(1.0) == pytest.approx(0.25)
+    assert curvature.limit(2.0) == pytest.approx(0.5)
+    assert curvature.limit(0.0) == 0
+    curvature.add(np.log(1), 2, 1.0, 1.0, 0.1)
     assert curvature.value == pytest.approx(2)
     assert curvature.newest == 0.1
-    curvature.add(np.log(1e-15), 640, 1.0, 0.0, 9.0)
+    curvature.add(np.log(1e-15), 640, 1.0, 1.0, 9.0)
     assert curvature.value == pytest.approx(2 * 100**-0.3)
     assert curvature.due(641, 10, 2.1)
     assert not curvature.due(641, 10, 1.9)

@@ -205,7 +205,7 @@ def test_grids_grow_until_the_best_is_inside():
 def contents(path):
     """Return what a study's file says, but for times, which no two runs share."""
     return {
-        (run.attributes["row"], run.attributes["stage"], float(run.attributes["lr"]), int(run.attributes["seed"])): (
+        (run.attributes["row"], run.attributes["stage"], run.attributes["lr"], int(run.attributes["seed"])): (
             run.attributes["status"],
             *(tuple(v) for k, v in sorted(run.epochs.items()) if "seconds" not in k),
         )

@@ -286,7 +286,7 @@ class NaturalGradient(Optimizer[S]):
                 if quadratic or (k == 0 and math.isnan(quarter)):
                     break
                 if math.isnan(quarter) or k == QUARTERS - 1:  # never, down to rounding
-                    if logarithm > self.rounding_of(self.largest, (self.rate_factor * rate) ** 2 * step.dz):
+                    if logarithm > self.rounding_of(self.largest, self.displacement(step, rate)[2]):
                         self.stop_measuring(step)
                     return
                 rate, logarithm = rate / 4, quarter
@@ -309,7 +309,7 @@ class NaturalGradient(Optimizer[S]):
         """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
         assert step.norms is not None
         rate *= self.rate_factor
-        return -rate * step.direction, -rate * step.norms[2], rate**2 * step.dz
+        return -rate * step.direction, -rate * step.norms[2], rate * rate * step.dz
 
     def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
         """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective.
@@ -321,15 +321,17 @@ class NaturalGradient(Optimizer[S]):
         curvature = abs(2 * (float(losses.mean() - step.losses.mean()) - slope))
         if not math.isfinite(curvature):
             return math.inf
-        if curvature == 0 or predicted == 0:
+        ratio = curvature / predicted if predicted > 0 else 0.0
+        if ratio == 0:
             return math.nan
-        logarithm, rounding = math.log(curvature / predicted), self.rounding_of(np.abs(step.losses).mean(), predicted)
+        logarithm, rounding = math.log(ratio), self.rounding_of(np.abs(step.losses).mean(), predicted)
         return logarithm if logarithm > rounding else math.nan
 
     def rounding_of(self, loss: float, predicted: float) -> float:
         """Return log χ that the rounding of a loss of this size makes where P says Δwᵀ P Δw. Local."""
         rounding = ROUNDING * float(self.xp.finfo(self.held.dtype).eps) * loss
-        return math.log(rounding / predicted) if rounding > 0 and predicted > 0 else -math.inf
+        ratio = rounding / predicted if predicted > 0 else 0.0
+        return math.log(ratio) if ratio > 0 else -math.inf
 
     def clip(self, batch: Batch, gg: float) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
