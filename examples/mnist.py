@@ -45,10 +45,14 @@ optimizer = QuasiNewton(model.parameters(), samples=256 // ranks, method=options
 for epoch in range(options.epochs):
     sampler.set_epoch(epoch)
     for inputs, targets in loader:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
-        loss.backward()
-        mean = optimizer.step(lambda loss=loss: loss)  #
+
+        def closure(inputs=inputs, targets=targets):  #
+            """Leave the gradients of the loss, and return it."""
+            loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            return loss  #
+
+        mean = optimizer.step(closure)  #
     if rank == 0:
         with torch.no_grad():
             right = (model(test.tensors[0]).argmax(1) == test.tensors[1]).float().mean()

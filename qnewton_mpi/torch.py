@@ -35,16 +35,8 @@ class QuasiNewton(torch.optim.Optimizer):
     """Any method of this package on the parameters of a PyTorch model, the replicas over the ranks of an MPI job.
 
     Each rank builds the same model and takes its own samples. A step reads the gradients that a closure leaves in
-    `.grad`, and moves all ranks' parameters alike:
-
-        optimizer.zero_grad()
-        loss = criterion(model(inputs), targets)
-        loss.backward()
-        optimizer.step(lambda: loss)
-
-    Nothing else is to average the gradients: no `DistributedDataParallel`. With several replicas a rank, and for the
-    methods that probe (`deflated`, the rate "auto" of `sgd` and `momentum`), the closure computes loss and gradients
-    anew at each call, as that of `torch.optim.LBFGS` does, on its `optimizer.share` of the rank's batch:
+    `.grad`, and moves all ranks' parameters alike. The closure computes loss and gradients at each call, as that of
+    `torch.optim.LBFGS` does; with several replicas a rank, on its `optimizer.share` of the rank's batch:
 
         def closure():
             mine, answers = optimizer.share(inputs, targets)
@@ -53,6 +45,11 @@ class QuasiNewton(torch.optim.Optimizer):
             return loss
 
         optimizer.step(closure)
+
+    With one replica a rank, and methods that do not probe (`deflated` does, and the rate "auto" of `sgd` and
+    `momentum`), `optimizer.step(lambda: loss)` after `loss.backward()` will do; `kronecker` and `fisher` then measure
+    the curvature by successive gradients, which takes longer. Nothing else is to average the gradients: no
+    `DistributedDataParallel`.
 
     The parameters become views of one vector, which the optimizer moves in place; loading, clipping or moving them
     elsewhere in between is seen. Where OMP_NUM_THREADS is not set and there are several ranks, PyTorch is set to one

@@ -35,7 +35,7 @@ def test_blocks_of_documents_run_on_two_ranks(mpiexec, qnewton, tmp_path, name, 
 
 
 def test_example_of_a_torch_script(mpiexec):
-    finished = mpiexec(2, ROOT / "examples" / "mnist.py", "--epochs", "2")
+    finished = mpiexec(2, ROOT / "examples" / "mnist.py", "--epochs", "1")
     assert finished.returncode == 0, finished.stderr
     assert float(re.findall(r"test accuracy ([\d.]+)%", finished.stdout)[-1]) > 80
 

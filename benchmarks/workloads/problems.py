@@ -374,7 +374,7 @@ def _add(kind: type[Problem], name: str, about: str, steps: int, samples: int, *
 
 
 # The cheap ones first: the suite goes by this order.
-_add(Linear, "linear", "`nn.Linear(8, 1)`, no noise", 200, 256, floor=1e-10)
+_add(Linear, "linear", "`nn.Linear(8, 1)`, no noise", 200, 256, floor=1e-6)
 _add(Gaussian, "gaussian", "mean and deviation, 4-32-2", 400, 256, signed=True)
 # The minimum by L-BFGS in double precision to a gradient of 1e-9.
 _add(Pde, "pde", "diffusivity, full batch", 150, 25600, minimum=0.497024780221, floor=1e-8)
