@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -22,7 +25,7 @@ from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array
 
@@ -176,6 +179,8 @@ class QuasiNewton(torch.optim.Optimizer):
             )
         self._replica = 0  # of this rank's, the one being evaluated
         self._shared = False  # whether the closure has asked for its share
+        self._graph = False  # whether a trial needs one
+        self._told = False  # that the closure cannot be called for its loss alone
         self._failure: UserError | None = None  # of this rank, in this step
         self._frozen = [False] * len(self._tensors)
         self._bind()
@@ -351,16 +356,14 @@ class QuasiNewton(torch.optim.Optimizer):
         """Return the closure's losses at a point, without a trace; not a number where it cannot be called again."""
         kept, gradients = self._flat.clone(), [p.grad for p in self._tensors]
         self._flat.copy_(to_tensor(point))
+        here = torch.equal(kept, self._flat)
         for span in itertools.compress(self._parameters.spans, self._frozen):
             self._flat[span] = kept[span]
         losses = np.full(len(replicas), np.nan)
         try:
             for k in range(len(replicas)):
                 self._replica = k
-                for p in self._tensors:
-                    p.grad = None
-                with contextlib.suppress(Exception), self._surroundings.of(k), without_traces():
-                    losses[k] = _number(self._closure())
+                losses[k] = self._trial_loss(k, here)
         finally:
             self._parameters.rebind()
             self._flat.copy_(kept)
@@ -368,6 +371,30 @@ class QuasiNewton(torch.optim.Optimizer):
                 p.grad = gradient
             self._settle()
         return losses
+
+    def _trial_loss(self, replica: int, here: bool) -> float:
+        """Return the closure's loss, not a number where it fails; here: where it has just been called.
+
+        Without a graph, unless it turns out to need one, for derivatives in the loss.
+        """
+        for graph in (True,) if self._graph else (False, True):
+            for p in self._tensors:
+                p.grad = None
+            try:
+                with self._surroundings.of(replica), without_traces(graph, self._surroundings.module):
+                    loss = _number(self._closure())
+                self._graph = graph
+                return loss
+            except Exception as error:
+                failure = error
+        if here and self.communicator.rank == 0 and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the closure cannot be called again for its loss alone ({type(failure).__name__}: "
+                f"{printable(str(failure)):.200}): the curvature is taken from successive gradients, a slower start",
+                stacklevel=2,
+            )
+        return math.nan
 
     def _evaluate_at(self, point: Array, replica: int) -> float:
         several = len(self.core.exchange.local) > 1
@@ -465,34 +492,42 @@ class Evaluations:
 
 
 @contextlib.contextmanager
-def without_traces() -> Iterator[None]:
-    """Let what is called compute a loss and leave nothing behind: neither gradients nor running statistics.
+def without_traces(graph: bool, module: torch.nn.Module | None) -> Iterator[None]:
+    """Let what is called compute a loss, and leave neither gradients nor running statistics.
 
-    Without a graph; `backward` and `zero_grad` do nothing, and the buffers of modules are what they were afterwards.
+    In this thread `backward` and `zero_grad` do nothing. Afterwards the buffers of the modules that were called are
+    what they were; where their owner is known, `Surroundings` sees to that, as a hook would have torch.compile start
+    anew.
     """
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    thread = threading.get_ident()
 
     def keep(module: torch.nn.Module, *_: Any) -> None:
         for buffer in module.buffers(recurse=False):
             kept.setdefault(id(buffer), (buffer, buffer.clone()))
 
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
+    def silent(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            return None if threading.get_ident() == thread else function(*arguments, **options)
+
+        return call
 
     places: list[tuple[Any, str]] = [
-        (torch.autograd, "backward"),
+        (torch.autograd, "backward"),  # Tensor.backward calls it
         (torch.nn.Module, "zero_grad"),
         (torch.optim.Optimizer, "zero_grad"),
     ]
-    before = [getattr(owner, name) for owner, name in places]  # Tensor.backward calls that of autograd
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep)
+    before = [getattr(owner, name) for owner, name in places]
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep) if module is None else None
     try:
-        for owner, name in places:
-            setattr(owner, name, nothing)
-        with torch.no_grad():
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, silent(function))
+        with torch.set_grad_enabled(graph):
             yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         for (owner, name), function in zip(places, before, strict=True):
             setattr(owner, name, function)
         with torch.no_grad():

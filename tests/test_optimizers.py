@@ -162,6 +162,30 @@ def test_momentum_does_not_carry_a_step_uphill(communicator, seed):
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_a_rate_without_a_bound_is_told(communicator):
+    """Weights that start at zero have no scale: with nothing else left, there is no step to do."""
+    optimizer = create("kronecker", np.zeros(3), 8, 32, curvature=0.0, gain_share=0.0, communicator=communicator)
+    random = np.random.default_rng(0)
+    with pytest.raises(UserError, match="no bound at this step"):
+        optimizer.step(lambda w, i: (float(w.sum() + 1), np.ones(3) + random.standard_normal(3)))
+    np.testing.assert_array_equal(to_host(optimizer.parameters), 0)
+
+
+@pytest.mark.parametrize("error", [ValueError, ArithmeticError, np.linalg.LinAlgError])
+def test_a_trial_may_fail(communicator, error):
+    """Where a loss cannot be computed the step does not go."""
+
+    def loss_and_gradient(w, replica):
+        if abs(w[0]) > 0.05:
+            raise error
+        return float((w[0] - 0.04) ** 2), np.array([2 * (w[0] - 0.04)]) + 1e-3 * (replica - 0.5)
+
+    optimizer = create("kronecker", np.zeros(1), 2, 32, communicator=communicator)
+    for _ in range(5):
+        optimizer.step(loss_and_gradient)
+    assert 0 < optimizer.parameters[0] <= 0.05
+
+
 def test_curvature_is_that_of_the_dense_hessian(communicator):
     """χ = ΔwᵀHΔw/ΔwᵀPΔw for a small step of a small network, H of the batch by automatic differentiation twice."""
     torch = pytest.importorskip("torch")

@@ -21,7 +21,7 @@ class Surroundings:
 
     def __init__(self, device: torch.device, module: torch.nn.Module | None) -> None:
         self._device = device
-        self._module = torch.nn.Module() if module is None else module
+        self.module = module
         self._first: dict[int, list[torch.Tensor]] = {}  # random states at the first evaluation in a step, by replica
 
     def begin(self) -> None:
@@ -63,7 +63,7 @@ class Surroundings:
     @property
     def buffers(self) -> list[torch.Tensor]:
         """The module's buffers."""
-        return list(self._module.buffers())
+        return [] if self.module is None else list(self.module.buffers())
 
     def set_buffers(self, values: list[torch.Tensor]) -> None:
         """Copy values into the module's buffers."""

@@ -358,9 +358,9 @@ class Optimizer(ABC, Generic[S]):
             self.evaluations += self.exchange.replicas
         losses: Array = np.full(len(local), np.inf)
         # Wherever a trial leads, and however the program says that it cannot compute a loss there.
-        with self.evaluating(), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError):
+        with self.evaluating(), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
             if losses_of:
-                losses = losses_of(point, local)
+                losses = np.asarray(losses_of(point, local), np.float64)
             else:
                 losses = np.array([loss_and_gradient(point, replica)[0] for replica in local])
         everyone = self.shared(losses)[:, 0]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.optimizers.rules import (
+    FIRST_TRIALS,
     RUNNING,
     Curvature,
     Momentum,
@@ -110,7 +111,7 @@ class NaturalGradient(Optimizer[S]):
         "known": Kind.SHARED,
         "repeats": Kind.SHARED,
         "shortened": Kind.SHARED,
-        "largest": Kind.SHARED,
+        "largest_loss": Kind.SHARED,
     }
 
     figures = (*Optimizer.figures, "clip", "shrink", "noise_share", "curvature", "limit")
@@ -132,7 +133,7 @@ class NaturalGradient(Optimizer[S]):
         self.trace = 0.0  # of F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
         self.shortened = 1.0  # what the bound of the change leaves of a step, a running mean
-        self.largest = 0.0  # loss so far: that of targets met to rounding has more than its own
+        self.largest_loss = 0.0  # so far: the loss of targets that are met to rounding has more than its own
         self.told = False
         self.repeats = True  # whether the losses of a batch can be had again, at other parameters
 
@@ -149,7 +150,7 @@ class NaturalGradient(Optimizer[S]):
     def propose(self, loss_and_gradient: LossAndGradient) -> NaturalStep:
         batch = self.evaluate(loss_and_gradient)
         self.trend.add(batch.losses)
-        self.largest = max(self.largest, float(np.abs(batch.losses).mean()))
+        self.largest_loss = max(self.largest_loss, float(np.abs(batch.losses).mean()))
         if self.update_is_due():
             self.updates += 1
             mean = self.update(batch)
@@ -194,11 +195,16 @@ class NaturalGradient(Optimizer[S]):
             elif self.curvature.due(
                 self.steps, self.interval(loss_and_gradient), self.promise(step, self.rate_of(step))
             ):
-                self.measure(step, loss_and_gradient, self.rate_of(step))
+                self.measure(step, loss_and_gradient, self.rate_of(step), self.rate_factor)
         limits = self.limits(step)
         rate = min(limits)
+        if not math.isfinite(rate):
+            raise UserError(
+                "the rate auto has no bound at this step: the loss has no curvature that could be measured, or "
+                "curvature=0; give a number as lr, or let gain_share be more than 0"
+            )
         if not self.repeats:
-            change, slope, predicted = self.displacement(step, rate)
+            change, slope, predicted = self.displacement(step, self.rate_factor * rate)
             noise = self.rate_factor * rate * self.known / self.batch
             self.successive.follow(change, slope, self.momentum.newest(self.steps) * noise, predicted)
         wanted = min(limits[:2])
@@ -248,21 +254,27 @@ class NaturalGradient(Optimizer[S]):
     def measure_first(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> None:
         """Measure χ where the first step leads, after a look at whether the losses can be had again. Collective.
 
-        They cannot where they are others at the same point, or the same at another one; nor are they of the gradient
-        where no rate allows itself.
+        They cannot where they are others at the same point, or the same wherever the step leads; nor are they of the
+        gradient where no rate allows itself. A schedule's factor plays no part.
         """
-        there = self.displacement(step, 1.0)[0]
-        points = self.xp.zeros_like(there), there, there
-        again, once, twice = (self.losses_at(loss_and_gradient, point) for point in points)
-        same = np.allclose(again, step.losses, rtol=1e-6, atol=0) and (once == twice).all()
-        if not same or (once == step.losses).all():
+        again, rate = self.losses_at(loss_and_gradient, self.displacement(step, 0.0)[0]), 1.0
+        self.repeats = np.allclose(again, step.losses, rtol=1e-6, atol=0)
+        for _ in range(FIRST_TRIALS if self.repeats else 0):
+            there = self.displacement(step, rate)[0]
+            once = self.losses_at(loss_and_gradient, there)
+            if not (once == again).all():
+                self.repeats = bool((once == self.losses_at(loss_and_gradient, there)).all())
+                break
+            rate *= FARTHER
+        else:
             self.repeats = False
+        if not self.repeats:
             return
         tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
-        rate = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
-        if rate is not None:
-            self.measure(step, loss_and_gradient, rate)
-        if self.repeats and not self.curvature.measured and self.rate_factor >= 1:
+        found = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
+        if found is not None:
+            self.measure(step, loss_and_gradient, found, 1.0)
+        elif not self.is_of_gradient(step, rate, self.measured(step, loss_and_gradient, rate)):
             self.stop_measuring(step)
 
     def allowed(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
@@ -271,27 +283,43 @@ class NaturalGradient(Optimizer[S]):
         along = 0.0 if math.isinf(logarithm) else self.curvature.allows(logarithm, step.reach)
         return min(FARTHER * rate if math.isnan(along) else along, self.limits(step)[2])
 
-    def measure(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> None:
+    def measure(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float, factor: float) -> None:
         """Take χ along the step in, at a rate or where the loss is quadratic from there down. Collective.
 
         Of a curvature c ∝ α² a quarter of the rate has a sixteenth. Where it has more than an eighth, a rate that much
-        shorter is looked at. That is done where χ is more than twice what is known, and at every 50th step.
+        shorter is looked at. That is done where χ is more than twice what is known, and at every 50th step. A loss with
+        kinks is quadratic nowhere, and measured where the step leads.
         """
-        logarithm, t = self.measured(step, loss_and_gradient, rate), self.steps
+        logarithm, t = self.measured(step, loss_and_gradient, factor * rate), self.steps
         known = self.curvature.logarithm if self.curvature.measured else -math.inf
         if logarithm > known + math.log(2) or t % CHECK_EVERY == 0:
+            shorter, found, honest = rate, logarithm, False
             for k in range(QUARTERS):
-                quarter = self.measured(step, loss_and_gradient, rate / 4)
-                quadratic = math.isfinite(logarithm) and quarter < logarithm + math.log(2)
+                quarter = self.measured(step, loss_and_gradient, factor * shorter / 4)
+                quadratic = math.isfinite(found) and quarter < found + math.log(2)
                 if quadratic or (k == 0 and math.isnan(quarter)):
+                    rate, logarithm = shorter, found
                     break
+                honest = honest or self.is_of_gradient(step, factor * shorter / 4, quarter)
                 if math.isnan(quarter) or k == QUARTERS - 1:  # never, down to rounding
-                    if logarithm > self.rounding_of(self.largest, self.displacement(step, rate)[2]):
+                    least = self.rounding_of(self.largest_loss, self.displacement(step, factor * shorter)[2])
+                    if honest:
+                        break
+                    if found > least:
                         self.stop_measuring(step)
                     return
-                rate, logarithm = rate / 4, quarter
+                shorter, found = shorter / 4, quarter
+                if not math.isfinite(logarithm):
+                    rate, logarithm = shorter, found
         if math.isfinite(logarithm):
             self.curvature.add(logarithm, t, self.promise(step, rate), step.reach, rate)
+
+    def is_of_gradient(self, step: NaturalStep, rate: float, logarithm: float) -> bool:
+        """Tell whether the loss changes along a step as its gradient says, to an eighth, given log χ there. Local."""
+        _, slope, predicted = self.displacement(step, rate)
+        if math.isnan(logarithm):
+            logarithm = self.rounding_of(np.abs(step.losses).mean(), predicted)
+        return math.isfinite(logarithm) and math.exp(min(logarithm, 700.0)) * predicted < abs(slope) / 4
 
     def stop_measuring(self, step: NaturalStep) -> None:
         """Go on by successive gradients: the loss is not the one of this gradient. Local."""
@@ -308,7 +336,6 @@ class NaturalGradient(Optimizer[S]):
     def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
         """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
         assert step.norms is not None
-        rate *= self.rate_factor
         return -rate * step.direction, -rate * step.norms[2], rate * rate * step.dz
 
     def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
