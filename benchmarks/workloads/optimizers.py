@@ -39,7 +39,7 @@ class Trainer(Protocol):
         """Have the parameters be those that are to be judged; tells whether they are others than those trained."""
 
     def gradients(self) -> float | None:
-        """Return the gradients and losses that were evaluated, in batches, where that is known."""
+        """Return the gradients that were evaluated, in batches, where that is known."""
 
 
 class Ours:

@@ -49,7 +49,7 @@ class Record:
     cpu_ms : float, optional
         CPU milliseconds a step, mean over all steps but the first; none of a run on a GPU.
     gradients : float, optional
-        Evaluations of the batch a step, for those that count them: 1 and its probes.
+        Gradients of the batch a step, for those that count them; losses alone are not among them.
     diverged : bool
     versions : dict
     """
