@@ -133,7 +133,7 @@ class NaturalGradient(Optimizer[S]):
         self.trace = 0.0  # of F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
         self.shortened = 1.0  # what the bound of the change leaves of a step, a running mean
-        self.largest_loss = 0.0  # so far: the loss of targets that are met to rounding has more than its own
+        self.largest_loss = 0.0  # so far
         self.told = False
         self.repeats = True  # whether the losses of a batch can be had again, at other parameters
 
@@ -302,10 +302,10 @@ class NaturalGradient(Optimizer[S]):
                     break
                 honest = honest or self.is_of_gradient(step, factor * shorter / 4, quarter)
                 if math.isnan(quarter) or k == QUARTERS - 1:  # never, down to rounding
-                    least = self.rounding_of(self.largest_loss, self.displacement(step, factor * shorter)[2])
                     if honest:
                         break
-                    if found > least:
+                    # Where targets are met to rounding, that of larger losses is left.
+                    if logarithm > self.rounding_of(self.largest_loss, self.displacement(step, factor * rate)[2]):
                         self.stop_measuring(step)
                     return
                 shorter, found = shorter / 4, quarter
