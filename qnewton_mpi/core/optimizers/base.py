@@ -358,7 +358,7 @@ class Optimizer(ABC, Generic[S]):
             self.evaluations += self.exchange.replicas
         losses: Array = np.full(len(local), np.inf)
         # Wherever a trial leads, and however the program says that it cannot compute a loss there.
-        with self.evaluating(), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
+        with self.evaluating("trial"), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
             if losses_of:
                 losses = np.asarray(losses_of(point, local), np.float64)
             else:
@@ -367,10 +367,10 @@ class Optimizer(ABC, Generic[S]):
         return np.where(np.isfinite(everyone), everyone, np.inf)
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, phase: str = "gradient") -> Iterator[None]:
         """While the program's own function is called."""
         self.exchange.communicator.halfway(False)  # others wait for what follows in a gate
-        self.exchange.communicator.enter("gradient")
+        self.exchange.communicator.enter(phase)
         started = time.perf_counter()
         with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told later, once
             yield
