@@ -33,7 +33,7 @@ def last(communicator):
 
 
 def loss_and_gradient(w, replica):
-    return float(w @ w) / 2 + replica, w + replica
+    return float(w @ w) / 2 + replica * float(w.sum()), w + replica
 
 
 @several
