@@ -38,9 +38,6 @@ class Trainer(Protocol):
     def averaged(self) -> contextlib.AbstractContextManager[bool]:
         """Have the parameters be those that are to be judged; tells whether they are others than those trained."""
 
-    def gradients(self) -> float | None:
-        """Return the gradients that were evaluated, in batches, where that is known."""
-
 
 class Ours:
     """A method of this package, each replica on its share of the batch."""
@@ -69,9 +66,6 @@ class Ours:
     def averaged(self) -> Iterator[bool]:
         yield False
 
-    def gradients(self) -> float | None:
-        return self.optimizer.core.evaluations / REPLICAS
-
 
 class Peer:
     """An optimizer of PyTorch's interface on the gradient of the whole batch."""
@@ -89,9 +83,6 @@ class Peer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[bool]:
         yield False
-
-    def gradients(self) -> float | None:
-        return None
 
 
 class Averaging(Peer):

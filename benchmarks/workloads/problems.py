@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,7 +41,7 @@ MODULES = [
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(ABC):
     """A workload.
 
     Attributes
@@ -76,9 +77,9 @@ class Problem:
         torch.manual_seed(seed)
         return self.network()
 
+    @abstractmethod
     def network(self) -> nn.Module:
         """Return the network, drawn from the present state of PyTorch's random numbers."""
-        raise NotImplementedError
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Yield batches without end, the same for all who ask with the seed."""
@@ -86,13 +87,13 @@ class Problem:
         while True:
             yield from self.draw(random)
 
+    @abstractmethod
     def draw(self, random: torch.Generator) -> Iterator[Batch]:
         """Yield some batches: one, or an epoch's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         """Return the mean loss of a batch, or of a replica's share of one."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> float:
@@ -105,10 +106,10 @@ class Problem:
         model.train(training)
         return sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
 
-    @cached_property
+    @property
+    @abstractmethod
     def held_out(self) -> list[Batch]:
         """What is never trained on."""
-        raise NotImplementedError
 
     @cached_property
     def images(self) -> datasets.Dataset:
@@ -147,11 +148,10 @@ class Images(Problem):
 class ConvnetImages(Images):
     """The poster's network, tanh."""
 
-    def model(self, seed: int) -> nn.Module:
-        """Return the network with the package's own initial parameters."""
-        torch.manual_seed(seed)  # for an optimizer that draws
+    def network(self) -> nn.Module:
+        """Return the network with the package's own initial parameters, of PyTorch's seed."""
         network = Convnet(self.images.input_shape, "tanh")
-        return torch_convnet(network, network.initial_parameters(seed))
+        return torch_convnet(network, network.initial_parameters(torch.initial_seed()))
 
 
 class ResNet(Images):
@@ -224,10 +224,10 @@ class Language(Problem):
 
     length: int
 
-    @cached_property
+    @property
+    @abstractmethod
     def codes(self) -> Tensor:
         """The text, as numbers."""
-        raise NotImplementedError
 
     @property
     def rows(self) -> int:

@@ -48,8 +48,6 @@ class Record:
         The same of the held-out loss; shorter where the run diverged.
     cpu_ms : float, optional
         CPU milliseconds a step, mean over all steps but the first; none of a run on a GPU.
-    gradients : float, optional
-        Gradients of the batch a step, for those that count them; losses alone are not among them.
     diverged : bool
     versions : dict
     """
@@ -60,7 +58,6 @@ class Record:
     losses: list[float]
     held_out_losses: list[float]
     cpu_ms: float | None
-    gradients: float | None
     diverged: bool
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -140,7 +137,6 @@ def run(problem: Problem, key: Key, device: str = "cpu") -> Record:
     diverged = len(losses) < key.steps or not all(math.isfinite(loss) for loss in (losses[-1], *held_out.values()))
     losses += [math.inf] * (key.steps - len(losses))
     means = [_short(loss, problem) for loss in thinned(losses)]
-    gradients = trainer.gradients()
     return Record(
         key,
         loss=means[-1],
@@ -148,7 +144,6 @@ def run(problem: Problem, key: Key, device: str = "cpu") -> Record:
         losses=means,
         held_out_losses=[_short(loss, problem) for loss in held_out.values()],
         cpu_ms=float(f"{1e3 * np.mean(seconds[1:] or seconds):.4g}") if device == "cpu" else None,
-        gradients=None if gradients is None else float(f"{gradients / len(seconds):.4g}"),
         diverged=diverged,
         versions=versions(key.optimizer),
     )

@@ -119,12 +119,10 @@ class Results:
             for column in self.columns
             if (summary := summarize(problem, column, records[problem.name])) is not None
         }
-        most = {problem.name: max(self._seeds(problem), default=0) for problem in self.problems}
+        most: dict[str, int] = {}  # seeds, of a workload's columns: those with fewer are not done
+        for (name, _), cell in self.cells.items():
+            most[name] = max(most.get(name, 0), len(cell.records))
         self.cells = {key: cell for key, cell in self.cells.items() if len(cell.records) == most[key[0]]}
-
-    def _seeds(self, problem: Problem) -> list[int]:
-        """Return how many seeds each column has on a workload; those with fewer than others are not done."""
-        return [len(cell.records) for (name, _), cell in self.cells.items() if name == problem.name]
 
     def cell(self, problem: Problem, title: str) -> Summary | None:
         """Return a summary, or None where runs are missing."""

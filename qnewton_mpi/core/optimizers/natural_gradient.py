@@ -38,7 +38,6 @@ CHECK_EVERY = 50  # steps between looks at whether the loss is quadratic
 QUARTERS = 10  # of a rate, at most, to where it is
 FARTHER = 100.0  # times as far is looked where the loss is linear
 ROUNDING = 4.0  # units of the loss
-LIMITS = ("rate", "curvature", "change")  # which may decide how long a step is, by their numbers in the figure `limit`
 
 
 @dataclass(frozen=True)
@@ -204,9 +203,10 @@ class NaturalGradient(Optimizer[S]):
                 "curvature=0; give a number as lr, or let gain_share be more than 0"
             )
         if not self.repeats:
-            change, slope, predicted = self.displacement(step, self.rate_factor * rate)
-            noise = self.rate_factor * rate * self.known / self.batch
-            self.successive.follow(change, slope, self.momentum.newest(self.steps) * noise, predicted)
+            whole = self.rate_factor * rate
+            noise = self.momentum.newest(self.steps) * whole * self.known / self.batch
+            slope, predicted = self.along(step, whole)
+            self.successive.follow(-whole * step.direction, slope, noise, predicted)
         wanted = min(limits[:2])
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
         self.note_shortening(shrink)
@@ -214,7 +214,9 @@ class NaturalGradient(Optimizer[S]):
         return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms)
 
     def limits(self, step: NaturalStep) -> tuple[float, float, float]:
-        """Return the largest rates by noise or the settings, by curvature, and by the change, as in `LIMITS`. Local.
+        """Return the largest rates by noise or the settings, by curvature, and by the change. Local.
+
+        The figure `limit` is the place of the least of them.
 
         Where no curvature is measured, all of a step may change what else its noise may.
         """
@@ -234,13 +236,15 @@ class NaturalGradient(Optimizer[S]):
         self.shortened += RUNNING * (shrink - self.shortened)
         if self.shortened < LITTLE and not self.told:
             self.told = True
-            if self.exchange.communicator.rank == 0:
-                wider = 2 * self.settings.relative_change
-                warnings.warn(
-                    f"the bound of the relative change leaves {self.shortened:.0%} of the steps: if the loss falls too "
-                    f"slowly, try relative_change={wider:g}",
-                    stacklevel=2,
-                )
+            self.tell(
+                f"the bound of the relative change leaves {self.shortened:.0%} of the steps: if the loss falls too "
+                f"slowly, try relative_change={2 * self.settings.relative_change:g}"
+            )
+
+    def tell(self, message: str) -> None:
+        """Warn on rank 0. Local."""
+        if self.exchange.communicator.rank == 0:
+            warnings.warn(message, stacklevel=3)
 
     @property
     def measures(self) -> bool:
@@ -257,10 +261,10 @@ class NaturalGradient(Optimizer[S]):
         They cannot where they are others at the same point, or the same wherever the step leads; nor are they of the
         gradient where no rate allows itself. A schedule's factor plays no part.
         """
-        again, rate = self.losses_at(loss_and_gradient, self.displacement(step, 0.0)[0]), 1.0
+        again, rate = self.losses_at(loss_and_gradient, 0.0 * step.direction), 1.0
         self.repeats = np.allclose(again, step.losses, rtol=1e-6, atol=0)
         for _ in range(FIRST_TRIALS if self.repeats else 0):
-            there = self.displacement(step, rate)[0]
+            there = -rate * step.direction
             once = self.losses_at(loss_and_gradient, there)
             if not (once == again).all():
                 self.repeats = bool((once == self.losses_at(loss_and_gradient, there)).all())
@@ -305,7 +309,7 @@ class NaturalGradient(Optimizer[S]):
                     if honest:
                         break
                     # Where targets are met to rounding, that of larger losses is left.
-                    if logarithm > self.rounding_of(self.largest_loss, self.displacement(step, factor * rate)[2]):
+                    if logarithm > self.rounding_of(self.largest_loss, self.along(step, factor * rate)[1]):
                         self.stop_measuring(step)
                     return
                 shorter, found = shorter / 4, quarter
@@ -316,7 +320,7 @@ class NaturalGradient(Optimizer[S]):
 
     def is_of_gradient(self, step: NaturalStep, rate: float, logarithm: float) -> bool:
         """Tell whether the loss changes along a step as its gradient says, to an eighth, given log χ there. Local."""
-        _, slope, predicted = self.displacement(step, rate)
+        slope, predicted = self.along(step, rate)
         if math.isnan(logarithm):
             logarithm = self.rounding_of(np.abs(step.losses).mean(), predicted)
         return math.isfinite(logarithm) and math.exp(min(logarithm, 700.0)) * predicted < abs(slope) / 4
@@ -326,25 +330,23 @@ class NaturalGradient(Optimizer[S]):
         self.repeats = False
         if self.curvature.measured:
             self.successive.begin(self.curvature.value, step.dz)
-        if self.exchange.communicator.rank == 0:
-            warnings.warn(
-                "the loss does not change along a step as its gradient says (clipped, scaled, decayed in the closure? "
-                "other samples at each call? a large constant?): its curvature is taken from successive gradients",
-                stacklevel=2,
-            )
+        self.tell(
+            "the loss does not change along a step as its gradient says (clipped, scaled, decayed in the closure? "
+            "other samples at each call? a large constant?): its curvature is taken from successive gradients"
+        )
 
-    def displacement(self, step: NaturalStep, rate: float) -> tuple[Array, float, float]:
-        """Return Δw (held,) of a rate, ḡᵀΔw, and Δwᵀ P Δw. Local."""
+    def along(self, step: NaturalStep, rate: float) -> tuple[float, float]:
+        """Return ḡᵀΔw and Δwᵀ P Δw of a rate. Local."""
         assert step.norms is not None
-        return -rate * step.direction, -rate * step.norms[2], rate * rate * step.dz
+        return -rate * step.norms[2], rate * rate * step.dz
 
     def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
         """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective.
 
         Not a number where the loss's curvature is rounding.
         """
-        change, slope, predicted = self.displacement(step, rate)
-        losses = self.losses_at(loss_and_gradient, change)
+        slope, predicted = self.along(step, rate)
+        losses = self.losses_at(loss_and_gradient, -rate * step.direction)
         curvature = abs(2 * (float(losses.mean() - step.losses.mean()) - slope))
         if not math.isfinite(curvature):
             return math.inf
