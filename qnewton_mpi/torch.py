@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import math
 import os
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,7 +16,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
-from qnewton_mpi.adapter.surroundings import Surroundings
+from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
@@ -489,50 +486,6 @@ class Evaluations:
 
     def __call__(self, point: Array, replica: int) -> tuple[float, Array]:
         return self.loss_and_gradient(point, replica)
-
-
-@contextlib.contextmanager
-def without_traces(graph: bool, module: torch.nn.Module | None) -> Iterator[None]:
-    """Let what is called compute a loss, and leave neither gradients nor running statistics.
-
-    In this thread `backward` and `zero_grad` do nothing. Afterwards the buffers of the modules that were called are
-    what they were; where their owner is known, `Surroundings` sees to that, as a hook would have torch.compile start
-    anew.
-    """
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    thread = threading.get_ident()
-
-    def keep(module: torch.nn.Module, *_: Any) -> None:
-        for buffer in module.buffers(recurse=False):
-            kept.setdefault(id(buffer), (buffer, buffer.clone()))
-
-    def silent(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*arguments: Any, **options: Any) -> Any:
-            return None if threading.get_ident() == thread else function(*arguments, **options)
-
-        return call
-
-    places: list[tuple[Any, str]] = [
-        (torch.autograd, "backward"),  # Tensor.backward calls it
-        (torch.nn.Module, "zero_grad"),
-        (torch.optim.Optimizer, "zero_grad"),
-    ]
-    before = [getattr(owner, name) for owner, name in places]
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep) if module is None else None
-    try:
-        for (owner, name), function in zip(places, before, strict=True):
-            setattr(owner, name, silent(function))
-        with torch.set_grad_enabled(graph):
-            yield
-    finally:
-        if hook is not None:
-            hook.remove()
-        for (owner, name), function in zip(places, before, strict=True):
-            setattr(owner, name, function)
-        with torch.no_grad():
-            for buffer, value in kept.values():
-                buffer.copy_(value)
 
 
 def _number(loss: Any) -> float:

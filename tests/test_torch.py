@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from qnewton_mpi.adapter.surroundings import without_traces
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.torch import QuasiNewton, without_traces
+from qnewton_mpi.torch import QuasiNewton
 
 METHODS = ["kronecker", "fisher", "deflated", "multisecant", "sgd", "momentum", "adam"]
 X = torch.randn(128, 5, generator=torch.Generator().manual_seed(1))

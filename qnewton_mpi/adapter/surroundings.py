@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -78,3 +81,47 @@ class Surroundings:
         torch.set_rng_state(states[0])
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1], self._device)
+
+
+@contextlib.contextmanager
+def without_traces(graph: bool, module: torch.nn.Module | None) -> Iterator[None]:
+    """Let what is called compute a loss, and leave neither gradients nor running statistics.
+
+    In this thread `backward` and `zero_grad` do nothing. Afterwards the buffers of the modules that were called are
+    what they were; where their owner is known, `Surroundings` sees to that, as a hook would have torch.compile start
+    anew.
+    """
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    thread = threading.get_ident()
+
+    def keep(module: torch.nn.Module, *_: Any) -> None:
+        for buffer in module.buffers(recurse=False):
+            kept.setdefault(id(buffer), (buffer, buffer.clone()))
+
+    def silent(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            return None if threading.get_ident() == thread else function(*arguments, **options)
+
+        return call
+
+    places: list[tuple[Any, str]] = [
+        (torch.autograd, "backward"),  # Tensor.backward calls it
+        (torch.nn.Module, "zero_grad"),
+        (torch.optim.Optimizer, "zero_grad"),
+    ]
+    before = [getattr(owner, name) for owner, name in places]
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep) if module is None else None
+    try:
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, silent(function))
+        with torch.set_grad_enabled(graph):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, function)
+        with torch.no_grad():
+            for buffer, value in kept.values():
+                buffer.copy_(value)
