@@ -55,14 +55,7 @@ random = torch.Generator().manual_seed(options.seed * ranks + rank)  # each rank
 recent = []
 for step in range(1, options.steps + 1):
     images = train[torch.randint(len(train), (rows,), generator=random)]
-
-    def closure(images=images):
-        """Leave the gradients of the present replica's share, and return its loss."""
-        loss = nats(optimizer.share(images))
-        loss.backward()
-        return loss
-
-    recent.append(optimizer.step(closure))
+    recent.append(optimizer.step(nats, images))
     if step % 50 == 0 or step == options.steps:
         if rank == 0:
             with torch.no_grad():

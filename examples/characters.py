@@ -54,22 +54,21 @@ samples = rows // per_rank * LENGTH  # of a replica: characters that it predicts
 optimizer = QuasiNewton(
     model.parameters(), samples=samples, replicas_per_rank=per_rank, method=options.method, **settings
 )
+
+
+def nats(texts):
+    """Return the mean negative log-likelihood of each next character of texts (n, LENGTH + 1)."""
+    logits = model(texts[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())
+
+
 random = torch.Generator().manual_seed(rank)  # each rank its own samples
 
 recent = []
 for step in range(1, options.steps + 1):
     starts = torch.randint(len(codes) - LENGTH - 1, (rows, 1), generator=random)
     batch = codes[starts + torch.arange(LENGTH + 1)]
-
-    def closure(batch=batch):
-        """Leave the gradients of the present replica's share, and return its loss."""
-        mine = optimizer.share(batch)
-        logits = model(mine[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten())
-        loss.backward()
-        return loss
-
-    recent.append(optimizer.step(closure))
+    recent.append(optimizer.step(nats, batch))
     if step % 50 == 0 or step == options.steps:
         if rank == 0:
             print(f"step {step}: {sum(recent) / len(recent):.3f} nats a character", flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 import os
@@ -15,6 +17,7 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from qnewton_mpi.adapter.at_once import AtOnce, alike, quiet
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
@@ -27,6 +30,7 @@ from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array
 
 Closure = Callable[[], Any]
+ALL = -1  # for a replica, whose random numbers are those of all
 GROUP_KEYS = {"params", "lr", "name", "param_names"}
 SCHEDULERS_KEYS = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 
@@ -34,9 +38,13 @@ SCHEDULERS_KEYS = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 class QuasiNewton(torch.optim.Optimizer):
     """Any method of this package on the parameters of a PyTorch model, the replicas over the ranks of an MPI job.
 
-    Each rank builds the same model and takes its own samples. A step reads the gradients that a closure leaves in
-    `.grad`, and moves all ranks' parameters alike. The closure computes loss and gradients at each call, as that of
-    `torch.optim.LBFGS` does; with several replicas a rank, on its `optimizer.share` of the rank's batch:
+    Each rank builds the same model and takes its own samples. A step is given the loss as a function, and this rank's
+    batch, of which each replica has an equal share of the rows:
+
+        optimizer.step(lambda x, y: criterion(model(x), y), inputs, targets)
+
+    or a closure as that of `torch.optim.LBFGS`, which computes loss and gradients at each call, with several replicas a
+    rank on its `optimizer.share` of the batch:
 
         def closure():
             mine, answers = optimizer.share(inputs, targets)
@@ -104,12 +112,9 @@ class QuasiNewton(torch.optim.Optimizer):
     >>> optimizer = QuasiNewton(model.parameters(), samples=16, replicas_per_rank=4)
     >>> x = torch.randn(64, 3)
     >>> y = x.sum(1, keepdim=True)
-    >>> def closure():
-    ...     mine, answers = optimizer.share(x, y)
-    ...     loss = ((model(mine) - answers) ** 2).mean()
-    ...     loss.backward()
-    ...     return loss
-    >>> losses = [optimizer.step(closure) for _ in range(50)]
+    >>> def squares(x, y):
+    ...     return ((model(x) - y) ** 2).mean()
+    >>> losses = [optimizer.step(squares, x, y) for _ in range(50)]
     >>> losses[-1] < losses[0]
     True
     """
@@ -174,7 +179,9 @@ class QuasiNewton(torch.optim.Optimizer):
                 f"{method} evaluates gradients more than once a step: pass module=model, so that running statistics "
                 "are left alone"
             )
-        self._replica = 0  # of this rank's, the one being evaluated
+        self._replica: int | torch.Tensor = 0  # of this rank's, the one being evaluated; to vmap, all
+        self._at_once = AtOnce(self._tensors)
+        self._one_by_one: bool | None = None if replicas_per_rank > 1 else True  # None: to be seen
         self._shared = False  # whether the closure has asked for its share
         self._graph = False  # whether a trial needs one
         self._told = False  # that the closure cannot be called for its loss alone
@@ -199,19 +206,26 @@ class QuasiNewton(torch.optim.Optimizer):
                     f"a batch of {rows} rows cannot be shared evenly by {own} replicas on this rank: give the "
                     f"loader a multiple of {own} as batch size, and drop_last=True"
                 )
-        parts = [tensor.tensor_split(own)[self._replica] for tensor in tensors]
+        parts = [_rows(tensor, self._replica, own) for tensor in tensors]
         return parts[0] if len(parts) == 1 else parts
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+    def step(self, closure: Closure | None = None, *batch: torch.Tensor) -> float:  # type: ignore[override]
         """Do one step; return the mean loss of all replicas before it. Collective.
 
         Parameters
         ----------
         closure : callable
-            Leaves the gradients of the loss in `.grad` and returns it. Where there is one replica a rank and the
-            method does not probe, it is called once, adds to the gradients that no step has used yet, and
-            `lambda: loss` after `loss.backward()` does. What has a gradient on no rank does not move.
+            Without a batch it leaves the gradients of the loss in `.grad` and returns the loss. Where there is one
+            replica a rank and the method does not probe, it is called once, adds to the gradients that no step has used
+            yet, and `lambda: loss` after `loss.backward()` does. What has a gradient on no rank does not move.
+
+            With a batch it is a function without side effects that returns the mean loss of rows of the batch's
+            tensors, and does not call `backward`; gradients from before the step do not count. The replicas of a rank
+            are then evaluated in one forward and backward pass (torch.func.vmap), if the first step finds that to be
+            the same as one after the other: running statistics, random numbers and derivatives in the loss forbid it.
+        *batch : Tensor
+            This rank's samples, along the first axis; each of its replicas has an equal share of the rows.
 
         Raises
         ------
@@ -227,12 +241,16 @@ class QuasiNewton(torch.optim.Optimizer):
                 "computes both"
             )
         core = self.core
-        self._closure = closure
+        self._by_rows = bool(batch)
+        self._closure = functools.partial(self._loss_of_rows, closure, batch) if batch else closure
         self._failure = None
         self._surroundings.begin()
         self._found = np.zeros(len(self._tensors), bool)
         self._attempt(self._prepare)
-        self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses))
+        if batch:
+            self._parameters.drop_gradients(unused=True)
+        at_once = self._losses_and_gradients if batch and not self._one_by_one else None
+        self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses, at_once))
         if core.parameters is not self._bound:
             self._bind()
         self._share_buffers()
@@ -349,6 +367,85 @@ class QuasiNewton(torch.optim.Optimizer):
             self._agree_on_step()
         return loss, self.core.rows[own]
 
+    def _losses_and_gradients(self, points: Array, replicas: range) -> tuple[NDArray[np.float64], Array]:
+        """Evaluate this rank's replicas: at once, where that can be done, or one after the other."""
+        core, at_once = self.core, not self._one_by_one and points is self.core.parameters and self._failure is None
+        if at_once and self._one_by_one is False and (losses := self._evaluated_at_once()) is not None:
+            self._attempt(self._follow)
+            self._attempt(self._parameters.check_present, (~self._found).tolist())
+            self._agree_on_step()
+            return losses, core.gradients
+        losses = np.empty(len(replicas))
+        with self._at_once.watching() if at_once else contextlib.nullcontext():
+            for k, replica in enumerate(replicas):
+                point = points[k, :] if points.ndim > 1 else points
+                losses[k], _ = self._loss_and_gradient(point, replica)
+        if at_once and self._one_by_one is None:
+            losses = self._try_at_once(losses)
+        return losses, core.gradients
+
+    def _try_at_once(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See whether all replicas at once are what they are one by one, as they have just been evaluated. Local.
+
+        If so they count, so that a run that is gone on with is to the bit the one that never stopped.
+        """
+        rows, found = to_tensor(self.core.gradients), self._found.copy()
+        expected = rows.clone()
+        self._one_by_one = False
+        if not self._at_once.steady:
+            self._go_on_one_by_one("there are running statistics")
+        elif (again := self._evaluated_at_once()) is not None:
+            if alike(torch.from_numpy(again), torch.from_numpy(losses), rows, expected):
+                return again
+            self._go_on_one_by_one("the losses or gradients are others when they are evaluated at once")
+        rows.copy_(expected)
+        self._found = found
+        return losses
+
+    def _go_on_one_by_one(self, reason: str) -> None:
+        """Evaluate the replicas one after the other from now on. Local."""
+        self._one_by_one = True
+        if self.communicator.rank == 0:
+            warnings.warn(
+                f"the replicas of a rank are evaluated one after the other, which takes longer: {reason}", stacklevel=2
+            )
+
+    def _evaluated_at_once(self) -> NDArray[np.float64] | None:
+        """Return the losses, with the gradients in the core's rows; nothing where that cannot be done. Local."""
+        self._settle()
+        try:
+            with self._surroundings.of(ALL), without_traces(True, self._surroundings.module), quiet():
+                losses, gradients = self._at_once.losses_and_gradients(self._loss_of, self._own, self._frozen)
+                values = losses.detach().double().cpu().numpy()
+                self._found |= self._parameters.take_rows(to_tensor(self.core.gradients), gradients)
+        except Exception as error:  # of a closure, or of vmap, there is no end of kinds
+            self._go_on_one_by_one(f"{type(error).__name__}: {printable(str(error)):.200}")
+            return None
+        self._settle()
+        return values
+
+    @property
+    def _own(self) -> int:
+        """Replicas of this rank."""
+        return len(self.core.exchange.local)
+
+    def _loss_of(self, replica: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a replica of this rank, which vmap has for all."""
+        self._replica = replica
+        try:
+            loss: torch.Tensor = self._closure()
+        finally:
+            self._replica = 0
+        return loss.reshape(())
+
+    def _loss_of_rows(self, loss_of: Closure, batch: tuple[torch.Tensor, ...]) -> Any:
+        """Return the loss of the present replica's rows, as a closure does."""
+        mine = self.share(*batch)
+        loss = loss_of(*(mine if len(batch) > 1 else [mine]))
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            torch.autograd.backward(loss)
+        return loss
+
     def _trial_losses(self, point: Array, replicas: range) -> NDArray[np.float64]:
         """Return the closure's losses at a point, without a trace; not a number where it cannot be called again."""
         kept, gradients = self._flat.clone(), [p.grad for p in self._tensors]
@@ -358,9 +455,9 @@ class QuasiNewton(torch.optim.Optimizer):
             self._flat[span] = kept[span]
         losses = np.full(len(replicas), np.nan)
         try:
+            at_once = self._trial_at_once() if self._by_rows and self._one_by_one is False else None
             for k in range(len(replicas)):
-                self._replica = k
-                losses[k] = self._trial_loss(k, here)
+                losses[k] = self._trial_loss(k, here) if at_once is None else at_once[k]
         finally:
             self._parameters.rebind()
             self._flat.copy_(kept)
@@ -369,11 +466,22 @@ class QuasiNewton(torch.optim.Optimizer):
             self._settle()
         return losses
 
+    def _trial_at_once(self) -> NDArray[np.float64] | None:
+        """Return the closure's losses, nothing where it fails."""
+        for p in self._tensors:
+            p.grad = None
+        try:
+            with self._surroundings.of(ALL), without_traces(False, self._surroundings.module), quiet():
+                return self._at_once.losses(self._loss_of, self._own).double().cpu().numpy()
+        except Exception:  # as where they are one by one
+            return None
+
     def _trial_loss(self, replica: int, here: bool) -> float:
         """Return the closure's loss, not a number where it fails; here: where it has just been called.
 
         Without a graph, unless it turns out to need one, for derivatives in the loss.
         """
+        self._replica = replica
         for graph in (True,) if self._graph else (False, True):
             for p in self._tensors:
                 p.grad = None
@@ -483,6 +591,7 @@ class Evaluations:
 
     loss_and_gradient: Callable[[Array, int], tuple[float, Array]]
     losses: Callable[[Array, range], NDArray[np.float64]]
+    at_once: Callable[[Array, range], tuple[NDArray[np.float64], Array]] | None = None
 
     def __call__(self, point: Array, replica: int) -> tuple[float, Array]:
         return self.loss_and_gradient(point, replica)
@@ -495,6 +604,14 @@ def _number(loss: Any) -> float:
     except (TypeError, ValueError, RuntimeError) as error:
         kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"{loss!r:.60}"
         raise UserError(f"the closure must return the loss, one number, and has returned {kind}") from error
+
+
+def _rows(tensor: torch.Tensor, replica: int | torch.Tensor, replicas: int) -> torch.Tensor:
+    """Return the rows of a replica, a number or what vmap has in its place."""
+    if isinstance(replica, int):
+        return tensor.tensor_split(replicas)[replica]
+    parts = tensor.reshape(replicas, -1, *tensor.shape[1:])
+    return parts.index_select(0, replica.to(tensor.device).reshape(1)).squeeze(0)
 
 
 def _size(group: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,13 +55,7 @@ class Ours:
         )
 
     def step(self, batch: Batch) -> float:
-        def closure() -> Tensor:
-            mine = self.optimizer.share(*batch)
-            loss = self.problem.loss(self.model, *(mine if isinstance(mine, list) else [mine]))
-            loss.backward()
-            return loss
-
-        return self.optimizer.step(closure)
+        return self.optimizer.step(functools.partial(self.problem.loss, self.model), *batch)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[bool]:

@@ -195,6 +195,16 @@ class Tensors:
                 view.copy_(gradient)
         return [gradient is not None for gradient in found]
 
+    def take_rows(self, rows: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> list[bool]:
+        """Copy the gradients of all replicas, each (R, *shape), to rows (R, N); return which are not all zero."""
+        for span, gradient in zip(self.spans, gradients, strict=True):
+            if gradient is None:
+                rows[:, span] = 0
+            else:
+                rows[:, span] = gradient.reshape(len(rows), -1)
+        # One replica's tell nearly always.
+        return [bool(rows[0, span].any()) or bool(rows[:, span].any()) for span in self.spans]
+
     def check_present(self, idle: list[bool]) -> None:
         """Raise `UserError` where a parameter that had no gradient in this step is no longer one of the model's."""
         lacking = [k for k, p in enumerate(self.moved) if idle[k] and p.requires_grad]

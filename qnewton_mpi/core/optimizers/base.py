@@ -323,7 +323,9 @@ class Optimizer(ABC, Generic[S]):
         with self.evaluating():
             if at_once:
                 points = self.parameters if displacements is None else self.parameters + displacements
-                losses, self.gradients[...] = at_once(points, local)
+                losses, gradients = at_once(points, local)
+                if gradients is not self.gradients:
+                    self.gradients[...] = gradients
             else:
                 losses = np.empty(len(local))
                 for r, replica in enumerate(local):

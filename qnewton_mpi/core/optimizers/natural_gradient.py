@@ -49,7 +49,7 @@ class NaturalGradientSettings(Settings):
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
     curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
-    relative_change: float = setting(0.08, "η, that noise may make in a step, over all layers; 0: no bound", NOT_NEGATIVE)
+    relative_change: float = setting(0.08, "η, that noise may make in a step over all layers; 0: none", NOT_NEGATIVE)
     outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
     gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
 

@@ -135,7 +135,7 @@ class Curvature:
         return self.factor * reach * math.exp(-logarithm)
 
     def due(self, step: int, every: int, promise: float) -> bool:
-        """Tell whether it is to be measured at a step of this α dᵀz, as so many after the last, and in the first ten."""
+        """Tell whether it is to be measured at a step of this α dᵀz: the first ten, and so many after the last."""
         return step <= FIRST_STEPS or step - self.measured >= every or promise > MORE * self.promise
 
     def add(self, logarithm: float, step: int, promise: float, reach: float, rate: float) -> None:

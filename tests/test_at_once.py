@@ -1,0 +1,207 @@
+"""All replicas of a rank in one pass: the run of one after the other, or one after the other and told."""
+
+import copy
+
+import pytest
+import torch
+
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.torch import QuasiNewton
+
+X = torch.randn(96, 5, generator=torch.Generator().manual_seed(1))
+Y = (X[:, :1] > 0).float() * X[:, 1:2]
+TOLD = "evaluated one after the other, which takes longer: "
+
+
+class Recurrent(torch.nn.Module):
+    """Keeps its parameters in a list beside their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = torch.nn.LSTM(1, 4, batch_first=True)
+        self.last = torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.last(self.cell(x[:, :, None])[0][:, -1])
+
+
+class Tied(torch.nn.Module):
+    """Has one matrix in two places, one that it does not use, and a buffer that stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(5, 5)
+        self.second = torch.nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+        self.unused = torch.nn.Linear(5, 5)
+        self.last = torch.nn.Linear(5, 1)
+        self.register_buffer("scale", torch.full((5,), 0.5))
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x) * self.scale))))
+
+
+def perceptron(*middle):
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), *middle, torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+
+def squares(model):
+    return lambda x, y: ((model(x) - y) ** 2).mean()
+
+
+def smooth(model):
+    def loss(x, y):
+        x = x.detach().clone().requires_grad_()
+        out = model(x)
+        slope = torch.autograd.grad(out.sum(), x, create_graph=True)[0]
+        return ((out - y) ** 2).mean() + 0.01 * slope.square().mean()
+
+    return loss
+
+
+def run(model, loss, steps, rows, change=None, **options):
+    """Return the losses and the parameters, by the batch or by closures, and how often the loss was called."""
+    options = {"samples": 24, "replicas_per_rank": 4} | options
+    optimizer, calls = QuasiNewton(model.parameters(), **options), []
+
+    def counted(*mine):
+        calls.append(len(mine[0]))
+        return loss(*mine)
+
+    def closure():
+        value = counted(*optimizer.share(X, Y))
+        value.backward()
+        return value
+
+    losses = []
+    for step in range(steps):
+        if change and step == steps // 2:
+            change(model)
+        losses.append(optimizer.step(counted, X, Y) if rows else optimizer.step(closure))
+    return torch.tensor(losses), torch.cat([p.detach().reshape(-1) for p in model.parameters()]), len(calls), optimizer
+
+
+def both(make, loss, steps=12, **options):
+    torch.manual_seed(0)
+    model = make()
+    other = copy.deepcopy(model)
+    if options.get("module"):
+        return (
+            run(model, loss(model), steps, True, **options | {"module": model}),
+            run(other, loss(other), steps, False, **options | {"module": other}),
+        )
+    return run(model, loss(model), steps, True, **options), run(other, loss(other), steps, False, **options)
+
+
+@pytest.mark.parametrize("method", ["kronecker", "fisher", "deflated", "multisecant", "momentum", "adam"])
+def test_at_once_is_one_after_the_other(method):
+    options = {"module": True} if method in ("deflated", "multisecant") else {}
+    (losses, w, calls, optimizer), (expected, v, _, _) = both(perceptron, squares, method=method, **options)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(w, v, rtol=1e-3, atol=1e-4)
+    if method in ("fisher", "kronecker"):
+        passes = optimizer.core.evaluations + optimizer.core.trials
+        assert calls == passes // 4 + 4  # the first step's one after the other too
+
+
+@pytest.mark.parametrize("make", [Tied, Recurrent, lambda: perceptron(torch.nn.BatchNorm1d(8)).eval()])
+def test_parameters_in_two_places_or_in_none_and_steady_buffers(make):
+    (losses, w, calls, _), (expected, v, others, _) = both(make, squares)
+    assert calls < others
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(w, v, rtol=1e-3, atol=1e-4)
+
+
+def freeze(model):
+    model[0].requires_grad_(False)
+
+
+def test_what_is_frozen_later_rests():
+    (losses, w, _, _), (expected, v, _, _) = both(perceptron, squares, change=freeze)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(w, v, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "why"),
+    [
+        (lambda: perceptron(torch.nn.BatchNorm1d(8)), squares, "there are running statistics"),
+        (lambda: perceptron(torch.nn.Dropout(0.5)), squares, "RuntimeError"),
+        (perceptron, smooth, "RuntimeError"),
+        (perceptron, lambda model: lambda x, y: squares(model)(x, y) * len(str(y.sum().item())), "RuntimeError"),
+    ],
+)
+def test_what_cannot_be_had_at_once_is_told_and_the_same_to_the_bit(make, loss, why):
+    def one(rows):
+        torch.manual_seed(0)
+        model = make()
+        torch.manual_seed(1)
+        return run(model, loss(model), 12, rows), [buffer.clone() for buffer in model.buffers()]
+
+    with pytest.warns(UserWarning, match=TOLD + why) as told:
+        (losses, w, _, _), buffers = one(True)
+    assert len(told) == 1
+    (expected, v, _, _), others = one(False)
+    assert torch.equal(losses, expected)
+    assert torch.equal(w, v)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, others, strict=True))
+
+
+def test_what_cannot_be_had_at_once_any_more():
+    def change(model):
+        model.train()
+
+    def make():
+        return perceptron(torch.nn.BatchNorm1d(8)).eval()
+
+    with pytest.warns(UserWarning, match=TOLD):
+        (losses, w, _, _), (expected, v, _, _) = both(make, squares, change=change)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(w, v, rtol=1e-3, atol=1e-4)
+
+
+def test_goes_on_bit_for_bit():
+    torch.manual_seed(0)
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+    for _ in range(6):
+        optimizer.step(squares(model), X, Y)
+    state, parameters = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    expected = [optimizer.step(squares(model), X, Y) for _ in range(6)]
+    model = perceptron()
+    model.load_state_dict(parameters)
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+    optimizer.load_state_dict(state)
+    assert [optimizer.step(squares(model), X, Y) for _ in range(6)] == expected
+
+
+def test_gradients_from_before_do_not_count():
+    runs = []
+    for before in (False, True):
+        torch.manual_seed(0)
+        model = perceptron()
+        optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+        for _ in range(4):
+            if before:
+                model(X).sum().backward()
+            runs.append(optimizer.step(squares(model), X, Y))
+    assert runs[:4] == runs[4:]
+
+
+def test_one_replica_takes_a_batch_too():
+    torch.manual_seed(0)
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), samples=96, method="momentum")
+    losses = [optimizer.step(squares(model), X, Y) for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
+def test_rows_that_cannot_be_shared_are_told():
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+    with pytest.raises(UserError, match="a batch of 95 rows cannot be shared evenly by 4 replicas"):
+        optimizer.step(squares(model), X[:95], Y[:95])
+    with pytest.raises(UserError, match="no parameter has a gradient"):
+        optimizer.step(lambda x, y: (x.sum() - y.sum()).mean(), X, Y)
+    assert optimizer.core.steps == 0
+    optimizer.step(squares(model), X, Y)
