@@ -49,7 +49,7 @@ class NaturalGradientSettings(Settings):
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
     curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
-    relative_change: float = setting(0.08, "η, that noise may make in a step over all layers; 0: none", NOT_NEGATIVE)
+    relative_change: float = setting(0.06, "η, that noise may make in a step over all layers; 0: none", NOT_NEGATIVE)
     outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
     gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
 
@@ -294,6 +294,7 @@ class NaturalGradient(Optimizer[S]):
         shorter is looked at. That is done where χ is more than twice what is known, and at every 50th step. A loss with
         kinks is quadratic nowhere, and measured where the step leads.
         """
+        self.curvature.attempt(self.steps, self.promise(step, rate))
         logarithm, t = self.measured(step, loss_and_gradient, factor * rate), self.steps
         known = self.curvature.logarithm if self.curvature.measured else -math.inf
         if logarithm > known + math.log(2) or t % CHECK_EVERY == 0:

@@ -114,11 +114,12 @@ class Curvature:
     no less than a hundredth of χ. Off: C = ∞.
     """
 
-    state: ClassVar = dict.fromkeys(("logarithm", "measured", "promise", "newest"), Kind.SHARED)
+    state: ClassVar = dict.fromkeys(("logarithm", "tried", "measured", "promise", "newest"), Kind.SHARED)
 
     def __init__(self, factor: float) -> None:
         self.factor, self.logarithm = factor, 0.0
-        self.measured, self.promise = 0, 0.0  # the step that was measured last, from 1, and its α dᵀz
+        self.tried, self.promise = 0, 0.0  # the step of the last attempt, from 1, and its α dᵀz
+        self.measured = 0  # the step that was measured last
         self.newest = 0.0  # the rate that it allowed
 
     @property
@@ -136,7 +137,11 @@ class Curvature:
 
     def due(self, step: int, every: int, promise: float) -> bool:
         """Tell whether it is to be measured at a step of this α dᵀz: the first ten, and so many after the last."""
-        return step <= FIRST_STEPS or step - self.measured >= every or promise > MORE * self.promise
+        return step <= FIRST_STEPS or step - self.tried >= every or promise > MORE * self.promise
+
+    def attempt(self, step: int, promise: float) -> None:
+        """Note that it is about to be measured at a step of this α dᵀz, where it may turn out to be rounding."""
+        self.tried, self.promise = step, promise
 
     def add(self, logarithm: float, step: int, promise: float, reach: float, rate: float) -> None:
         """Take in log χ of a step of this α dᵀz, ς + ν and rate, beyond which it does not go."""
@@ -234,26 +239,28 @@ class RelativeChange:
 
         α √ν r ≤ η,    r² = Σ_l (‖d_l‖/‖w_l‖)²
 
-    over the layers l, and of each the coordinates that were not zero at the start: those have no scale. √ν is the
-    noise's part of the length of a step. A layer that changes by a share changes its outputs by about that share, and
-    the noise of one layer knows nothing of another's, so the squares add up along the network. A relative change of
-    each layer is what LARS and LAMB prescribe (You, Gitman and Ginsburg 2017, arXiv 1708.03888; You et al. 2020, arXiv
-    1904.00962). One factor for all keeps the direction what P⁻¹ made it.
+    over the layers l, and of each the coordinates that were not zero at the start: those have no scale. ‖w_l‖ counts as
+    no less than at the start, so that a layer may pass through zero. √ν is the noise's part of the length of a step. A
+    layer that changes by a share changes its outputs by about that share, and the noise of one layer knows nothing of
+    another's, so the squares add up along the network. A relative change of each layer is what LARS and LAMB prescribe
+    (You, Gitman and Ginsburg 2017, arXiv 1708.03888; You et al. 2020, arXiv 1904.00962). One factor for all keeps the
+    direction what P⁻¹ made it.
     """
 
-    state: ClassVar = {"scaled": Kind.HELD}
+    state: ClassVar = {"start": Kind.HELD}
 
     def __init__(self, eta: float, exchange: Exchange, spans: Sequence[slice], held: Array) -> None:
-        xp = array_namespace(held)
+        self.xp = array_namespace(held)
         self.eta, self.exchange, self.spans = eta, exchange, spans
-        self.scaled = xp.astype(held != 0, held.dtype)
+        self.start = self.xp.asarray(held, copy=True)
 
     def squared(self, d: Array, held: Array) -> float:
         """Return r², 0 where no layer has a scale. Collective."""
-        pairs = (d * self.scaled, d), (held * self.scaled, held)
-        changes, sizes = self.exchange.dots_of_parts(self.spans, *pairs)
-        known = sizes > 0
-        return float(np.sum(changes[known] / sizes[known]))
+        scaled = self.xp.astype(self.start != 0, held.dtype)
+        pairs = (d * scaled, d), (held * scaled, held), (self.start, self.start)
+        changes, sizes, before = self.exchange.dots_of_parts(self.spans, *pairs)
+        known = before > 0
+        return float(np.sum(changes[known] / np.maximum(sizes, before)[known]))
 
     def limit(self, squared: float, noise: float) -> float:
         """Return the largest rate, given r² and ν. Local."""
