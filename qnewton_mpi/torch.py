@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import os
@@ -17,7 +16,7 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from qnewton_mpi.adapter.at_once import AtOnce, alike, quiet
+from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
@@ -30,6 +29,7 @@ from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array
 
 Closure = Callable[[], Any]
+TO_BE_SEEN, AT_ONCE, ONE_BY_ONE = "to be seen", "at once", "one by one"  # the replicas of a rank, by rows
 ALL = -1  # for a replica, whose random numbers are those of all
 GROUP_KEYS = {"params", "lr", "name", "param_names"}
 SCHEDULERS_KEYS = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
@@ -180,11 +180,14 @@ class QuasiNewton(torch.optim.Optimizer):
                 "are left alone"
             )
         self._replica: int | torch.Tensor = 0  # of this rank's, the one being evaluated; to vmap, all
-        self._at_once = AtOnce(self._tensors)
-        self._one_by_one: bool | None = None if replicas_per_rank > 1 else True  # None: to be seen
+        self._rows: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
+        self._at_once = AtOnce(self._tensors, module)
+        self._replicas = TO_BE_SEEN if replicas_per_rank > 1 else ONE_BY_ONE
+        self._reason: str | None = None  # why they are one by one on this rank
         self._shared = False  # whether the closure has asked for its share
         self._graph = False  # whether a trial needs one
         self._told = False  # that the closure cannot be called for its loss alone
+        self._told_one_by_one = False
         self._failure: UserError | None = None  # of this rank, in this step
         self._frozen = [False] * len(self._tensors)
         self._bind()
@@ -199,7 +202,9 @@ class QuasiNewton(torch.optim.Optimizer):
         """
         own = len(self.core.exchange.local)
         self._shared = True
-        for tensor in tensors:
+        for k, tensor in enumerate(tensors, 1):
+            if not isinstance(tensor, torch.Tensor):
+                raise UserError(f"a batch is of tensors, and part {k} of this one is {tensor!r:.60}")
             rows = len(tensor) if tensor.ndim else 0
             if rows % own or not rows:
                 raise UserError(
@@ -240,17 +245,18 @@ class QuasiNewton(torch.optim.Optimizer):
                 "step() needs the loss: say optimizer.step(lambda: loss) after loss.backward(), or give a closure that "
                 "computes both"
             )
-        core = self.core
-        self._by_rows = bool(batch)
-        self._closure = functools.partial(self._loss_of_rows, closure, batch) if batch else closure
+        core, self._rows = self.core, None
+        self._closure, at_once = closure, None
+        if batch:
+            self._closure, self._rows, at_once = self._of_rows, (closure, batch), self._losses_and_gradients
+            self._parameters.drop_gradients(unused=True)
         self._failure = None
         self._surroundings.begin()
         self._found = np.zeros(len(self._tensors), bool)
         self._attempt(self._prepare)
+        self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses, at_once))
         if batch:
             self._parameters.drop_gradients(unused=True)
-        at_once = self._losses_and_gradients if batch and not self._one_by_one else None
-        self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses, at_once))
         if core.parameters is not self._bound:
             self._bind()
         self._share_buffers()
@@ -368,82 +374,107 @@ class QuasiNewton(torch.optim.Optimizer):
         return loss, self.core.rows[own]
 
     def _losses_and_gradients(self, points: Array, replicas: range) -> tuple[NDArray[np.float64], Array]:
-        """Evaluate this rank's replicas: at once, where that can be done, or one after the other."""
-        core, at_once = self.core, not self._one_by_one and points is self.core.parameters and self._failure is None
-        if at_once and self._one_by_one is False and (losses := self._evaluated_at_once()) is not None:
-            self._attempt(self._follow)
-            self._attempt(self._parameters.check_present, (~self._found).tolist())
-            self._agree_on_step()
-            return losses, core.gradients
+        """Evaluate this rank's replicas: at once, where that is seen to be the same, or one after the other."""
+        core, here = self.core, points is self.core.parameters
+        if here and self._replicas == AT_ONCE and self._failure is None:
+            found = self._evaluated_at_once()
+            if found is not None:
+                self._attempt(self._follow)
+                self._attempt(self._parameters.check_present, (~self._found).tolist())
+                self._agree_on_step()
+                return found, core.gradients
+        to_be_seen = here and self._replicas == TO_BE_SEEN
         losses = np.empty(len(replicas))
-        with self._at_once.watching() if at_once else contextlib.nullcontext():
+        with self._at_once.watching() if to_be_seen else contextlib.nullcontext():
             for k, replica in enumerate(replicas):
                 point = points[k, :] if points.ndim > 1 else points
                 losses[k], _ = self._loss_and_gradient(point, replica)
-        if at_once and self._one_by_one is None:
-            losses = self._try_at_once(losses)
-        return losses, core.gradients
-
-    def _try_at_once(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        """See whether all replicas at once are what they are one by one, as they have just been evaluated. Local.
-
-        If so they count, so that a run that is gone on with is to the bit the one that never stopped.
-        """
-        rows, found = to_tensor(self.core.gradients), self._found.copy()
-        expected = rows.clone()
-        self._one_by_one = False
-        if not self._at_once.steady:
-            self._go_on_one_by_one("there are running statistics")
-        elif (again := self._evaluated_at_once()) is not None:
-            if alike(torch.from_numpy(again), torch.from_numpy(losses), rows, expected):
-                return again
-            self._go_on_one_by_one("the losses or gradients are others when they are evaluated at once")
-        rows.copy_(expected)
-        self._found = found
-        return losses
-
-    def _go_on_one_by_one(self, reason: str) -> None:
-        """Evaluate the replicas one after the other from now on. Local."""
-        self._one_by_one = True
-        if self.communicator.rank == 0:
-            warnings.warn(
-                f"the replicas of a rank are evaluated one after the other, which takes longer: {reason}", stacklevel=2
-            )
+        return self._seen_at_once(losses) if to_be_seen else losses, core.gradients
 
     def _evaluated_at_once(self) -> NDArray[np.float64] | None:
         """Return the losses, with the gradients in the core's rows; nothing where that cannot be done. Local."""
+        rows = to_tensor(self.core.gradients)
         self._settle()
         try:
-            with self._surroundings.of(ALL), without_traces(True, self._surroundings.module), quiet():
-                losses, gradients = self._at_once.losses_and_gradients(self._loss_of, self._own, self._frozen)
-                values = losses.detach().double().cpu().numpy()
-                self._found |= self._parameters.take_rows(to_tensor(self.core.gradients), gradients)
-        except Exception as error:  # of a closure, or of vmap, there is no end of kinds
-            self._go_on_one_by_one(f"{type(error).__name__}: {printable(str(error)):.200}")
+            with self._surroundings.of(ALL), without_traces(True, self._surroundings.module):
+                losses, gradients = self._at_once.losses_and_gradients(self._loss_of, len(rows), self._frozen)
+        except UserError as error:
+            self._failure = error
+            return np.full(len(rows), math.nan)
+        except NotAtOnceError:
+            self._replicas = TO_BE_SEEN  # there may be other modules now
             return None
+        except Exception as error:  # of a loss, or of vmap, there is no end of kinds
+            self._go_on_one_by_one(error)
+            return None
+        self._found |= self._parameters.take_rows(rows, gradients)
         self._settle()
-        return values
+        return losses.double().cpu().numpy()
 
-    @property
-    def _own(self) -> int:
-        """Replicas of this rank."""
-        return len(self.core.exchange.local)
+    def _seen_at_once(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """See whether all replicas at once are what they have just been one by one; return the losses. Local.
+
+        If so they count, so that a run that is gone on with is to the bit the one that never stopped.
+        """
+        rows = to_tensor(self.core.gradients)
+        if not (np.isfinite(losses).all() and bool(rows.isfinite().all())):
+            return losses  # to be seen at the next step
+        self._parameters.drop_gradients(unused=True)
+        try:
+            with self._surroundings.of(ALL), without_traces(True, self._surroundings.module):
+                found, gradients = self._at_once.check(self._loss_of, torch.from_numpy(losses), rows, self._frozen)
+        except Exception as error:
+            self._go_on_one_by_one(error)
+            return losses
+        self._replicas = AT_ONCE
+        self._parameters.take_rows(rows, gradients)
+        self._settle()
+        return found.double().cpu().numpy()
+
+    def _go_on_one_by_one(self, error: Exception) -> None:
+        """Evaluate the replicas one after the other from now on, on all ranks from the next step. Local."""
+        self._replicas = ONE_BY_ONE
+        kind = "" if isinstance(error, NotAtOnceError) else f"{type(error).__name__}: "
+        self._reason = f"{kind}{printable(str(error)):.200}"
+
+    def _tell_one_by_one(self) -> None:
+        """Have all ranks do as one has to. Local."""
+        self._replicas = ONE_BY_ONE
+        if self.communicator.rank == 0 and not self._told_one_by_one:
+            self._told_one_by_one = True
+            warnings.warn(
+                "the replicas of a rank are evaluated one after the other, which takes longer: "
+                + (self._reason or "another rank cannot do otherwise"),
+                stacklevel=2,
+            )
 
     def _loss_of(self, replica: torch.Tensor) -> torch.Tensor:
         """Return the loss of a replica of this rank, which vmap has for all."""
         self._replica = replica
         try:
-            loss: torch.Tensor = self._closure()
+            loss: torch.Tensor = self._loss_of_share()
+            return loss.reshape(())
         finally:
             self._replica = 0
-        return loss.reshape(())
 
-    def _loss_of_rows(self, loss_of: Closure, batch: tuple[torch.Tensor, ...]) -> Any:
-        """Return the loss of the present replica's rows, as a closure does."""
+    def _loss_of_share(self) -> Any:
+        """Return the loss of the present replica's rows of the batch."""
+        assert self._rows is not None
+        loss_of, batch = self._rows
         mine = self.share(*batch)
         loss = loss_of(*(mine if len(batch) > 1 else [mine]))
-        if isinstance(loss, torch.Tensor) and loss.requires_grad:
-            torch.autograd.backward(loss)
+        if any(p.grad is not None for p in self._tensors if p.requires_grad):
+            raise UserError("the loss of a batch is to be returned alone: leave out its backward()")
+        return loss
+
+    def _of_rows(self) -> Any:
+        """Do what a closure does."""
+        loss = self._loss_of_share()
+        if torch.is_grad_enabled():
+            _number(loss)
+            if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+                raise UserError("the loss of a batch must be a tensor that depends on the parameters")
+            torch.autograd.backward(loss.reshape(()))
         return loss
 
     def _trial_losses(self, point: Array, replicas: range) -> NDArray[np.float64]:
@@ -455,7 +486,7 @@ class QuasiNewton(torch.optim.Optimizer):
             self._flat[span] = kept[span]
         losses = np.full(len(replicas), np.nan)
         try:
-            at_once = self._trial_at_once() if self._by_rows and self._one_by_one is False else None
+            at_once = self._trial_at_once() if self._rows and self._replicas == AT_ONCE else None
             for k in range(len(replicas)):
                 losses[k] = self._trial_loss(k, here) if at_once is None else at_once[k]
         finally:
@@ -471,8 +502,8 @@ class QuasiNewton(torch.optim.Optimizer):
         for p in self._tensors:
             p.grad = None
         try:
-            with self._surroundings.of(ALL), without_traces(False, self._surroundings.module), quiet():
-                return self._at_once.losses(self._loss_of, self._own).double().cpu().numpy()
+            with self._surroundings.of(ALL), without_traces(False, self._surroundings.module):
+                return self._at_once.losses(self._loss_of, len(self.core.rows)).double().cpu().numpy()
         except Exception:  # as where they are one by one
             return None
 
@@ -528,13 +559,16 @@ class QuasiNewton(torch.optim.Optimizer):
             On all ranks, where one has failed, or not all have frozen the same parameters.
         """
         known, size = len(self._tensors), self.communicator.size
-        own = np.empty(2 * known + 1, np.int64)
-        own[:known], own[known:-1], own[-1] = self._found, self._frozen, self._failure is not None
+        own = np.empty(2 * known + 2, np.int64)
+        own[:known], own[known:-2] = self._found, self._frozen
+        own[-2:] = self._reason is not None, self._failure is not None
         everyone = self.communicator.meet(own, [len(own)] * size, f"step {self.core.steps}")
         counts = everyone.reshape(size, -1).sum(axis=0)
-        found, frozen, failed = counts[:known], counts[known:-1], counts[-1]
+        found, frozen, one_by_one, failed = counts[:known], counts[known:-2], counts[-2], counts[-1]
         if failed:
             self.communicator.together(self._fail)
+        if one_by_one:
+            self._tell_one_by_one()
         for k in np.flatnonzero((frozen > 0) & (frozen < size)):
             frozen_there = everyone.reshape(size, -1)[:, known + k]
             ranks = ", ".join(map(str, np.flatnonzero(frozen_there)))

@@ -1,11 +1,12 @@
 """All replicas of a rank in one pass: the run of one after the other, or one after the other and told."""
 
 import copy
+import gc
 
 import pytest
 import torch
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.torch import QuasiNewton
 
 X = torch.randn(96, 5, generator=torch.Generator().manual_seed(1))
@@ -160,6 +161,154 @@ def test_what_cannot_be_had_at_once_any_more():
     torch.testing.assert_close(w, v, rtol=1e-3, atol=1e-4)
 
 
+def test_parameters_that_a_later_loss_uses():
+    """Two heads by turns: the second is in no module of the first step."""
+    runs = []
+    for rows in (True, False):
+        torch.manual_seed(0)
+        body, *heads = torch.nn.Linear(5, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        every = torch.nn.ModuleList([body, *heads])
+
+        optimizer = QuasiNewton(every.parameters(), samples=24, replicas_per_rank=4)
+
+        def loss(x, y, body=body, heads=heads, core=optimizer.core):
+            return ((heads[core.steps % 2](torch.tanh(body(x))) - y) ** 2).mean()
+
+        def closure(optimizer=optimizer, loss=loss):
+            value = loss(*optimizer.share(X, Y))
+            value.backward()
+            return value
+
+        losses = []
+        for _ in range(10):
+            losses.append(optimizer.step(loss, X, Y) if rows else optimizer.step(closure))
+        runs.append((torch.tensor(losses), torch.cat([p.detach().reshape(-1) for p in every.parameters()])))
+    torch.testing.assert_close(*(losses for losses, _ in runs), rtol=1e-4, atol=0)
+    torch.testing.assert_close(*(w for _, w in runs), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0])
+def test_a_parameter_outside_the_modules_is_seen_however_small_its_gradient(scale):
+    torch.manual_seed(0)
+    model, raw = perceptron(), torch.nn.Parameter(torch.ones(3))
+    optimizer = QuasiNewton([*model.parameters(), raw], samples=24, replicas_per_rank=4)
+
+    def loss(x, y):
+        return squares(model)(x, y) + scale * (raw - 3).square().sum()
+
+    optimizer.step(loss, X, Y)
+    with pytest.warns(UserWarning, match=TOLD + "it depends on parameters that are in no module"):
+        optimizer.step(loss, X, Y)
+    for _ in range(10):
+        optimizer.step(loss, X, Y)
+    assert bool((raw != 1).all())
+
+
+def test_a_layer_that_is_replaced_is_told():
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+    optimizer.step(squares(model), X, Y)
+    optimizer.step(squares(model), X, Y)
+    model[2] = torch.nn.Linear(8, 1)
+    gc.collect()
+    with pytest.raises(UserError, match="has been replaced in the model"):
+        optimizer.step(squares(model), X, Y)
+
+
+class Keeping(torch.nn.Module):
+    """Keeps what it computes, as an attribute or a buffer."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 1)
+        if buffer:
+            self.register_buffer("kept", torch.zeros(1))
+
+    def forward(self, x):
+        out = self.layer(x)
+        self.kept = 0.5 * out.mean(0).detach()
+        return out
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_what_a_module_keeps_is_left_whole(buffer):
+    model = Keeping(buffer)
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4, module=model if buffer else None)
+    optimizer.step(squares(model), X, Y)
+    with pytest.warns(UserWarning, match=TOLD + "a module changes its attribute kept"):
+        optimizer.step(squares(model), X, Y)
+    assert copy.deepcopy(model).kept.item() == model.kept.item()
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_compiled_modules_and_autocast():
+    torch.manual_seed(0)
+    model = perceptron()
+    whole = torch.compile(model, backend="eager")
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+    losses = [optimizer.step(squares(whole), X, Y) for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+    def loss(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return squares(model)(x, y)
+
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+    losses = [optimizer.step(loss, X, Y) for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_step_that_fails_decides_nothing():
+    model, calls = perceptron(), []
+
+    def loss(x, y):
+        calls.append(1)
+        return squares(model)(x, y)
+
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
+    with pytest.raises(NonFiniteGradientError):
+        optimizer.step(loss, X, torch.full_like(Y, torch.nan))
+    optimizer.step(loss, X, Y)
+    with pytest.raises(UserError, match="cannot be shared evenly"):
+        optimizer.step(loss, X[:95], Y[:95])
+    calls.clear()
+    for _ in range(20):
+        optimizer.step(loss, X, Y)
+    assert len(calls) < 60  # 80 one after the other
+
+
+def test_gradients_are_none_before_and_after_a_step():
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4, method="deflated", module=model)
+    model(X).sum().backward()
+    for _ in range(3):
+        optimizer.step(squares(model), X, Y)
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "told"),
+    [
+        (lambda model: lambda x: model(x).mean(), ([1.0],), "part 1 of this one is"),
+        (lambda model: lambda x: model(x).mean().item(), (X,), "must be a tensor that depends on the parameters"),
+        (lambda model: lambda x: model(x), (X,), "one number"),
+        (lambda model: lambda x: backward(model(x).mean()), (X,), r"leave out its backward\(\)"),
+    ],
+)
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_what_is_no_loss_of_a_batch_is_told(loss, batch, told, replicas):
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=replicas, method="adam")
+    with pytest.raises(UserError, match=told):
+        optimizer.step(loss(model), *batch)
+    assert optimizer.core.steps == 0
+
+
+def backward(loss):
+    loss.backward(retain_graph=True)
+    return loss
+
+
 def test_goes_on_bit_for_bit():
     torch.manual_seed(0)
     model = perceptron()
@@ -201,7 +350,7 @@ def test_rows_that_cannot_be_shared_are_told():
     optimizer = QuasiNewton(model.parameters(), samples=24, replicas_per_rank=4)
     with pytest.raises(UserError, match="a batch of 95 rows cannot be shared evenly by 4 replicas"):
         optimizer.step(squares(model), X[:95], Y[:95])
-    with pytest.raises(UserError, match="no parameter has a gradient"):
+    with pytest.raises(UserError, match="must be a tensor that depends on the parameters"):
         optimizer.step(lambda x, y: (x.sum() - y.sum()).mean(), X, Y)
     assert optimizer.core.steps == 0
     optimizer.step(squares(model), X, Y)

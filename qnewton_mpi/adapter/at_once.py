@@ -1,16 +1,26 @@
-"""All replicas of a rank in one forward and backward pass, where a closure allows it."""
+"""All replicas of a rank in one forward and backward pass, where the loss allows it."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.func import grad_and_value, vmap
 
-TOLERANCE = 1e-4  # some hundred roundings of float32, relative to a gradient's norm: another loss is off by far more
+# Relative to a gradient's norm: some hundred roundings of float32, a few of what is lower. Another loss is off by more.
+TOLERANCE, ROUNDINGS = 1e-4, 4.0
+
+# What vmap goes through replica by replica, and that the hook of `watching` is called twice for what is compiled.
+warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented the batching rule")
+warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+
+
+class NotAtOnceError(Exception):
+    """All replicas at once would not be what they are one after the other."""
 
 
 class AtOnce:
@@ -23,34 +33,79 @@ class AtOnce:
     ----------
     moved : list of Tensor
         The parameters.
-
-    Attributes
-    ----------
-    steady : bool
-        Whether no buffer, as a running statistic, changed while this was `watching`.
+    module : Module, optional
+        Whose they are.
     """
 
-    def __init__(self, moved: Sequence[torch.Tensor]) -> None:
+    def __init__(self, moved: Sequence[torch.Tensor], module: torch.nn.Module | None) -> None:
         self._moved = moved
-        self._modules: dict[torch.nn.Module, None] = {}  # in the order in which they were called
-        self.steady = True
+        # Weakly: that a layer was replaced in a model is seen from nobody holding its parameters.
+        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet([] if module is None else [module])
+        self._epsilon = 0.0  # of autocast, where there is any
+        self._steady = True
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Note the modules that are called, and their buffers."""
+        """Note the modules that are called, what becomes of their buffers, and what autocast rounds to."""
         before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def note(module: torch.nn.Module, _: Any) -> None:
-            self._modules.setdefault(module)
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def called(module: torch.nn.Module, _: Any) -> None:
+            self._modules.add(module)
             for buffer in module.buffers(recurse=False):
                 before.setdefault(id(buffer), (buffer, buffer.clone()))
+            device = self._moved[0].device.type
+            if torch.is_autocast_enabled(device):
+                self._epsilon = max(self._epsilon, torch.finfo(torch.get_autocast_dtype(device)).eps)
 
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(called)
         try:
             yield
         finally:
             hook.remove()
-        self.steady = all(torch.equal(buffer, value) for buffer, value in before.values())
+        self._steady = all(torch.equal(buffer, value) for buffer, value in before.values())
+
+    def check(
+        self,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        expected: torch.Tensor,
+        rows: torch.Tensor,
+        frozen: Sequence[bool],
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Return what `losses_and_gradients` does, if it is the same as one by one: `expected` (R,) and `rows` (R, N).
+
+        Raises
+        ------
+        NotAtOnceError
+            Where they are not, or something would be left behind.
+        """
+        if not self._steady:
+            raise NotAtOnceError("there are running statistics")
+        places = [(vars(module), module._buffers) for module in self._parts()]
+        before = [(owner, dict(owner)) for pair in places for owner in pair]
+        try:
+            losses, gradients = self.losses_and_gradients(loss, len(rows), frozen)
+        finally:
+            kept = [
+                name
+                for owner, values in before
+                for name, value in owner.items()
+                if isinstance(value, torch.Tensor) and value is not values.get(name)
+            ]
+            for owner, values in before:
+                for name in [name for name in owner if name not in values]:
+                    del owner[name]
+                owner.update(values)
+        if kept:
+            raise NotAtOnceError(f"a module changes its attribute {kept[0]} when it is called")
+        tolerance = max(TOLERANCE, ROUNDINGS * self._epsilon)
+        if not torch.allclose(losses.to(expected), expected, rtol=tolerance, atol=0):
+            raise NotAtOnceError("the losses are others at once")
+        found = torch.cat([_row(g, p, len(rows)) for g, p in zip(gradients, self._moved, strict=True)], 1)
+        far = torch.linalg.vector_norm(found - rows, dim=1) > tolerance * torch.linalg.vector_norm(rows, dim=1)
+        if bool(far.any()):
+            raise NotAtOnceError("the gradients are others at once")
+        return losses, gradients
 
     def losses(self, loss: Callable[[torch.Tensor], torch.Tensor], replicas: int) -> torch.Tensor:
         """Return the losses (R,) at the parameters as they are; `loss` is given the replica's index.
@@ -58,7 +113,7 @@ class AtOnce:
         Raises
         ------
         Exception
-            Whatever vmap and the closure raise where one does not do for the other.
+            Whatever vmap and the loss raise where one does not do for the other.
         """
         return vmap(loss)(torch.arange(replicas))
 
@@ -69,6 +124,8 @@ class AtOnce:
 
         Raises
         ------
+        NotAtOnceError
+            Where the loss depends on parameters in places that are not known: their gradients would be missing.
         Exception
             As `losses`.
         """
@@ -79,21 +136,27 @@ class AtOnce:
             with _in_place_of(places, parameters):
                 return loss(replica)
 
-        with torch.no_grad():  # but for what vmap is to derive
-            parameters = [self._moved[k].detach() for k in free]
+        parameters = [self._moved[k].detach() for k in free]
+        with torch.enable_grad():  # so that what is not in its place, and so derived by vmap, is seen
             gradients, losses = vmap(grad_and_value(at), in_dims=(None, 0))(parameters, torch.arange(replicas))
+        if losses.requires_grad:
+            raise NotAtOnceError(
+                "it depends on parameters that are in no module which is called, or not the optimizer's"
+            )
         found: list[torch.Tensor | None] = [None] * len(frozen)
         for k, gradient in zip(free, gradients, strict=True):
             found[k] = gradient
         return losses, found
 
+    def _parts(self) -> list[torch.nn.Module]:
+        return list(dict.fromkeys(part for module in list(self._modules) for part in module.modules()))
+
     def _places(self, free: Sequence[int]) -> list[tuple[dict[str, Any], str, int]]:
         """Return where the parameters are: a module's dictionary, a name in it, and which of the free ones it is."""
         which = {id(self._moved[k]): n for n, k in enumerate(free)}
-        modules = dict.fromkeys(part for module in self._modules for part in module.modules())
         return [
             (module._parameters, name, which[id(p)])
-            for module in modules
+            for module in self._parts()
             for name, p in module._parameters.items()
             if id(p) in which
         ]
@@ -112,15 +175,5 @@ def _in_place_of(places: Sequence[tuple[dict[str, Any], str, int]], values: Sequ
             owner[name] = parameter
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out what PyTorch says of operations that vmap does one by one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        yield
-
-
-def alike(losses: torch.Tensor, expected: torch.Tensor, rows: torch.Tensor, others: torch.Tensor) -> bool:
-    """Tell whether losses (R,) and gradients (R, N) are others' to rounding. Local."""
-    far = torch.linalg.vector_norm(rows - others, dim=1) > TOLERANCE * torch.linalg.vector_norm(others, dim=1)
-    return not bool(far.any()) and torch.allclose(losses, expected.to(losses), rtol=TOLERANCE, atol=0)
+def _row(gradient: torch.Tensor | None, parameter: torch.Tensor, replicas: int) -> torch.Tensor:
+    return parameter.new_zeros(replicas, parameter.numel()) if gradient is None else gradient.reshape(replicas, -1)

@@ -196,13 +196,13 @@ class Tensors:
         return [gradient is not None for gradient in found]
 
     def take_rows(self, rows: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> list[bool]:
-        """Copy the gradients of all replicas, each (R, *shape), to rows (R, N); return which are not all zero."""
+        """Copy the gradients of all replicas, each (R, *shape), to rows (R, N); return which are not all zero.
+
+        To vmap, what a loss does not depend on has a gradient of zeros.
+        """
         for span, gradient in zip(self.spans, gradients, strict=True):
-            if gradient is None:
-                rows[:, span] = 0
-            else:
-                rows[:, span] = gradient.reshape(len(rows), -1)
-        # One replica's tell nearly always.
+            rows[:, span] = 0 if gradient is None else gradient.reshape(len(rows), -1)
+        # The first replica's tell nearly always.
         return [bool(rows[0, span].any()) or bool(rows[:, span].any()) for span in self.spans]
 
     def check_present(self, idle: list[bool]) -> None:

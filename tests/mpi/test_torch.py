@@ -327,3 +327,21 @@ def test_a_loss_that_cannot_be_had_again(communicator, closures):
     assert not optimizer.core.repeats
     assert optimizer.core.evaluations == 150 * communicator.size
     assert np.mean(losses[-10:]) < 0.2 * losses[0]
+
+
+def test_all_ranks_do_as_one_has_to(communicator):
+    """A loss that one rank cannot have at once: all go on one replica after the other, which rank 0 tells."""
+    torch.manual_seed(0)
+    model, last = torch.nn.Linear(3, 1), communicator.rank == communicator.size - 1
+    random = torch.Generator().manual_seed(communicator.rank)
+    optimizer = QuasiNewton(model.parameters(), samples=8, replicas_per_rank=2, communicator=communicator)
+
+    def loss(x):
+        value = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        return value * len(str(value.detach().sum().item())[:1]) if last else value
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        losses = [optimizer.step(loss, torch.randn(16, 3, generator=random)) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert sum("one after the other" in str(warning.message) for warning in told) == (communicator.rank == 0)
