@@ -49,7 +49,7 @@ class NaturalGradientSettings(Settings):
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
     curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
-    relative_change: float = setting(0.06, "η, that noise may make in a step over all layers; 0: none", NOT_NEGATIVE)
+    relative_change: float = setting(0.02, "η, of a layer, that noise may make in a step; 0: no bound", NOT_NEGATIVE)
     outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
     gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
 
@@ -68,7 +68,7 @@ class NaturalStep(Step):
     dz : float
         dᵀz.
     change : float
-        r², the squared relative changes of the layers for α = 1, their sum.
+        r², the squared relative change of a layer for α = 1, mean over the layers.
     noise : float
         ν.
     reach : float
@@ -96,7 +96,7 @@ class NaturalGradient(Optimizer[S]):
         χ        2 [f_B(w − α d) − f_B(w) + α ḡᵀd]/(α² dᵀz), a running mean, measured every few steps
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
                                 C (ς + ν)/χ                                             what curvature allows
-                                η/√(ν Σ_l (‖d_l‖/‖w_l‖)²)                               what the noise may change
+                                η/√(ν mean_l (‖d_l‖/‖w_l‖)²)                            what the noise may change
         w        w − α d
 
     Nothing of it changes where a constant is added to the loss, or the loss multiplied by one.
@@ -294,7 +294,6 @@ class NaturalGradient(Optimizer[S]):
         shorter is looked at. That is done where χ is more than twice what is known, and at every 50th step. A loss with
         kinks is quadratic nowhere, and measured where the step leads.
         """
-        self.curvature.attempt(self.steps, self.promise(step, rate))
         logarithm, t = self.measured(step, loss_and_gradient, factor * rate), self.steps
         known = self.curvature.logarithm if self.curvature.measured else -math.inf
         if logarithm > known + math.log(2) or t % CHECK_EVERY == 0:

@@ -20,7 +20,7 @@ LEAST_NOISE = 0.03  # ν, as far as it can be told from zero: it is a mean over 
 CURVATURE_WEIGHT = 0.3  # of a measurement in the running mean of log χ
 FIRST_TRIALS = 12  # of the first step at most
 FIRST_STEPS = 10  # in which χ is measured at each step
-MORE = 3.0  # times what the step that was measured promised is as far as a measurement holds
+MORE = 2.0  # times what the step that was measured promised is as far as a measurement holds
 DOWN = 100.0  # χ is taken to fall by no more from one measurement to the next
 
 
@@ -107,19 +107,18 @@ class Curvature:
     signal. A step of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded
     elsewhere.
 
-    It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, thrice the fall
+    It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, twice the fall
     of the one that was measured last: it is longer, or the gradient has grown, as after one too long. log χ is a
     running mean. Along negative curvature, which P has not, |c| is as good a measure of how far the quadratic model
     goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c| says nothing. So a measurement counts as
     no less than a hundredth of χ. Off: C = ∞.
     """
 
-    state: ClassVar = dict.fromkeys(("logarithm", "tried", "measured", "promise", "newest"), Kind.SHARED)
+    state: ClassVar = dict.fromkeys(("logarithm", "measured", "promise", "newest"), Kind.SHARED)
 
     def __init__(self, factor: float) -> None:
         self.factor, self.logarithm = factor, 0.0
-        self.tried, self.promise = 0, 0.0  # the step of the last attempt, from 1, and its α dᵀz
-        self.measured = 0  # the step that was measured last
+        self.measured, self.promise = 0, 0.0  # the step that was measured last, from 1, and its α dᵀz
         self.newest = 0.0  # the rate that it allowed
 
     @property
@@ -136,12 +135,8 @@ class Curvature:
         return self.factor * reach * math.exp(-logarithm)
 
     def due(self, step: int, every: int, promise: float) -> bool:
-        """Tell whether it is to be measured at a step of this α dᵀz: the first ten, and so many after the last."""
-        return step <= FIRST_STEPS or step - self.tried >= every or promise > MORE * self.promise
-
-    def attempt(self, step: int, promise: float) -> None:
-        """Note that it is about to be measured at a step of this α dᵀz, where it may turn out to be rounding."""
-        self.tried, self.promise = step, promise
+        """Tell whether it is to be measured at a step of this α dᵀz, as every so many are after the first ten."""
+        return step <= FIRST_STEPS or step % every == 0 or promise > MORE * self.promise
 
     def add(self, logarithm: float, step: int, promise: float, reach: float, rate: float) -> None:
         """Take in log χ of a step of this α dᵀz, ς + ν and rate, beyond which it does not go."""
@@ -235,16 +230,14 @@ def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float | 
 
 
 class RelativeChange:
-    """The noise of a step may change what the network computes by η, relatively. Off: ∞.
+    """The noise of a step may change a layer by η, relatively, in the root mean square over the layers. Off: ∞.
 
-        α √ν r ≤ η,    r² = Σ_l (‖d_l‖/‖w_l‖)²
+        α √ν r ≤ η,    r² = mean over l of (‖d_l‖/‖w_l‖)²
 
-    over the layers l, and of each the coordinates that were not zero at the start: those have no scale. ‖w_l‖ counts as
-    no less than at the start, so that a layer may pass through zero. √ν is the noise's part of the length of a step. A
-    layer that changes by a share changes its outputs by about that share, and the noise of one layer knows nothing of
-    another's, so the squares add up along the network. A relative change of each layer is what LARS and LAMB prescribe
-    (You, Gitman and Ginsburg 2017, arXiv 1708.03888; You et al. 2020, arXiv 1904.00962). One factor for all keeps the
-    direction what P⁻¹ made it.
+    over the coordinates that were not zero at the start: those have no scale. ‖w_l‖ counts as no less than at the
+    start, so that a layer may pass through zero. √ν is the noise's part of the length of a step. A relative change of
+    each layer is what LARS and LAMB prescribe (You, Gitman and Ginsburg 2017, arXiv 1708.03888; You et al. 2020, arXiv
+    1904.00962). One factor for all keeps the direction what P⁻¹ made it.
     """
 
     state: ClassVar = {"start": Kind.HELD}
@@ -260,7 +253,7 @@ class RelativeChange:
         pairs = (d * scaled, d), (held * scaled, held), (self.start, self.start)
         changes, sizes, before = self.exchange.dots_of_parts(self.spans, *pairs)
         known = before > 0
-        return float(np.sum(changes[known] / np.maximum(sizes, before)[known]))
+        return float(np.mean(changes[known] / np.maximum(sizes, before)[known])) if known.any() else 0.0
 
     def limit(self, squared: float, noise: float) -> float:
         """Return the largest rate, given r² and ν. Local."""
