@@ -156,7 +156,8 @@ def test_exchanges_agree_and_ranks_hold_bitwise_the_same(communicator, variant, 
         assert len(set(communicator.mpi.allgather(repr(figures[name])))) == 1
         parameters[name] = np.array(optimizer.parameters)
     for name in EXCHANGES:
-        np.testing.assert_allclose(parameters[name], parameters["allgather"], rtol=1e-9)
+        # Of a size of 1: one that is passing zero has the rounding of the others.
+        np.testing.assert_allclose(parameters[name], parameters["allgather"], rtol=1e-9, atol=1e-12)
         for key, value in figures["allgather"].items():
             assert figures[name][key] == pytest.approx(value, rel=1e-6, nan_ok=True)
 
