@@ -180,9 +180,9 @@ class QuasiNewton(torch.optim.Optimizer):
                 "are left alone"
             )
         self._replica: int | torch.Tensor = 0  # of this rank's, the one being evaluated; to vmap, all
-        self._rows: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
+        self._given: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
         self._at_once = AtOnce(self._tensors, module)
-        self._replicas = TO_BE_SEEN if replicas_per_rank > 1 else ONE_BY_ONE
+        self._way = TO_BE_SEEN if replicas_per_rank > 1 else ONE_BY_ONE
         self._reason: str | None = None  # why they are one by one on this rank
         self._shared = False  # whether the closure has asked for its share
         self._graph = False  # whether a trial needs one
@@ -245,10 +245,10 @@ class QuasiNewton(torch.optim.Optimizer):
                 "step() needs the loss: say optimizer.step(lambda: loss) after loss.backward(), or give a closure that "
                 "computes both"
             )
-        core, self._rows = self.core, None
+        core, self._given = self.core, None
         self._closure, at_once = closure, None
         if batch:
-            self._closure, self._rows, at_once = self._of_rows, (closure, batch), self._losses_and_gradients
+            self._closure, self._given, at_once = self._of_batch, (closure, batch), self._losses_and_gradients
             self._parameters.drop_gradients(unused=True)
         self._failure = None
         self._surroundings.begin()
@@ -376,14 +376,14 @@ class QuasiNewton(torch.optim.Optimizer):
     def _losses_and_gradients(self, points: Array, replicas: range) -> tuple[NDArray[np.float64], Array]:
         """Evaluate this rank's replicas: at once, where that is seen to be the same, or one after the other."""
         core, here = self.core, points is self.core.parameters
-        if here and self._replicas == AT_ONCE and self._failure is None:
+        if here and self._way == AT_ONCE and self._failure is None:
             found = self._evaluated_at_once()
             if found is not None:
                 self._attempt(self._follow)
                 self._attempt(self._parameters.check_present, (~self._found).tolist())
                 self._agree_on_step()
                 return found, core.gradients
-        to_be_seen = here and self._replicas == TO_BE_SEEN
+        to_be_seen = here and self._way == TO_BE_SEEN
         losses = np.empty(len(replicas))
         with self._at_once.watching() if to_be_seen else contextlib.nullcontext():
             for k, replica in enumerate(replicas):
@@ -402,7 +402,7 @@ class QuasiNewton(torch.optim.Optimizer):
             self._failure = error
             return np.full(len(rows), math.nan)
         except NotAtOnceError:
-            self._replicas = TO_BE_SEEN  # there may be other modules now
+            self._way = TO_BE_SEEN  # there may be other modules now
             return None
         except Exception as error:  # of a loss, or of vmap, there is no end of kinds
             self._go_on_one_by_one(error)
@@ -426,20 +426,20 @@ class QuasiNewton(torch.optim.Optimizer):
         except Exception as error:
             self._go_on_one_by_one(error)
             return losses
-        self._replicas = AT_ONCE
+        self._way = AT_ONCE
         self._parameters.take_rows(rows, gradients)
         self._settle()
         return found.double().cpu().numpy()
 
     def _go_on_one_by_one(self, error: Exception) -> None:
         """Evaluate the replicas one after the other from now on, on all ranks from the next step. Local."""
-        self._replicas = ONE_BY_ONE
+        self._way = ONE_BY_ONE
         kind = "" if isinstance(error, NotAtOnceError) else f"{type(error).__name__}: "
         self._reason = f"{kind}{printable(str(error)):.200}"
 
     def _tell_one_by_one(self) -> None:
         """Have all ranks do as one has to. Local."""
-        self._replicas = ONE_BY_ONE
+        self._way = ONE_BY_ONE
         if self.communicator.rank == 0 and not self._told_one_by_one:
             self._told_one_by_one = True
             warnings.warn(
@@ -459,23 +459,23 @@ class QuasiNewton(torch.optim.Optimizer):
 
     def _loss_of_share(self) -> Any:
         """Return the loss of the present replica's rows of the batch."""
-        assert self._rows is not None
-        loss_of, batch = self._rows
+        assert self._given is not None
+        loss_of, batch = self._given
         mine = self.share(*batch)
         loss = loss_of(*(mine if len(batch) > 1 else [mine]))
         if any(p.grad is not None for p in self._tensors if p.requires_grad):
             raise UserError("the loss of a batch is to be returned alone: leave out its backward()")
         return loss
 
-    def _of_rows(self) -> Any:
+    def _of_batch(self) -> Any:
         """Do what a closure does."""
         loss = self._loss_of_share()
+        value = _number(loss)
         if torch.is_grad_enabled():
-            _number(loss)
             if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
                 raise UserError("the loss of a batch must be a tensor that depends on the parameters")
             torch.autograd.backward(loss.reshape(()))
-        return loss
+        return value
 
     def _trial_losses(self, point: Array, replicas: range) -> NDArray[np.float64]:
         """Return the closure's losses at a point, without a trace; not a number where it cannot be called again."""
@@ -486,7 +486,7 @@ class QuasiNewton(torch.optim.Optimizer):
             self._flat[span] = kept[span]
         losses = np.full(len(replicas), np.nan)
         try:
-            at_once = self._trial_at_once() if self._rows and self._replicas == AT_ONCE else None
+            at_once = self._trial_at_once() if self._given and self._way == AT_ONCE else None
             for k in range(len(replicas)):
                 losses[k] = self._trial_loss(k, here) if at_once is None else at_once[k]
         finally:

@@ -115,7 +115,7 @@ class AtOnce:
         Exception
             Whatever vmap and the loss raise where one does not do for the other.
         """
-        return vmap(loss)(torch.arange(replicas))
+        return vmap(loss)(self._numbers(replicas))
 
     def losses_and_gradients(
         self, loss: Callable[[torch.Tensor], torch.Tensor], replicas: int, frozen: Sequence[bool]
@@ -138,7 +138,7 @@ class AtOnce:
 
         parameters = [self._moved[k].detach() for k in free]
         with torch.enable_grad():  # so that what is not in its place, and so derived by vmap, is seen
-            gradients, losses = vmap(grad_and_value(at), in_dims=(None, 0))(parameters, torch.arange(replicas))
+            gradients, losses = vmap(grad_and_value(at), in_dims=(None, 0))(parameters, self._numbers(replicas))
         if losses.requires_grad:
             raise NotAtOnceError(
                 "it depends on parameters that are in no module which is called, or not the optimizer's"
@@ -147,6 +147,9 @@ class AtOnce:
         for k, gradient in zip(free, gradients, strict=True):
             found[k] = gradient
         return losses, found
+
+    def _numbers(self, replicas: int) -> torch.Tensor:
+        return torch.arange(replicas, device=self._moved[0].device)
 
     def _parts(self) -> list[torch.nn.Module]:
         return list(dict.fromkeys(part for module in list(self._modules) for part in module.modules()))

@@ -202,8 +202,9 @@ class Tensors:
         """
         for span, gradient in zip(self.spans, gradients, strict=True):
             rows[:, span] = 0 if gradient is None else gradient.reshape(len(rows), -1)
-        # The first replica's tell nearly always.
-        return [bool(rows[0, span].any()) or bool(rows[:, span].any()) for span in self.spans]
+        # The first replica's tell nearly always; together, as a GPU is waited for at each look.
+        first = torch.stack([rows[0, span].any() for span in self.spans]).tolist()
+        return [some or bool(rows[:, span].any()) for some, span in zip(first, self.spans, strict=True)]
 
     def check_present(self, idle: list[bool]) -> None:
         """Raise `UserError` where a parameter that had no gradient in this step is no longer one of the model's."""
