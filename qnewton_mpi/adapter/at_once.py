@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.func import grad_and_value, vmap
 
+from qnewton_mpi.adapter.surroundings import Called
+
 # Relative to a gradient's norm: some hundred roundings of float32, a few of what is lower. Another loss is off by more.
 TOLERANCE, ROUNDINGS = 1e-4, 4.0
 
@@ -46,24 +48,13 @@ class AtOnce:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Note the modules that are called, what becomes of their buffers, and what autocast rounds to."""
-        before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def called(module: torch.nn.Module, _: Any) -> None:
-            self._modules.add(module)
-            for buffer in module.buffers(recurse=False):
-                before.setdefault(id(buffer), (buffer, buffer.clone()))
-            device = self._moved[0].device.type
-            if torch.is_autocast_enabled(device):
-                self._epsilon = max(self._epsilon, torch.finfo(torch.get_autocast_dtype(device)).eps)
-
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(called)
-        try:
+        """Note the modules that are called, whether their buffers change, and what autocast rounds to."""
+        called = Called()
+        with called.noted():
             yield
-        finally:
-            hook.remove()
-        self._steady = all(torch.equal(buffer, value) for buffer, value in before.values())
+        self._modules.update(called.modules)
+        self._epsilon = max(self._epsilon, called.epsilon)
+        self._steady = called.steady
 
     def check(
         self,

@@ -83,6 +83,56 @@ class Surroundings:
             torch.cuda.set_rng_state(states[1], self._device)
 
 
+class Called:
+    """The modules that are called, what their buffers were before, and what autocast rounds to there. Local.
+
+    Attributes
+    ----------
+    epsilon : float
+        Of the coarsest dtype; 0 without autocast.
+    """
+
+    def __init__(self) -> None:
+        self._modules: dict[torch.nn.Module, None] = {}
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.epsilon = 0.0
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what is called in the context."""
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def note(module: torch.nn.Module, _: Any) -> None:
+            self._modules[module] = None
+            for buffer in module.buffers(recurse=False):
+                self._buffers.setdefault(id(buffer), (buffer, buffer.clone()))
+            for device in {p.device.type for p in module.parameters(recurse=False)}:
+                if torch.is_autocast_enabled(device):
+                    self.epsilon = max(self.epsilon, torch.finfo(torch.get_autocast_dtype(device)).eps)
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """Those that were called."""
+        return list(self._modules)
+
+    @property
+    def steady(self) -> bool:
+        """Whether all buffers are what they were."""
+        return all(torch.equal(buffer, value) for buffer, value in self._buffers.values())
+
+    def put_back(self) -> None:
+        """Let all buffers be what they were."""
+        with torch.no_grad():
+            for buffer, value in self._buffers.values():
+                buffer.copy_(value)
+
+
 @contextlib.contextmanager
 def without_traces(graph: bool, module: torch.nn.Module | None) -> Iterator[None]:
     """Let what is called compute a loss, and leave neither gradients nor running statistics.
@@ -91,12 +141,7 @@ def without_traces(graph: bool, module: torch.nn.Module | None) -> Iterator[None
     what they were; where their owner is known, `Surroundings` sees to that, as a hook would have torch.compile start
     anew.
     """
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    thread = threading.get_ident()
-
-    def keep(module: torch.nn.Module, *_: Any) -> None:
-        for buffer in module.buffers(recurse=False):
-            kept.setdefault(id(buffer), (buffer, buffer.clone()))
+    thread, called = threading.get_ident(), Called()
 
     def silent(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -111,17 +156,12 @@ def without_traces(graph: bool, module: torch.nn.Module | None) -> Iterator[None
         (torch.optim.Optimizer, "zero_grad"),
     ]
     before = [getattr(owner, name) for owner, name in places]
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(keep) if module is None else None
     try:
         for (owner, name), function in zip(places, before, strict=True):
             setattr(owner, name, silent(function))
-        with torch.set_grad_enabled(graph):
+        with called.noted() if module is None else contextlib.nullcontext(), torch.set_grad_enabled(graph):
             yield
     finally:
-        if hook is not None:
-            hook.remove()
         for (owner, name), function in zip(places, before, strict=True):
             setattr(owner, name, function)
-        with torch.no_grad():
-            for buffer, value in kept.values():
-                buffer.copy_(value)
+        called.put_back()
