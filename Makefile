@@ -28,7 +28,7 @@ export MPIEXEC
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: help run test test-slurm lint docs bench bench-workloads clean
+.PHONY: help run test test-slurm lint docs bench bench-peers bench-workloads clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ docs: $(VENV)/.installed-docs  ## Build the documents as a site, docs/_build/htm
 
 bench: $(VENV)/.installed-dev  ## Time steps against one Allreduce, the convnet's gradients beside PyTorch's
 	$(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi bench
+
+bench-peers: $(VENV)/.installed-peers  ## Time steps of the default beside DistributedDataParallel's: AdamW, Muon, SOAP
+	$(MPIEXEC) -n 2 $(BIN)/python -m benchmarks.ddp $(if $(DATA),--data-dir $(DATA))
 
 bench-workloads: $(VENV)/.installed-peers  ## The default beside tuned peers on 12 workloads (hours); JOBS, DATA (folder)
 	$(BIN)/python -m benchmarks.workloads suite --jobs $(JOBS) $(if $(DATA),--data-dir $(DATA))
