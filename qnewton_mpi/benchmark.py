@@ -20,7 +20,7 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES, AllgatherExchange
 from qnewton_mpi.core.kernels import combination, inner
 from qnewton_mpi.core.layers import LayerShape
-from qnewton_mpi.core.optimizers.kronecker import Layer
+from qnewton_mpi.core.optimizers.kronecker import KroneckerSettings, Layer
 from qnewton_mpi.core.secants import multisecant
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
@@ -347,17 +347,19 @@ def algebra(xp: ModuleType, size: int, clock: Clock, replicas: int = 8, rank: in
     for s in SIDES:
         if s * s > size:
             continue
-        layer, gradients, factors = Layer(x, LayerShape(0, s, s, False), 0, s), numbers(m, s * s), numbers(s * s)
-        words = 2 * s * s  # of V and Z, read and written; A, B and the bases besides
-        cases[f"A, B and V of a layer {s}×{s}, M = {m}"] = (
-            lambda layer=layer, gradients=gradients: layer.add(gradients, 0.1),  # type: ignore[misc]
-            4 * (m * s * s + words + 6 * s * s),
-            8 * m * s**3,
+        usual = KroneckerSettings()
+        layer, gradients = Layer(x, LayerShape(0, s, s, False), 0, usual.max_side, usual.leading), numbers(2, s * s)
+        turned = 4 * s * s * (2 * layer.leading if layer.corner else s)  # flops into the bases, and as many back
+        words = 2 * s * s + 2 * s * s  # of X, read and written, and of the bases
+        cases[f"A, B and V of a layer {s}×{s}, a combination"] = (
+            lambda layer=layer, gradients=gradients: layer.add(gradients[:1, :], 0.1),  # type: ignore[misc]
+            4 * (words + 4 * s * s),
+            turned + 4 * s**3,
         )
-        cases[f"F⁻¹ of a layer {s}×{s} times a vector"] = (
-            lambda layer=layer, z=gradients[0, :], factors=factors: layer.flat(layer.rotated(z) * factors),  # type: ignore[misc]
-            4 * (words + 3 * s * s),
-            8 * s**3,
+        cases[f"P⁻¹ of a layer {s}×{s} times a vector"] = (
+            lambda layer=layer, z=gradients[1:, :]: layer.flat(layer.view(z).times(layer.scales)),  # type: ignore[misc]
+            4 * words,
+            2 * turned,
         )
     seconds = {what: clock(action) for what, (action, _, _) in cases.items()}
     bandwidth, arithmetic = 8 * (m + r) * size / seconds["copy"], 2 * side**3 / seconds["sgemm"]

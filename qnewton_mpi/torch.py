@@ -271,7 +271,7 @@ class QuasiNewton(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank, to be saved by each rank in a file of its own. Local.
 
-        Of the replicas' sums a rank has a part. The parameters are not in it: they are the model's.
+        It has what this rank holds. The parameters are not in it: they are the model's.
         """
         return {**super().state_dict(), **saved(self.core)}
 

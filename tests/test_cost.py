@@ -31,5 +31,12 @@ def test_choice():
     assert choose(Traffic(), 16, 16, 1000) == "allgather"  # latency decides
     assert choose(Traffic(), 16, 16, 10**7) == "sliced"  # as many bytes, but state is shared out
     assert choose(Traffic(columns=1, means=0, rows=1), 16, 16, 10**7) == "sliced"
-    # Many replicas on few ranks: their columns are more than their sums.
-    assert choose(Traffic(columns=0.25, means=0.75, sums=0.25), 2, 256, 10**7) == "allgather"
+
+
+def test_combinations_are_added_up_where_columns_are_more():
+    only_bytes = Network(latency=0.0, seconds_per_byte=1.0)
+    allreduce = 2 * 15 / 16 * 4000
+    traffic = Traffic(columns=0.25, means=0.75, combinations=1)
+    assert seconds("sliced", only_bytes, traffic, 16, 16, 1000) == pytest.approx(allreduce)
+    assert seconds("sliced", only_bytes, traffic, 16, 128, 1000) == pytest.approx(1.125 * allreduce)
+    assert seconds("allgather", only_bytes, traffic, 16, 128, 1000) == pytest.approx(1.25 * allreduce)

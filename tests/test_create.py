@@ -28,7 +28,7 @@ def test_builds_what_was_named(communicator, method, exchange):
 
 def test_shapes_are_layers_and_the_exchange_is_chosen():
     optimizer = create("kronecker", np.zeros(8), replicas=2, shapes=[(2, 3), (2,)])
-    assert [layer.variances.shape for layer in optimizer.layers] == [(2, 4)]
+    assert [(layer.left.length, layer.right.length) for layer in optimizer.layers] == [(2, 4)]
     assert optimizer.exchange.name == "allgather"  # nothing to save on one rank
 
 
@@ -41,7 +41,7 @@ def test_shapes_are_layers_and_the_exchange_is_chosen():
         ({"transport": "cuda"}, "for arrays on GPUs"),
         ({"replicas": 1}, "kronecker, lr=auto, needs 2 replicas and has 1: start more ranks"),
         ({"damping": 0}, "must be greater than 0"),
-        ({"rank": 3}, "unknown option 'rank'"),
+        ({"width": 3}, "unknown option 'width'"),
         ({"replicas": 2.5}, "replicas=2.5: must be an integer"),
         ({"samples": 16.5}, "samples=16.5: must be an integer, at least 1"),
         ({"samples": True}, "samples=True: must be an integer"),

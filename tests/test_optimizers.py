@@ -211,8 +211,7 @@ def test_curvature_is_that_of_the_dense_hessian(communicator):
     d = -step / figures["rate"]  # of each layer as shortened: P is diagonal in the layers' bases
     predicted = 0.0
     for layer in optimizer.layers:
-        rotated = layer.rotated(d[layer.span])
-        predicted += rotated @ (rotated / optimizer.inverse[layer.span])
+        predicted += (layer.view(d[None, layer.span]).squares() / layer.scales).sum()
     assert figures["curvature"] == pytest.approx(abs(d @ H @ d) / predicted, rel=1e-3)
 
 
@@ -221,7 +220,7 @@ def test_kronecker_is_its_equation(communicator, damping):
     """Two layers, 2 × (2 + bias) and 2 × 3; statistics in the old bases, which then take a step of iteration."""
     problem = Quadratic(SIZE, REPLICAS)
     options = {"decay": 0.7, "damping": damping, "momentum": 0.6, "lr": 0.2, "update_every": 2, "basis_every": 3}
-    options |= UNBOUNDED
+    options |= UNBOUNDED | {"combinations": REPLICAS - 1}
     settings = build(OPTIMIZERS["kronecker"].settings_type, options)
     exchange = EXCHANGES["allgather"](communicator, REPLICAS, SIZE)
     optimizer = OPTIMIZERS["kronecker"](settings, problem.start, exchange, samples=4, shapes=[(2, 2), (2,), (2, 3)])
@@ -304,15 +303,69 @@ def test_share_of_noise(communicator, variant, gradients):
     assert low < figures["noise_share"] < high
 
 
-def test_kronecker_bases_become_eigenvectors(communicator):
-    """Orthogonal iteration on a fixed factor."""
+def test_kronecker_bases_become_eigenvectors():
+    """Orthogonal iteration on a fixed factor, in the order of the eigenvalues if that is wanted."""
     side = Side(5, np.zeros(1), max_side=9)
     spectrum = np.linalg.qr(np.random.default_rng(0).standard_normal((5, 5)))[0]
-    side.factor = spectrum @ np.diag([16.0, 8, 4, 2, 1]) @ spectrum.T
-    for _ in range(60):
-        overlaps = side.renew(lambda factor: factor)
-    np.testing.assert_allclose(np.abs(side.basis.T @ spectrum), np.eye(5), atol=1e-6)
+    side.factor = spectrum @ np.diag([1.0, 2, 16, 8, 4]) @ spectrum.T
+    for sort in (False, True) * 30:
+        overlaps = side.renew(sort)
+    np.testing.assert_allclose(np.abs(side.basis.T @ spectrum[:, [2, 3, 4, 1, 0]]), np.eye(5), atol=1e-6)
     np.testing.assert_allclose(overlaps, np.eye(5), atol=1e-6)
+    assert Side(5, np.zeros(1), max_side=4).renew(sort=False) is None
+
+
+@pytest.mark.parametrize("max_side", [9, 6])
+@pytest.mark.parametrize("leading", [9, 3, 2, 1])
+@pytest.mark.parametrize("sides", [(5, 6, True), (7, 4, True), (2, 7, False), (5, 1, False), (1, 5, True)])
+def test_kronecker_view_is_that_of_whole_bases(sides, max_side, leading):
+    """Squares and products of a table that has the same entry for all directions in the corner."""
+    random = np.random.default_rng(0)
+    layer, whole = Layer(np.zeros(1), LayerShape(0, *sides), 0, max_side, leading), []
+    for side in (layer.left, layer.right):
+        whole.append(np.eye(side.length))
+        if side.basis is not None:
+            side.basis = whole[-1] = np.linalg.qr(random.standard_normal((side.length, side.length)))[0]
+    X, (left, right) = random.standard_normal((2, layer.size)), whole
+    matrices = layer.matrices(X)
+    rotated = left.T @ matrices @ right
+    place = np.full(rotated.shape[1:], len(layer.dimensions) - 1)  # of each direction's entry in the table
+    rows, columns, first = layer.shapes[0][0], layer.shapes[1][1], layer.entries[0]
+    place[:rows, :] = np.arange(first).reshape(layer.shapes[0])
+    place[rows:, :columns] = first + np.arange(layer.entries[1]).reshape(layer.shapes[1])
+    np.testing.assert_array_equal(np.bincount(place.ravel()), layer.dimensions)
+    table, view = random.random(layer.variances.shape), layer.view(X)
+    np.testing.assert_allclose(view.times(table), left @ (table[place] * rotated) @ right.T)
+    squares = np.bincount(place.ravel(), (rotated**2).sum(axis=0).ravel()) / layer.dimensions
+    np.testing.assert_allclose(view.squares(), squares)
+    kept = [
+        None if side.basis is None else np.linalg.qr(random.standard_normal((side.length, side.length)))[0] ** 2
+        for side in (layer.left, layer.right)
+    ]
+    left, right = (np.eye(n) if overlaps is None else overlaps for n, overlaps in zip(place.shape, kept, strict=True))
+    moved = left.T @ table[place] @ right
+    means = np.bincount(place.ravel(), moved.ravel()) / layer.dimensions
+    np.testing.assert_allclose(layer.carried(table, *kept), means)
+    assert bool(layer.corner) == (2 * leading < min(place.shape) and max(place.shape) <= max_side)
+
+
+def test_kronecker_combinations_have_the_covariance_of_the_replicas(communicator):
+    """In the mean over the random ones; M − 1 of them are exact."""
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, combinations=2)
+    optimizer.samples = 5
+    exact = 5 * (np.eye(REPLICAS) - 1 / REPLICAS) / (REPLICAS - 1)
+    optimizer.steps = 1
+    np.testing.assert_allclose((c := optimizer.coefficients()).T @ c, exact, atol=1e-12)
+    total = np.zeros_like(exact)
+    for optimizer.steps in range(100, 2100):
+        c = optimizer.coefficients()
+        assert c.shape == (2, REPLICAS)
+        np.testing.assert_allclose(c @ c.T, 5 / 2 * np.eye(2), atol=1e-12)
+        np.testing.assert_allclose(c.sum(axis=1), 0, atol=1e-12)
+        np.testing.assert_allclose(c[0] ** 2, 5 / 2 / REPLICAS)  # of one size
+        total += c.T @ c / 2000
+    np.testing.assert_allclose(total, exact, atol=0.1)
 
 
 def test_kronecker_layers_cover_the_parameters(communicator):
@@ -325,23 +378,24 @@ def test_kronecker_layers_cover_the_parameters(communicator):
         (55, 65, 2, 5, False),
         (65, 68, 3, 1, False),
     ]
-    layers = [Layer(np.zeros(1), shape, 0, max_side=5) for shape in found]
+    layers = [Layer(np.zeros(1), shape, 0, max_side=5, leading=9) for shape in found]
     assert layers[0].right.basis is None  # 6 + 1 is longer than a side may be
     assert layers[0].left.basis.shape == (4, 4)
-    z = np.random.default_rng(0).standard_normal(68)
+    z = np.random.default_rng(0).standard_normal((1, 68))
     for layer in layers:
-        np.testing.assert_allclose(layer.flat(2 * layer.rotated(z[layer.span])), 2 * z[layer.span])
+        twice = layer.view(z[:, layer.span]).times(2 * np.ones_like(layer.variances))
+        np.testing.assert_allclose(layer.flat(twice), 2 * z[0, layer.span])
 
 
 @pytest.mark.parametrize("piece", [2, 1 << 16])
 def test_kronecker_shares_of_signal(monkeypatch, piece):
     """By factors of 4 of V, all below 4⁻⁷ together; a fifth where there is no signal."""
     monkeypatch.setattr("qnewton_mpi.core.optimizers.kronecker.PIECE", piece)
-    layer = Layer(np.zeros(1), LayerShape(0, 1, 7, False), 0, max_side=9)
-    layer.total = np.array([1.0, 0.2, 0.5, 0.05, 1e-6, 1e-9, 0.0])
-    layer.compared = np.array([[[8.0, 4, 2, 6, 3, 0, 0]], [[1.0, 0.4, 1, 6, 1, 0, 0.5]]])
+    layer = Layer(np.zeros(1), LayerShape(0, 1, 7, False), 0, max_side=9, leading=9)
+    layer.variances = np.array([1.0, 0.2, 0.5, 0.05, 1e-6, 1e-9, 0.0])
+    layer.compared = np.array([[8.0, 4, 2, 6, 3, 0, 0], [1.0, 0.4, 1, 6, 1, 0, 0.5]])
     np.testing.assert_allclose(layer.signal_shares(0.2), [0.8, 0.9, 0.8, 0.2, 0.5, 0.5, 0.5])
-    layer.total, layer.compared = np.zeros(7), np.zeros((2, 1, 7))
+    layer.variances, layer.compared = np.zeros(7), np.zeros((2, 7))
     np.testing.assert_allclose(layer.signal_shares(0.2), np.ones(7))  # neither signal nor noise
 
 
@@ -738,7 +792,7 @@ def test_rules_that_are_off_change_nothing(communicator):
     optimizer.noise_share.value = 0.9
     figures = optimizer.step(problem)
     epsilon = 1e-3 * 0.1 ** (0.9**2) * optimizer.trace / SIZE
-    np.testing.assert_allclose(optimizer.inverse, 1 / (optimizer.layers[0].total + epsilon))
+    np.testing.assert_allclose(optimizer.layers[0].scales, 1 / (optimizer.layers[0].variances + epsilon))
     assert (figures["clip"], figures["shrink"]) == (1, 1)
 
 

@@ -13,7 +13,8 @@ exchange      held by a rank           words received per rank: the mean and the
               nothing elsewhere
 ============  =======================  ========================================================================
 
-Where the columns have crossed, `sliced` and `server` take the mean from them instead.
+Where the columns have crossed, `sliced` and `server` take the mean from them instead. K combinations of the columns,
+where those will do, cross as K + 1 means, the mean among them, or as columns, whichever are fewer words.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array, to_host
+from qnewton_mpi.parallel.device import Array, to_device, to_host
 from qnewton_mpi.parallel.transport import Transport
 
 
@@ -136,17 +137,37 @@ class Exchange(ABC):
         """Whether no rank before this one holds the same coordinates."""
         return True
 
-    @abstractmethod
-    def samples(self, rows: Array) -> tuple[Array, Array]:
-        """Return the mean z̄ (held,) and centred columns (k, held) that this rank is to take into its sums.
+    def combined(self, rows: Array, coefficients: Matrix) -> tuple[Array, Array]:
+        """Return the mean z̄ (held,) and the combinations Σ_i c_ki z_i (K, held), by the fewer words.
 
-        Over the ranks, each replica's each coordinate once: of all replicas where ranks hold different coordinates, of
-        this rank's own where all hold all. `total` then completes the sums.
+        Parameters
+        ----------
+        rows : (R, N)
+        coefficients : (K, M) host array
+            Rows that add up to zero.
         """
+        if self.fewer_as_columns(len(coefficients)):
+            columns = self.columns(rows)
+            mean = array_namespace(columns).mean(columns, axis=0)
+            columns -= mean
+            return mean, to_device(coefficients, columns) @ columns
+        weights = np.concatenate([np.full((1, self.replicas), 1 / self.replicas), coefficients])
+        sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
+        return sums[0, :], sums[1:, :]
 
     @abstractmethod
-    def total(self, array: Array) -> Array:
-        """Return the sum of the arrays, of one shape, of all ranks that hold the same coordinates."""
+    def fewer_as_columns(self, combinations: int) -> bool:
+        """Tell whether all replicas' columns are fewer words than sums of the mean and so many combinations."""
+
+    @abstractmethod
+    def added_up(self, vectors: Array) -> Array:
+        """Return the sums (k, held) over the ranks of vectors (k, N). Counted are the fewer words."""
+
+    def gathered(self, values: NDArray[np.float64]) -> Matrix:
+        """Return each rank's values (k,), (n, k), the same on all ranks; zero where a rank before it holds the same."""
+        self._count(lambda n: n * (n - 1) * values.nbytes)
+        own = values if self.first else np.zeros_like(values)
+        return self.communicator.allgather(own[None], [1] * self.communicator.size)
 
     def centred(self, rows: Array) -> tuple[Array, Array]:
         """Return the mean z̄ (held,) and the centred columns [z_i − z̄], (M, held)."""
@@ -188,11 +209,6 @@ class Exchange(ABC):
         sums = [inner(x[..., own], y[..., own]) for x, y in pairs for own in parts]
         partial = to_host(array_namespace(pairs[0][0]).stack(sums)).reshape(len(pairs), len(spans))
         return self._added(partial[None])
-
-    def largest(self, value: float) -> float:
-        """Return the largest of the ranks' values."""
-        self._count(lambda n: 8 * n * (n - 1))
-        return float(self.communicator.allgather(np.array([value]), [1] * self.communicator.size).max())
 
     def share(self, figures: Matrix, note: NDArray[np.int64], step: int) -> tuple[Matrix, NDArray[np.int64]]:
         """Return every replica's row of figures, (M, p), from this rank's (R, p), and every rank's note, (n, k).
@@ -252,10 +268,17 @@ class AllgatherExchange(Exchange):
         mean = self._buffer("mean", (self.size,), rows)
         return self._divided(self.transport.allreduce(self._sum(rows), mean))
 
-    def total(self, array: Array) -> Array:
-        xp = array_namespace(array)
-        self._count(lambda n: 2 * (n - 1) * array.size * xp.finfo(array.dtype).bits // 8)
-        return self.transport.allreduce(array, xp.empty_like(array))
+    def combined(self, rows: Array, coefficients: Matrix) -> tuple[Array, Array]:
+        found = super().combined(rows, coefficients)
+        self._buffers.pop("columns", None)  # as large as all gradients together, and needed at few steps
+        return found
+
+    def fewer_as_columns(self, combinations: int) -> bool:
+        return self.communicator.size > 1 and self.replicas <= 2 * (combinations + 1)
+
+    def added_up(self, vectors: Array) -> Array:
+        self._count(lambda n: (n - 1) * min(2 * vectors.shape[0], self.replicas) * self._row_bytes(vectors))
+        return self.transport.allreduce(vectors, self._buffer("sums", vectors.shape, vectors))
 
     def columns(self, rows: Array) -> Array:
         self._count(lambda n: (n - 1) * self.replicas * self._row_bytes(rows))
@@ -274,10 +297,6 @@ class AllgatherExchange(Exchange):
 
     def summed(self) -> slice:
         return partition.share(self.size, self.communicator.size, self.communicator.rank)
-
-    def samples(self, rows: Array) -> tuple[Array, Array]:
-        mean = self.mean(rows)
-        return mean, rows - mean
 
 
 class SlicedExchange(Exchange):
@@ -305,8 +324,15 @@ class SlicedExchange(Exchange):
         mean = self._buffer("mean", (self.words[self.communicator.rank],), rows)
         return self._divided(self.transport.reduce_scatter(self._sum(rows), self.words, mean))
 
-    def total(self, array: Array) -> Array:
-        return array
+    def fewer_as_columns(self, combinations: int) -> bool:
+        return self.replicas <= self.communicator.size * (combinations + 1)
+
+    def added_up(self, vectors: Array) -> Array:
+        number = vectors.shape[0]
+        self._count(lambda n: (n - 1) * min(number, self.replicas / n) * self._row_bytes(vectors))
+        sums = self._buffer("sums", (number, self.words[self.communicator.rank]), vectors)
+        counts = [number * words for words in self.words]
+        return self.transport.reduce_scatter(self._pack(vectors), counts, sums)
 
     def columns(self, rows: Array) -> Array:
         own, mine = len(self.local), self.words[self.communicator.rank]
@@ -335,9 +361,6 @@ class SlicedExchange(Exchange):
     def summed(self) -> slice:
         return slice(0, self.words[self.communicator.rank])
 
-    def samples(self, rows: Array) -> tuple[Array, Array]:
-        return self.centred(rows)
-
     def centred(self, rows: Array) -> tuple[Array, Array]:
         columns = self.columns(rows)
         mean = array_namespace(columns).mean(columns, axis=0)
@@ -345,8 +368,8 @@ class SlicedExchange(Exchange):
         return mean, columns
 
     def _pack(self, rows: Array) -> Array:
-        """Return rows (R, N) as the slices of each rank one after the other, (R · N,); a single row is that already."""
-        own, reshape = len(self.local), array_namespace(rows).reshape
+        """Return rows (k, N) as the slices of each rank one after the other, (k · N,); a single row is that already."""
+        own, reshape = rows.shape[0], array_namespace(rows).reshape
         if own == 1:
             return rows[0, :]
         slices = self._buffer("slices", (own * self.size,), rows)

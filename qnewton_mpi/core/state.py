@@ -35,8 +35,6 @@ class Kind(Enum):
     """(…, held): each rank its coordinates."""
     OWNED = "owned"
     """The same on all ranks that hold a layer."""
-    PARTIAL = "partial"
-    """A sum over the ranks that hold a layer, each with the part of its own replicas."""
 
 
 def entries(thing: Any, prefix: str = "") -> Iterator[tuple[str, Kind, Any, str]]:

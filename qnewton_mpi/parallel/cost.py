@@ -57,15 +57,15 @@ class Traffic:
         How often all replicas' columns cross to where they are combined.
     means : float
         How often the mean gradient crosses where it can also be had from the columns.
-    sums : float or None
-        Where every rank holds everything: vectors of N words that are added up instead of moving columns.
+    combinations : int or None
+        Of the columns, of which the sums over the ranks, and the mean with them, do in place of columns.
     rows : float
         How often columns go back to their replicas.
     """
 
     columns: float = 0.0
     means: float = 1.0
-    sums: float | None = None
+    combinations: int | None = None
     rows: float = 0.0
 
 
@@ -84,15 +84,17 @@ def seconds(exchange: str, network: Network, traffic: Traffic, ranks: int, repli
         return 0.0
     size = WORD * parameters
     small = 3 * _rounds(ranks) * network.latency  # losses and scalar products
-    if exchange == "allgather":
-        if traffic.sums is None:
-            moved = traffic.columns * network.allgather(ranks, replicas * size)
-        else:
-            moved = traffic.sums * network.allreduce(ranks, size)
-        return small + network.allreduce(ranks, size) + moved
-    columns = network.alltoall(ranks, replicas / ranks * size)
-    means = traffic.means * network.reduce_scatter(ranks, size)
-    return small + means + network.allgather(ranks, size) + (traffic.columns + traffic.rows) * columns
+    gathers = exchange == "allgather"
+    columns = network.allgather(ranks, replicas * size) if gathers else network.alltoall(ranks, replicas / ranks * size)
+    added_up = network.allreduce if gathers else network.reduce_scatter
+    means = traffic.means
+    if traffic.combinations is not None:
+        if replicas > (2 if gathers else ranks) * (traffic.combinations + 1):  # as the exchanges choose
+            columns = added_up(ranks, (traffic.combinations + 1) * size)
+    elif gathers:
+        means = 1.0  # they are not taken from the columns
+    back = 0.0 if gathers else network.allgather(ranks, size) + traffic.rows * columns
+    return small + means * added_up(ranks, size) + traffic.columns * columns + back
 
 
 def choose(traffic: Traffic, ranks: int, replicas: int, parameters: int, network: Network | None = None) -> str:

@@ -292,8 +292,7 @@ class Checkpoints:
         with contextlib.ExitStack() as stack:
             saved = _Saved(source, step, stack)
             self._compare(source, saved.about)
-            same = (len(saved.lengths), saved.about["layout"]) == (communicator.size, type(exchange).__name__)
-            arrays = saved.read(wanted, exchange.held, communicator.rank, communicator.size, exchange.first, same)
+            arrays = saved.read(wanted, exchange.held, communicator.rank, communicator.size)
         if arrays.get(STEP, step) != step:
             raise ValueError(f"its position is step {arrays[STEP]}")
         return [
@@ -393,8 +392,6 @@ class _Saved:
         held: slice,
         rank: int = 0,
         ranks: int = 1,
-        first: bool = True,
-        same: bool = False,
     ) -> dict[str, HostArray]:
         """Return those of the wanted entries that there are, for one of several ranks.
 
@@ -407,10 +404,6 @@ class _Saved:
         held : slice
             The coordinates that the rank holds.
         rank, ranks : int
-        first : bool
-            Whether no rank before this one holds the same coordinates.
-        same : bool
-            Whether each rank goes on with what it wrote itself.
         """
         entries = {path: Entry(**self.about["entries"][path]) for path in wanted if path in self.about["entries"]}
         arrays: dict[str, HostArray] = {}
@@ -429,13 +422,8 @@ class _Saved:
                     for writer, (start, stop) in enumerate(itertools.pairwise(self._bounds))
                     if max(start, held.start) < min(stop, held.stop)
                 ]
-            elif kind is Kind.OWNED:
+            else:
                 takes = entry.ranks[:1]
-            elif same:
-                takes = [rank]
-            else:  # of other ranks: the whole sum to the first rank that holds the layer
-                arrays[path] = np.zeros(entry.shape, entry.dtype)
-                takes = entry.ranks if first else ()
             for writer in takes:
                 sources[writer].append(path)
         names = file_names(len(self.lengths), self._together)
@@ -451,7 +439,7 @@ class _Saved:
     def _take(
         self, file: h5py.File, writer: int, path: str, entry: Entry, held: slice, arrays: dict[str, HostArray]
     ) -> None:
-        """Put what a rank wrote of an entry into the arrays, or add it to what others wrote."""
+        """Put what a rank wrote of an entry into the arrays."""
         group = f"{rank_name(writer, len(self.lengths))}/" if self._together else ""
         if entry.kind == Kind.HELD.value:
             start, stop = self._bounds[writer : writer + 2]
@@ -459,8 +447,7 @@ class _Saved:
             low, high = max(start, held.start), min(stop, held.stop)
             arrays[path][..., low - held.start : high - held.start] = found[..., low - start : high - start]
         else:
-            found = self._dataset(file, group, path, entry)[()]
-            arrays[path] = arrays[path] + found if path in arrays else found
+            arrays[path] = self._dataset(file, group, path, entry)[()]
 
     def _dataset(self, file: h5py.File, group: str, path: str, entry: Entry, *length: int) -> h5py.Dataset:
         """Return the data set of an entry, which has the shape and dtype that checkpoint.h5 says."""

@@ -58,11 +58,12 @@ def test_pieces_are_held_whole(communicator, name):
     np.testing.assert_array_equal(exchange.rows(columns), mine)
     np.testing.assert_allclose(exchange.mean(mine), everyone.mean(axis=0)[held], atol=1e-14)
     np.testing.assert_array_equal(exchange.collect(exchange.hold(everyone[0])), everyone[0])
-    mean, samples = exchange.samples(mine)
-    np.testing.assert_allclose(mean, everyone.mean(axis=0)[held], atol=1e-14)
-    total = np.zeros(SIZE)
-    total[held] = exchange.total((samples**2).sum(axis=0))
-    np.testing.assert_allclose(total[held], ((everyone - everyone.mean(axis=0)) ** 2).sum(axis=0)[held], atol=1e-13)
+    for number in (1, 4):  # as sums, and as columns
+        coefficients = np.random.default_rng(1).standard_normal((number, 5))
+        coefficients -= coefficients.mean(axis=1, keepdims=True)
+        mean, combined = exchange.combined(mine, coefficients)
+        np.testing.assert_allclose(mean, everyone.mean(axis=0)[held], atol=1e-14)
+        np.testing.assert_allclose(combined, (coefficients @ everyone)[:, held], atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -119,17 +120,23 @@ def test_counted_traffic_is_the_formula(communicator):
             assert sent(exchange, lambda: exchange.collect(held)) == tuple(vector * (k - 1) for k in counts)  # noqa: B023
             assert sent(exchange, lambda: exchange.mean(rows)) == tuple(vector * (k - 1) for k in counts)  # noqa: B023
         assert sent(sliced, lambda: sliced.columns(rows)) == tuple(replicas * vector * (k - 1) // k for k in counts)  # noqa: B023
-        assert sent(sliced, lambda: sliced.total(held)) == (0, 0)  # noqa: B023
+        for number in (1, replicas):
+            combinations = np.zeros((number, replicas))
+            words = [min(replicas, (number + 1) * k) * vector * (k - 1) // k for k in counts]
+            assert sent(sliced, lambda: sliced.combined(rows, combinations)) == tuple(words)  # noqa: B023
+            words = [min(replicas, 2 * (number + 1)) * vector * (k - 1) for k in counts]
+            assert sent(literal, lambda: literal.combined(rows, combinations)) == tuple(words)  # noqa: B023
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "sliced"])
-@pytest.mark.parametrize("method", ["sgd", "multisecant", "fisher", "deflated"])
+@pytest.mark.parametrize("method", ["sgd", "multisecant", "fisher", "kronecker", "deflated"])
 def test_counted_traffic_of_a_step_is_that_of_the_model(communicator, method, exchange):
     """Which `--exchange auto` goes by; with as many bytes a second as words crossed, and messages for free."""
     size, replicas = 4000, 2 * communicator.size
     kind = OPTIMIZERS[method]
     # A loss without slope bounds no rate: one is given.
-    settings = build(kind.settings_type, {"rank": 3, "lr": 1e-3} if method == "fisher" else {})
+    options = {"fisher": {"rank": 3, "lr": 1e-3}, "kronecker": {"lr": 1e-3}}
+    settings = build(kind.settings_type, options.get(method, {}))
     chosen = EXCHANGES[exchange](communicator, replicas, size)
     optimizer = kind(settings, np.zeros(size, np.float32), chosen, samples=1)
     random = np.random.default_rng(communicator.rank)

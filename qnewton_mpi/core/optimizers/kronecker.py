@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from array_api_compat import array_namespace, device
+from numpy.typing import NDArray
 
 from qnewton_mpi.core.kernels import PIECE
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
@@ -17,14 +18,15 @@ from qnewton_mpi.core.optimizers.natural_gradient import BATCH, NaturalGradient,
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
-from qnewton_mpi.parallel.device import Array, to_device
+from qnewton_mpi.parallel.device import Array, to_device, to_host
 
-FIRST_UPDATES = 10
+FIRST_UPDATES, FIRST_COMBINATIONS = 10, 8
 FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
 FIRST_SHARES = 20  # steps, before which the shares of signal are not known well enough
 SHARE_WEIGHT = 0.04  # of an update in the means that they are known from
 GROUPS = 8  # of a layer's directions, by factors of 4 from its largest V on down
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue
+COMBINATIONS = 5  # in the seed of their random numbers: no others have it
 
 
 @dataclass(frozen=True)
@@ -36,35 +38,40 @@ class KroneckerSettings(NaturalGradientSettings):
     least_share: float = setting(0.2, "of signal that a group of directions is taken to have; 1 is off", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
     max_side: int = setting(2048, "a longer side of a layer keeps the coordinates as its basis", POSITIVE)
+    leading: int = setting(64, "directions of a long side that are taken with all of the other side's", POSITIVE)
+    combinations: int = setting(3, "of the replicas' differences in an update, but for the first ones", POSITIVE)
 
 
 class Kronecker(NaturalGradient[KroneckerSettings]):
     """The natural gradient with F layer by layer, each diagonal in a Kronecker eigenbasis.
 
-    A layer's share of replica i is a matrix X_i = √(b/(M−1)) (g_i − ḡ), (outputs, inputs + 1) with the bias last, and
+    A layer's share of a combination of the replicas' gradients is a matrix X_k = √(b/K) Σ_i c_ki g_i, (outputs,
+    inputs + 1) with the bias last, c_k random, orthonormal, and Σ_i c_ki = 0. M − 1 of them are all their differences;
+    there are 8 at most in the first ten updates, then 3, and the squares have the same mean.
 
-        A = Σ_i X_iᵀ X_i,  Q_A ← qr((A + ρ I) Q_A)     running means, and their eigenbases by
-        B = Σ_i X_i X_iᵀ,  Q_B ← qr((B + ρ I) Q_B)     orthogonal iteration
-        V = Σ_i (Q_Bᵀ X_i Q_A)²                        elementwise: F's diagonal in this basis
-        P⁻¹ Z = Q_B [(Q_Bᵀ Z Q_A)/(V + 0.3 mean V)] Q_Aᵀ
+        A = Σ_k X_kᵀ X_k,  U_A ← qr((A + ρ I) U_A)     running means, and their leading eigenvectors by
+        B = Σ_k X_k X_kᵀ,  U_B ← qr((B + ρ I) U_B)     orthogonal iteration
+        V = Σ_k (U_Bᵀ X_k U_A)²                        elementwise: F's diagonal in this basis
+        P⁻¹ Z = U_B [(U_Bᵀ Z U_A)/(V + 0.3 mean V)] U_Aᵀ
+
+    Where both sides are longer than 128, the 64 leading directions of each are taken with all of the other side's, and
+    the others' V with each other is one number, its mean. A side longer than 2,048 keeps the coordinates as its basis.
 
     That is for steps of signal alone. With ν the share of noise in a step's dᵀz and φ = ν², the last line is
 
-        P⁻¹ Z = c Q_B [s^ν (Q_Bᵀ Z Q_A) n^(−φ/4) (V + ε)^(φ/4 − 1)] Q_Aᵀ,    ε = 0.3 · 10^(−φ) mean V
+        P⁻¹ Z = c U_B [s^ν (U_Bᵀ Z U_A) n^(−φ/4) (V + ε)^(φ/4 − 1)] U_Aᵀ,    ε = 0.3 · 10^(−φ) mean V
 
     where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and c leaves the noise of all layers, tr(P⁻¹F), as it is with
     1/(V + ε). Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
     full whitening, the other extreme, the exponent would be −½. From the 20th step on s, 1 before, is the share of
     signal of a group of directions, those of a layer with V within the same factor of 4:
 
-        s = max(1 − Σ N/Σ S, 0.2),    S = ⟨b z̃²/Σ_k a_k²⟩,  N = ⟨V⟩,    z̃ = Q_Bᵀ Z Q_A,  z = Σ_k a_k ḡ_{t−k}
+        s = max(1 − Σ N/Σ S, 0.2),    S = ⟨b z̃²/Σ_k a_k²⟩,  N = ⟨V⟩,    z̃ = U_Bᵀ Z U_A,  z = Σ_k a_k ḡ_{t−k}
 
     with running means ⟨ ⟩ over about 25 updates and b the samples of a step, so that S is V where all is noise.
 
-    Where all ranks hold everything, no columns cross the network: each rank keeps running sums over its own replicas, V
-    is added up by an Allreduce at an update, A and B only when the bases move. Where each rank holds some of the
-    layers, it keeps the sums over all replicas for those, from columns that come by Alltoall at an update, and nothing
-    else is added up. The first ten steps do all of it.
+    What crosses the network at an update is the mean and the combinations, added up, or all replicas' columns where
+    those are fewer (`Exchange.combined`).
 
     The eigenbasis is K-FAC's and Shampoo's (Martens and Grosse 2015; Gupta et al. 2018), the diagonal in it EKFAC's
     (George et al. 2018) and SOAP's (Vyas et al. 2024). What differs is the estimate, from the differences of the
@@ -91,13 +98,13 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     """
 
     settings_type = KroneckerSettings
-    state: ClassVar = {**NaturalGradient.state, "inverse": Kind.HELD, "largest": Kind.SHARED, "rounded": Kind.SHARED}
+    state: ClassVar = {**NaturalGradient.state, "largest": Kind.SHARED, "rounded": Kind.SHARED}
     figures = (*NaturalGradient.figures, "largest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: KroneckerSettings) -> Traffic:
         updates = 1 / settings.update_every
-        return Traffic(columns=updates, means=1 - updates, sums=updates)
+        return Traffic(columns=updates, means=1 - updates, combinations=settings.combinations)
 
     def pieces(self) -> list[int]:
         return [layer.stop - layer.start for layer in layer_shapes(self.shapes)]
@@ -106,8 +113,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         super().start()
         held = self.exchange.held
         inside = [shape for shape in layer_shapes(self.shapes) if held.start <= shape.start and shape.stop <= held.stop]
-        self.layers = [Layer(self.held, shape, held.start, self.settings.max_side) for shape in inside]
-        self.inverse = self.xp.zeros_like(self.held)  # P⁻¹ as of the last update
+        sizes = self.settings.max_side, self.settings.leading
+        self.layers = [Layer(self.held, shape, held.start, *sizes) for shape in inside]
         self.largest = 0.0  # of V
         self.rounded = 0.0  # what V has of rounding
         self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # where there is no gradient
@@ -122,41 +129,55 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
 
     def update(self, batch: Batch) -> Array:
-        mean, differences = self.exchange.samples(batch.rows)
-        differences *= self.scale
+        mean, combined = self.exchange.combined(batch.rows, self.coefficients())
         for layer in self.layers:
-            layer.add(differences[:, layer.span], self.weight)
-        if self.updates <= FIRST_UPDATES or self.updates % self.settings.basis_every == 0:
-            for layer in self.layers:
-                layer.renew_bases(self.exchange.total)
-        own = [self.xp.reshape(layer.variances, (-1,)) for layer in self.layers]
-        variances = self.exchange.total(self.xp.concat([self.held[:0], *own]))
-        for layer in self.layers:
-            layer.total = variances[layer.span]
+            layer.add(combined[:, layer.span], self.weight)
+            if self.updates <= FIRST_UPDATES or self.updates % self.settings.basis_every == 0:
+                layer.renew_bases()
         self.rounded += self.weight * (self.rounding(batch) / self.exchange.size - self.rounded)
         least = max(self.rounded, self.tiny)
-        damped = [self.damped(layer.total, least) for layer in self.layers]
-        newton = 1 / self.xp.concat([self.held[:0], *damped])
-        flattened = self.xp.concat([self.held[:0], *map(self.flattened, self.layers, damped)])
-        pairs = [(variances, other) for other in (self.xp.ones_like(variances), newton, flattened)]
-        self.trace, self.known, noise = self.exchange.dots(*pairs)
-        self.inverse = flattened * (self.known / noise) if noise > 0 else newton
-        self.largest = self.exchange.largest(float(self.xp.max(variances)) if own else 0.0)
+        both = [self.scales(layer, least) for layer in self.layers]
+        figures = [self.held[:0]]
+        for layer, (newton, flattened) in zip(self.layers, both, strict=True):
+            V = layer.variances
+            sums = [layer.sum(table) for table in (V, V * newton, V * flattened)]
+            figures.append(self.xp.stack([*sums, self.xp.max(V)]))
+        own = to_host(self.xp.concat(figures)).astype(np.float64).reshape(-1, 4)
+        everyone = self.exchange.gathered(np.concatenate([own[:, :3].sum(axis=0), own[:, 3].max(initial=0.0)[None]]))
+        self.trace, self.known, noise = everyone[:, :3].sum(axis=0).tolist()
+        self.largest = float(everyone[:, 3].max())
+        for layer, (newton, flattened) in zip(self.layers, both, strict=True):
+            layer.scales = flattened * (self.known / noise) if noise > 0 else newton
         return mean
 
-    def damped(self, variances: Array, least: float) -> Array:
-        """Return V + ε of a layer, ε a share of the mean of V, at least what V has of rounding. Local."""
-        share = self.settings.damping * FLAT_SHARE**self.flatness
-        return variances + self.xp.clip(share * self.xp.mean(variances), least, None)
+    def coefficients(self) -> NDArray[np.float64]:
+        """Return the rows √(b/K) c_k, (K, M), c_k random, orthonormal, and orthogonal to the ones. Local.
 
-    def flattened(self, layer: Layer, damped: Array) -> Array:
-        """Return s^ν n^(−φ/4) (V + ε)^(φ/4 − 1) of a layer, n = Σ V (V + ε)^(φ/4 − 1) its noise. Local."""
+        So Σ_k x_k x_kᵀ of the combinations x_k has the expectation b/(M−1) G Gᵀ, and for K = M − 1 is it. The first has
+        entries of one size, as many of either sign: then it is exact too where one replica alone differs.
+        """
+        replicas = self.exchange.replicas
+        wanted = FIRST_COMBINATIONS if self.steps <= FIRST_UPDATES else self.settings.combinations
+        number = min(wanted, replicas - 1)
+        random = np.random.default_rng([self.seed, COMBINATIONS, self.steps])
+        columns = random.standard_normal((replicas, number))
+        columns[:, 0] = random.permutation(np.resize([1, -1], replicas) * (np.arange(replicas) < replicas // 2 * 2))
+        rows = np.linalg.qr(columns - columns.mean(axis=0))[0].T
+        return math.sqrt(self.samples / number) * rows
+
+    def scales(self, layer: Layer, least: float) -> tuple[Array, Array]:
+        """Return of a layer 1/(V + ε), ε a share of the mean V and at least what V has of rounding, and that flattened.
+
+        s^ν n^(−φ/4) (V + ε)^(φ/4 − 1), n = Σ V (V + ε)^(φ/4 − 1) its noise. Local.
+        """
+        share = self.settings.damping * FLAT_SHARE**self.flatness
+        damped = layer.variances + self.xp.clip(share * layer.sum(layer.variances) / layer.size, least, None)
         exponent = self.settings.flattening * self.flatness
         scales = damped ** (exponent - 1)
-        noise = self.xp.clip(self.xp.sum(layer.total * scales), self.tiny, None)
-        scales = scales * noise**-exponent
-        known = self.steps >= FIRST_SHARES
-        return scales * layer.signal_shares(self.settings.least_share) ** self.noise_share.value if known else scales
+        scales = scales * self.xp.clip(layer.sum(layer.variances * scales), self.tiny, None) ** -exponent
+        if self.steps >= FIRST_SHARES:
+            scales = scales * layer.signal_shares(self.settings.least_share) ** self.noise_share.value
+        return 1 / damped, scales
 
     @property
     def flatness(self) -> float:
@@ -168,10 +189,10 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         noise = self.momentum.noise(self.steps) / self.batch
         parts = [z[:0]]
         for layer in self.layers:
-            rotated = layer.rotated(z[layer.span])
+            view = layer.view(z[None, layer.span])
             if self.update_is_due():
-                layer.compare(rotated**2 / noise, max(SHARE_WEIGHT, 1 / self.updates))
-            parts.append(layer.flat(rotated * self.inverse[layer.span]))
+                layer.compare(view.squares() / noise, max(SHARE_WEIGHT, 1 / self.updates))
+            parts.append(layer.flat(view.times(layer.scales)))
         return self.xp.concat(parts)
 
     def spectrum(self) -> Figures:
@@ -179,41 +200,109 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
 
 class Side:
-    """One side of a layer's matrices: the running factor of this rank's replicas, the eigenbasis of all ranks' factors.
+    """One side of a layer's matrices: its running factor, and the eigenbasis of that.
 
     A side that is too long keeps the coordinates as its basis, which is then None.
+
+    Attributes
+    ----------
+    factor : (length, length)
+        A.
+    basis : (length, length)
+        U.
     """
 
-    state: ClassVar = {"factor": Kind.PARTIAL, "basis": Kind.OWNED}
+    state: ClassVar = {"factor": Kind.OWNED, "basis": Kind.OWNED}
 
     def __init__(self, length: int, like: Array, max_side: int) -> None:
-        self.xp, self.like = array_namespace(like), like
+        self.xp, self.length = array_namespace(like), length
         short = 1 < length <= max_side
-        self.factor: Array | None = to_device(np.zeros((length, length)), like) if short else None
-        self.basis: Array | None = to_device(np.eye(length), like) if short else None
+        self.factor: Array = to_device(np.zeros((length, length)), like) if short else None
+        self.basis: Array = to_device(np.eye(length), like) if short else None
 
     def add(self, rows: Array, weight: float) -> None:
         """Take rows (n, length) into the running factor: Σ rowsᵀ rows."""
         if self.factor is not None:
             self.factor = self.factor + weight * (self.xp.matrix_transpose(rows) @ rows - self.factor)
 
-    def renew(self, total: Callable[[Array], Array]) -> Array | None:
-        """Move the basis towards the eigenvectors of the factor over all ranks; return the squared overlaps (old, new).
+    def renew(self, sort: bool) -> Array | None:
+        """Move the basis towards the eigenvectors of the factor; return the squared overlaps (old, new).
 
-        A step of orthogonal iteration, Q ← qr((A + ρ I) Q), from the unit matrix: it converges to the eigenvectors as
+        A step of orthogonal iteration, U ← qr((A + ρ I) U), from the unit matrix: it converges to the eigenvectors as
         the steps add up, and unlike them depends continuously on A. Eigenvectors are arbitrary where eigenvalues are
         equal, as in the null space of the first few replicas' factor, and V would then depend on rounding.
+
+        Parameters
+        ----------
+        sort : bool
+            Whether the directions u are put in the order of uᵀ A u first, so that the leading ones are.
         """
         if self.factor is None:
             return None
-        factor, old = total(self.factor), self.basis
-        ridge = RIDGE * float(self.xp.sum(self.xp.linalg.diagonal(factor))) / factor.shape[0]
-        self.basis = self.xp.linalg.qr(factor @ old + ridge * old)[0]
-        return (self.xp.matrix_transpose(old) @ self.basis) ** 2
+        xp, old = self.xp, self.basis
+        image = self.factor @ old
+        sizes = xp.sum(old * image, axis=0)
+        image = image + RIDGE * xp.sum(sizes) / self.length * old
+        if sort:
+            image = xp.take(image, xp.argsort(sizes, descending=True), axis=1)
+        self.basis = xp.linalg.qr(image)[0]
+        return (xp.matrix_transpose(old) @ self.basis) ** 2
+
+
+class View:
+    """Matrices X (n, outputs, inputs + bias) in the directions of a layer's sides.
+
+    The leading directions of each side are taken with all of the other, L of U_B and R of U_A:
+
+        T = Lᵀ X U_A,    S = Ūᵀ X R,  Ū the others of U_B
+
+    and the corner, what is in the leading ones of neither side, as a whole. Where there is no corner, L is U_B.
+    """
+
+    def __init__(self, matrices: Array, layer: Layer) -> None:
+        self.layer, self.whole = layer, matrices
+        xp, left, right = layer.xp, layer.left.basis, layer.right.basis
+        if layer.corner:
+            self.leading, self.others, self.columns = left[:, : layer.leading], left[:, layer.leading :], layer.leading
+            self.s = xp.matrix_transpose(self.others) @ (matrices @ right[:, : self.columns])
+        else:
+            self.leading = left
+        rows = matrices if self.leading is None else xp.matrix_transpose(self.leading) @ matrices
+        self.t = rows if right is None else rows @ right
+
+    def squares(self) -> Array:
+        """Return the mean squares of the directions, summed over the matrices: a table."""
+        xp, layer = self.layer.xp, self.layer
+        top = xp.reshape(xp.sum(self.t**2, axis=0), (-1,))
+        if not layer.corner:
+            return top
+        below = xp.reshape(xp.sum(self.s**2, axis=0), (-1,))
+        return layer.with_corner(xp.concat([top, below]), xp.sum(self.whole**2))
+
+    def times(self, table: Array) -> Array:
+        """Return the matrices, each direction's part times its entry K of a table, (n, outputs, inputs + bias).
+
+        κ X + L ((K − κ) T) U_Aᵀ + Ū ((K − κ) S) Rᵀ,    κ the corner's entry, 0 where there is none
+        """
+        xp, right = self.layer.xp, self.layer.right.basis
+        top, below, corner = self.layer.parts_of(table)
+        product = (top - corner) * self.t
+        if right is not None:
+            product = product @ xp.matrix_transpose(right)
+        if self.leading is not None:
+            product = self.leading @ product
+        if self.layer.corner:
+            other = (self.others @ ((below - corner) * self.s)) @ xp.matrix_transpose(right[:, : self.columns])
+            product = product + other + corner * self.whole
+        return product
 
 
 class Layer:
     """The running statistics of one layer, and its bases. Local.
+
+    A table is a vector of an entry for each pair of a leading direction of the left side and any of the right one, then
+    for each of another direction of the left side and a leading one of the right, then for the corner, which is what is
+    in the leading directions of neither. Where there is no corner, all directions of the left side are leading.
 
     Parameters
     ----------
@@ -223,6 +312,9 @@ class Layer:
     origin : int
         Index of the first coordinate that this rank holds.
     max_side : int
+    leading : int
+        Directions of a side that are taken with all of the other's, where both are more than twice as long, so that it
+        takes fewer operations.
 
     Attributes
     ----------
@@ -230,64 +322,116 @@ class Layer:
         Index of the layer's first coordinate.
     span : slice
         Where the layer is among the coordinates held.
+    size : int
+        Its parameters.
     left, right : Side
-        B, Q_B and A, Q_A.
-    variances : (outputs, inputs + bias)
-        V over the columns that this rank takes into its sums.
-    total : (outputs · (inputs + bias),)
-        V over all columns, as of this step's update.
-    compared : (2, outputs, inputs + bias)
+        B, U_B and A, U_A.
+    corner : int
+        The dimensions that are in no leading direction.
+    dimensions : table
+        How many dimensions an entry is the mean of.
+    variances : table
+        V.
+    compared : (2, *table)
         S and N: running means, over the same updates, of z̃² in units of its noise, and of V, which S is without signal.
+    scales : table
+        P⁻¹ as of the last update.
     """
 
-    state: ClassVar = {"variances": Kind.PARTIAL, "compared": Kind.OWNED}
+    state: ClassVar = {"variances": Kind.OWNED, "compared": Kind.OWNED, "scales": Kind.OWNED}
 
-    def __init__(self, like: Array, shape: LayerShape, origin: int, max_side: int) -> None:
+    def __init__(self, like: Array, shape: LayerShape, origin: int, max_side: int, leading: int) -> None:
         self.xp, self.outputs, self.inputs, self.bias = array_namespace(like), shape.outputs, shape.inputs, shape.bias
-        self.start = shape.start
+        self.start, self.size = shape.start, shape.stop - shape.start
         self.span = slice(shape.start - origin, shape.stop - origin)
-        sides = self.outputs, self.inputs + self.bias
-        self.left, self.right = (Side(n, like, max_side) for n in sides)
-        self.variances = to_device(np.zeros(sides), like)
-        self.total = self.xp.reshape(self.variances, (-1,))
-        self.compared = to_device(np.zeros((2, *sides)), like)
+        self.left, self.right = (Side(n, like, max_side) for n in (self.outputs, self.inputs + self.bias))
+        rows, columns = self.left.length, self.right.length
+        self.leading, self.corner = leading, 0
+        if 2 * leading < min(rows, columns) and max(rows, columns) <= max_side:
+            self.corner = (rows - leading) * (columns - leading)
+            self.shapes = (leading, columns), (rows - leading, leading)
+        else:
+            self.shapes = (rows, columns), (0, 0)
+        self.entries = [math.prod(shape) for shape in self.shapes]
+        ones = np.ones(sum(self.entries))
+        self.dimensions = to_device(np.append(ones, self.corner) if self.corner else ones, like)
+        self.variances = self.xp.zeros_like(self.dimensions)
+        self.compared = self.xp.stack([self.variances, self.variances])
+        self.scales = self.variances
 
     def parts(self) -> Mapping[str, Side]:
         """Return both sides."""
         return {"left": self.left, "right": self.right}
 
+    def view(self, flat: Array) -> View:
+        """Return vectors, (n, length of the span), in the layer's directions."""
+        return View(self.matrices(flat), self)
+
     def add(self, flat: Array, weight: float) -> None:
         """Take scaled gradients, (k, length of the span), into A, B and V: s ← s + weight (new − s)."""
-        matrices = self.matrices(flat)
-        self.right.add(self.xp.reshape(matrices, (-1, matrices.shape[2])), weight)
-        by_output = self.xp.permute_dims(matrices, (0, 2, 1))
-        self.left.add(self.xp.reshape(by_output, (-1, self.outputs)), weight)
-        squares = self.xp.sum(self.rotate(matrices) ** 2, axis=0)
-        self.variances = self.variances + weight * (squares - self.variances)
+        view = self.view(flat)
+        self.variances = self.variances + weight * (view.squares() - self.variances)
+        self.right.add(self.xp.reshape(view.whole, (-1, self.right.length)), weight)
+        by_output = self.xp.permute_dims(view.whole, (0, 2, 1))
+        self.left.add(self.xp.reshape(by_output, (-1, self.left.length)), weight)
 
-    def renew_bases(self, total: Callable[[Array], Array]) -> None:
-        """Renew both bases; carry V, S and N over by the squared overlaps (old, new). Collective, as `total`."""
-        left, right = self.left.renew(total), self.right.renew(total)
-        if left is not None:
-            left = self.xp.matrix_transpose(left)
-            self.variances, self.compared = left @ self.variances, left @ self.compared
-        if right is not None:
-            self.variances, self.compared = self.variances @ right, self.compared @ right
+    def renew_bases(self) -> None:
+        """Renew both bases, and carry V, S and N over."""
+        left, right = (side.renew(sort=self.corner > 0) for side in (self.left, self.right))
+        tables = self.variances, self.compared[0, :], self.compared[1, :]
+        self.variances, *compared = (self.carried(table, left, right) for table in tables)
+        self.compared = self.xp.stack(compared)
+
+    def carried(self, table: Array, left: Array, right: Array) -> Array:
+        """Return a table of means in the new directions, given the squared overlaps (old, new) of both sides.
+
+        None is that of a side without a basis.
+
+        What is equal in all directions stays, so the corner's entry is taken off first, and only the others move.
+        """
+        xp = self.xp
+        top, below, corner = self.parts_of(table)
+        if not self.corner:
+            top = top if left is None else xp.matrix_transpose(left) @ top
+            return xp.reshape(top if right is None else top @ right, (-1,))
+        old = slice(self.leading), slice(self.leading, None)
+        top, below = (top - corner) @ right, (below - corner) @ right[: self.leading, :]
+        parts = []
+        for new, columns in zip(old, (slice(None), slice(self.leading)), strict=True):
+            turned = [xp.matrix_transpose(left[place, new]) for place in old]
+            moved = turned[0] @ top[:, columns] + turned[1] @ below[:, columns] + corner
+            parts.append(xp.reshape(moved, (-1,)))
+        return self.with_corner(xp.concat(parts), self.sum(table))
+
+    def parts_of(self, table: Array) -> tuple[Array, Array, Array | float]:
+        """Return the entries of the leading rows, of the other rows, and of the corner, 0 where there is none."""
+        first, second = self.entries
+        top = self.xp.reshape(table[:first], self.shapes[0])
+        below = self.xp.reshape(table[first : first + second], self.shapes[1])
+        return top, below, table[-1] if self.corner else 0.0
+
+    def with_corner(self, entries: Array, total: Array) -> Array:
+        """Return a table of the entries and that of the corner, with which all directions' sum is the total."""
+        known = self.xp.sum(self.dimensions[:-1] * entries)
+        return self.xp.concat([entries, self.xp.clip(total - known, 0, None)[None] / self.corner])
+
+    def sum(self, table: Array) -> Array:
+        """Return the sum over all directions of what a table has the means of."""
+        return self.xp.sum(self.dimensions * table)
 
     def compare(self, squares: Array, weight: float) -> None:
         """Take z̃² of a step, in units of its noise, and V into S and N."""
-        new = self.xp.reshape(self.xp.stack([squares, self.total]), self.compared.shape)
-        self.compared = self.compared + weight * (new - self.compared)
+        self.compared = self.compared + weight * (self.xp.stack([squares, self.variances]) - self.compared)
 
     def signal_shares(self, least: float) -> Array:
         """Return s = 1 − Σ N/Σ S, at least `least`, of each direction, the sums over those of about as large a V."""
-        xp, size = self.xp, self.total.shape[0]
-        tiny = float(xp.finfo(self.total.dtype).smallest_normal)
-        logarithms = xp.log2(xp.clip(self.total, tiny, None))
+        xp, V = self.xp, self.variances
+        tiny = float(xp.finfo(V.dtype).smallest_normal)
+        logarithms = xp.log2(xp.clip(V, tiny, None))
         groups = xp.clip(xp.floor((xp.max(logarithms) - logarithms) / 2), 0, GROUPS - 1)
         numbers = xp.arange(GROUPS, dtype=groups.dtype, device=device(groups))[:, None]
-        compared = xp.reshape(self.compared, (2, -1))
-        pieces = [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+        compared = self.dimensions * self.compared
+        pieces = [slice(start, min(start + PIECE, V.shape[0])) for start in range(0, V.shape[0], PIECE)]
 
         def members(piece: slice) -> Array:  # (groups, length of the piece), as numbers: sums are products of matrices
             return xp.astype(groups[None, piece] == numbers, groups.dtype)
@@ -296,24 +440,10 @@ class Layer:
         shares = xp.clip(1 - sums[1, :] / xp.clip(sums[0, :], tiny, None), least, None)
         return xp.concat([shares @ members(piece) for piece in pieces])
 
-    def rotated(self, flat: Array) -> Array:
-        """Return Z̃ = Q_Bᵀ Z Q_A, (span,), for the layer's part Z of a vector."""
-        return self.xp.reshape(self.rotate(self.matrices(flat[None, :])), (-1,))
-
-    def flat(self, rotated: Array) -> Array:
-        """Return the parameters Q_B Z̃ Q_Aᵀ, (span,)."""
-        matrix = self.rotate(self.xp.reshape(rotated, (1, *self.variances.shape)), back=True)[0, ...]
-        weights = self.xp.reshape(matrix[:, : self.inputs], (-1,))
-        return self.xp.concat([weights, matrix[:, self.inputs]]) if self.bias else weights
-
-    def rotate(self, matrices: Array, back: bool = False) -> Array:
-        """Return Q_Bᵀ X Q_A of each matrix X, (n, outputs, inputs + bias); Q_B X Q_Aᵀ for `back`."""
-        transpose = self.xp.matrix_transpose
-        if self.left.basis is not None:
-            matrices = (self.left.basis if back else transpose(self.left.basis)) @ matrices
-        if self.right.basis is not None:
-            matrices = matrices @ (transpose(self.right.basis) if back else self.right.basis)
-        return matrices
+    def flat(self, matrices: Array) -> Array:
+        """Return the one of matrices (1, outputs, inputs + bias) as parameters, (length of the span,)."""
+        weights = self.xp.reshape(matrices[0, :, : self.inputs], (-1,))
+        return self.xp.concat([weights, matrices[0, :, self.inputs]]) if self.bias else weights
 
     def matrices(self, flat: Array) -> Array:
         """Return flat parameters (n, length of the span) as matrices (n, outputs, inputs + bias)."""
