@@ -7,6 +7,7 @@ batches that are there: forward, backward, what crosses the ranks, the update. W
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import socket
 import statistics
@@ -14,8 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
-
-import functools
 
 import torch
 import torch.distributed as dist
@@ -34,7 +33,7 @@ Step = Callable[[Batch], object]
 WORKLOADS = ("mlp", "text", "convnet-mnist")
 REFERENCE, RATE = "adamw", 1e-3
 PEERS_HERE = REFERENCE, "muon", "soap"
-CLOSED_OUT = 12  # steps of each before any is timed: the default's first ones do more
+FIRST = 12  # steps of each before any is timed: the default's first ones do more
 
 
 def there_is(name: str) -> bool:
@@ -51,9 +50,8 @@ def share(batch: Batch, comm: MPI.Comm) -> Batch:
     return tuple(part.tensor_split(comm.size)[comm.rank][: len(part) // comm.size] for part in batch)
 
 
-def peer(problem: Problem, name: str, steps: int) -> Step:
-    """Return the step of an optimizer of PyTorch's under DistributedDataParallel. Collective."""
-    model = DistributedDataParallel(problem.model(0))
+def peer(problem: Problem, model: DistributedDataParallel, name: str, steps: int) -> Step:
+    """Return the step of an optimizer of PyTorch's interface. Local."""
     optimizer = PEERS[name].build(model, RATE, steps)
 
     def step(batch: Batch) -> None:
@@ -91,11 +89,15 @@ def compared(
     problem: Problem, replicas: Sequence[int], steps: int, rounds: int, comm: MPI.Comm
 ) -> Iterator[tuple[str, float, float]]:
     """Yield each contestant, its median milliseconds a step, and the median of its ratios to AdamW's. Collective."""
-    total = CLOSED_OUT + steps * rounds
-    stepping = {f"DDP, {name}": peer(problem, name, total) for name in PEERS_HERE if there_is(name)}
+    total = FIRST + steps * rounds
+    stepping = {
+        f"DDP, {name}": peer(problem, DistributedDataParallel(problem.model(0)), name, total)
+        for name in PEERS_HERE
+        if there_is(name)
+    }
     stepping |= {f"default, M = {m}": ours(problem, m, comm) for m in replicas}
     batches = problem.batches(0)
-    first = [share(next(batches), comm) for _ in range(CLOSED_OUT)]
+    first = [share(next(batches), comm) for _ in range(FIRST)]
     for step in stepping.values():
         seconds(step, first, comm)
     times: dict[str, list[float]] = {name: [] for name in stepping}
