@@ -147,9 +147,7 @@ class Exchange(ABC):
             Rows that add up to zero.
         """
         if self.fewer_as_columns(len(coefficients)):
-            columns = self.columns(rows)
-            mean = array_namespace(columns).mean(columns, axis=0)
-            columns -= mean
+            mean, columns = self._centred_columns(rows)
             return mean, to_device(coefficients, columns) @ columns
         weights = np.concatenate([np.full((1, self.replicas), 1 / self.replicas), coefficients])
         sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
@@ -163,11 +161,9 @@ class Exchange(ABC):
     def added_up(self, vectors: Array) -> Array:
         """Return the sums (k, held) over the ranks of vectors (k, N). Counted are the fewer words."""
 
-    def gathered(self, values: NDArray[np.float64]) -> Matrix:
+    def gathered(self, values: Matrix) -> Matrix:
         """Return each rank's values (k,), (n, k), the same on all ranks; zero where a rank before it holds the same."""
-        self._count(lambda n: n * (n - 1) * values.nbytes)
-        own = values if self.first else np.zeros_like(values)
-        return self.communicator.allgather(own[None], [1] * self.communicator.size)
+        return self._everyone((values if self.first else np.zeros_like(values))[None])
 
     def centred(self, rows: Array) -> tuple[Array, Array]:
         """Return the mean z̄ (held,) and the centred columns [z_i − z̄], (M, held)."""
@@ -248,11 +244,21 @@ class Exchange(ABC):
         self.bytes_sent += round(sent(self.communicator.size))
         self.bytes_sent_by_replicas += round(sent(self.replicas))
 
+    def _centred_columns(self, rows: Array) -> tuple[Array, Array]:
+        """Return the mean and the centred columns, (held,) and (M, held), from the columns alone."""
+        columns = self.columns(rows)
+        mean = array_namespace(columns).mean(columns, axis=0)
+        columns -= mean
+        return mean, columns
+
+    def _everyone(self, own: Matrix) -> Matrix:
+        """Return the ranks' arrays (1, …) in rank order, (n, …)."""
+        self._count(lambda n: n * (n - 1) * own.nbytes)
+        return self.communicator.allgather(own, [1] * self.communicator.size)
+
     def _added(self, partial: Matrix) -> Matrix:
         """Return the sum of the ranks' arrays (1, …) in rank order, without the first axis."""
-        self._count(lambda n: n * (n - 1) * partial.nbytes)
-        everyone: Matrix = self.communicator.allgather(partial, [1] * self.communicator.size)
-        return everyone.sum(axis=0)  # type: ignore[no-any-return]
+        return self._everyone(partial).sum(axis=0)  # type: ignore[no-any-return]
 
 
 class AllgatherExchange(Exchange):
@@ -362,10 +368,7 @@ class SlicedExchange(Exchange):
         return slice(0, self.words[self.communicator.rank])
 
     def centred(self, rows: Array) -> tuple[Array, Array]:
-        columns = self.columns(rows)
-        mean = array_namespace(columns).mean(columns, axis=0)
-        columns -= mean
-        return mean, columns
+        return self._centred_columns(rows)
 
     def _pack(self, rows: Array) -> Array:
         """Return rows (k, N) as the slices of each rank one after the other, (k · N,); a single row is that already."""

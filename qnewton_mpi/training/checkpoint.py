@@ -252,7 +252,6 @@ class Checkpoints:
             "step": step,
             "size": self.exchange.size,
             "replicas": self.exchange.replicas,
-            "layout": type(self.exchange).__name__,
             "configuration": self.configuration,
             "files": files,
             "lengths": [written["length"] for written in ranks],
