@@ -49,7 +49,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     inputs + 1) with the bias last, c_k random, orthonormal, and Σ_i c_ki = 0. M − 1 of them are all their differences;
     there are 8 at most in the first ten updates, then 3, and the squares have the same mean.
 
-        A = Σ_k X_kᵀ X_k,  U_A ← qr((A + ρ I) U_A)     running means, and their leading eigenvectors by
+        A = Σ_k X_kᵀ X_k,  U_A ← qr((A + ρ I) U_A)     running means, and their eigenvectors by
         B = Σ_k X_k X_kᵀ,  U_B ← qr((B + ρ I) U_B)     orthogonal iteration
         V = Σ_k (U_Bᵀ X_k U_A)²                        elementwise: F's diagonal in this basis
         P⁻¹ Z = U_B [(U_Bᵀ Z U_A)/(V + 0.3 mean V)] U_Aᵀ
@@ -202,13 +202,13 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 class Side:
     """One side of a layer's matrices: its running factor, and the eigenbasis of that.
 
-    A side that is too long keeps the coordinates as its basis, which is then None.
+    A side that is too long keeps the coordinates as its basis; both are then None.
 
     Attributes
     ----------
-    factor : (length, length)
+    factor : (length, length), optional
         A.
-    basis : (length, length)
+    basis : (length, length), optional
         U.
     """
 
@@ -293,7 +293,8 @@ class View:
             product = self.leading @ product
         if self.layer.corner:
             other = (self.others @ ((below - corner) * self.s)) @ xp.matrix_transpose(right[:, : self.columns])
-            product = product + other + corner * self.whole
+            product += other
+            product += corner * self.whole
         return product
 
 
@@ -383,9 +384,7 @@ class Layer:
         self.compared = self.xp.stack(compared)
 
     def carried(self, table: Array, left: Array, right: Array) -> Array:
-        """Return a table of means in the new directions, given the squared overlaps (old, new) of both sides.
-
-        None is that of a side without a basis.
+        """Return a table of means in the new directions, given both sides' squared overlaps (old, new), if they moved.
 
         What is equal in all directions stays, so the corner's entry is taken off first, and only the others move.
         """
