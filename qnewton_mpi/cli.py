@@ -282,9 +282,10 @@ def pause(text: str) -> float:
 
 def train_command(command: argparse.Namespace, communicator: Communicator) -> None:
     """Train, then tell what came out."""
+    from qnewton_mpi.results.rows import table
     from qnewton_mpi.training.interruption import Noted
     from qnewton_mpi.training.loop import train
-    from qnewton_mpi.training.runfile import Run, table
+    from qnewton_mpi.training.runfile import Run
 
     config: RunConfig = command.config
     with Noted() as noted:
@@ -295,11 +296,12 @@ def train_command(command: argparse.Namespace, communicator: Communicator) -> No
 def plot_command(command: argparse.Namespace) -> None:
     """Draw runs and print their table."""
     from qnewton_mpi.plotting import plot_runs
-    from qnewton_mpi.training.runfile import Run, table
+    from qnewton_mpi.results.rows import distinct, table
+    from qnewton_mpi.training.runfile import Run
 
     target = command.output or command.runs[0].with_suffix(".png")
     check_output(target, "picture", command.overwrite)
-    runs = [Run(path) for path in command.runs]
+    runs = distinct(Run(path) for path in command.runs)
     plot_runs(runs, target)
     print(f"{table(runs)}\nfigure: {target}", flush=True)
 

@@ -25,7 +25,11 @@ class NoReaderError(UserError):
     """Nobody reads what is printed any more, as of `| head`. The program ends without a word, with code 0."""
 
 
-class NonFiniteGradientError(UserError):
+class DivergedError(UserError):
+    """The run got worse instead of better. Raised on every rank."""
+
+
+class NonFiniteGradientError(DivergedError):
     """The loss or gradient of a replica is NaN or infinite. Raised on every rank, before any state has changed.
 
     Parameters

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.whole import reason, replace_whole, writing
-from qnewton_mpi.training.runfile import Run, by_label
+from qnewton_mpi.results.rows import rows, title
+from qnewton_mpi.training.runfile import Run
 
-MANY = 8  # labels, beyond which the legend stands beside the axes
-LONGEST = 60  # characters of one
+MANY = 8  # lines in one picture
+LONGEST = 60  # characters of a label
+# Okabe and Ito's, which the colour-blind tell apart, but for the yellow, which white swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C7A00")
+LABEL_GAP = 0.055  # between the labels of lines, of the height of the axes
+T = TypeVar("T")
 
 
 def pyplot(user: str) -> Any:
@@ -68,8 +77,57 @@ def save(plt: Any, figure: Any, target: Path, dpi: int) -> None:
         plt.close(figure)
 
 
+def in_panels(lines: Sequence[T], most: int = MANY) -> list[Sequence[T]]:
+    """Return the lines of each panel, as even as it goes, none with more than `most`. Local.
+
+    Examples
+    --------
+    >>> [len(panel) for panel in in_panels(range(17))]
+    [6, 6, 5]
+    """
+    panels = math.ceil(len(lines) / most)
+    size = math.ceil(len(lines) / max(1, panels))
+    return [lines[start : start + size] for start in range(0, len(lines), size or 1)]
+
+
+def apart(heights: Iterable[float], least: float = LABEL_GAP) -> list[float]:
+    """Return ascending heights between 0 and 1, moved such that labels at them do not meet. Local.
+
+    Examples
+    --------
+    >>> apart([0.2, 0.2, 1.0], least=0.1)
+    [0.2, 0.30000000000000004, 1.0]
+    """
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + least) if placed else height)
+    over = max(0.0, placed[-1] - 1.0) if placed else 0.0
+    for k in reversed(range(len(placed))):
+        limit = placed[k + 1] - least if k + 1 < len(placed) else placed[k] - over
+        placed[k] = min(placed[k], limit)
+    return placed
+
+
+def label_ends(axes: Any, ends: Iterable[tuple[float, str, str]]) -> None:
+    """Write texts beside the right edge of axes, at or near heights (of the data), each in its colour. Local."""
+    axes.autoscale_view()
+    low, high = axes.get_ylim()
+    scale = np.log if axes.get_yscale() == "log" else np.asarray
+
+    def place(height: float) -> float:
+        with np.errstate(all="ignore"):
+            at = float((scale(height) - scale(low)) / (scale(high) - scale(low)))
+        return min(max(at, 0.0), 1.0) if math.isfinite(at) else 1.0
+
+    found = sorted((place(height), text, colour) for height, text, colour in ends)
+    for height, (_, text, colour) in zip(apart(at for at, _, _ in found), found, strict=True):
+        axes.text(1.01, height, plain(text), color=colour, transform=axes.transAxes, va="center", fontsize="small")
+
+
 def plot_runs(runs: list[Run], target: Path) -> None:
-    """Draw training (solid) and test (dashed) NLL against epochs, a colour a label. Local.
+    """Draw training and test NLL against epochs side by side: a row's mean, and the band that its runs fill. Local.
+
+    Where the runs of a row were not evaluated at the same steps, each is a line.
 
     Raises
     ------
@@ -77,21 +135,33 @@ def plot_runs(runs: list[Run], target: Path) -> None:
         Without matplotlib, or where the picture cannot be written.
     """
     plt = pyplot("plot")
-    groups = by_label(runs)
-    figure, axes = plt.subplots(figsize=(7 if len(groups) <= MANY else 10, 4.5), layout="constrained")
-    for label, group in groups.items():
-        color = None
-        for run in group:
-            text = None if color else plain(label)
-            (line,) = axes.plot(run.epochs["epoch"], run.epochs["train_nll"], color=color, label=text)
-            color = line.get_color()
-            axes.plot(run.epochs["epoch"], run.epochs["test_nll"], "--", color=color, linewidth=1)
-    names = sorted({str(run.attributes["data"]) for run in runs})
-    axes.set(xlabel="epochs", ylabel="negative log-likelihood (nats)", yscale="log", title=plain(", ".join(names)))
-    label_decades(axes)
-    axes.grid(True, which="both", alpha=0.3)
-    if len(groups) <= MANY:
-        axes.legend(title="training (dashed: test)")
-    else:
-        figure.legend(title="training (dashed: test)", loc="outside right upper", fontsize="x-small", ncols=2)
+    panels = in_panels(list(rows(runs).items()))
+    figure, grid = plt.subplots(
+        len(panels), 2, figsize=(11, 4.2 * len(panels)), layout="constrained", sharey=True, squeeze=False
+    )
+    for places, panel in zip(grid, panels, strict=True):
+        for axes, split in zip(places, ("train", "test"), strict=True):
+            axes.set(xlabel="epochs", yscale="log", title={"train": "training", "test": "test"}[split])
+            ends = []
+            for (name, group), colour in zip(panel, COLOURS, strict=False):
+                draw_row(axes, [(run.epochs["epoch"], run.epochs[f"{split}_nll"]) for run in group], colour)
+                ends.append((float(np.mean([run.last(f"{split}_nll") for run in group])), name, colour))
+            axes.grid(True, which="both", alpha=0.3)
+        label_decades(places[0])
+        label_ends(places[-1], ends)
+        places[0].set_ylabel("negative log-likelihood (nats)")
+    figure.suptitle(plain(title(runs)))
     save(plt, figure, target, dpi=150)
+
+
+def draw_row(axes: Any, curves: Sequence[tuple[Any, Any]], colour: str, style: str = "-") -> None:
+    """Draw the mean of curves (x, y) and the band that they fill; each for itself, where their x differ. Local."""
+    x = curves[0][0]
+    if not all(np.array_equal(x, other) for other, _ in curves):
+        for other, y in curves:
+            axes.plot(other, y, style, color=colour, linewidth=1)
+        return
+    values = np.array([y for _, y in curves])
+    axes.plot(x, values.mean(axis=0), style, color=colour)
+    if len(curves) > 1:
+        axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)

@@ -334,6 +334,15 @@ def test_existing_output(qnewton, one_line_error, tmp_path):
         assert Run(path).finished
 
 
+def test_a_run_that_ends_far_above_its_start_has_diverged(qnewton, tmp_path):
+    path, options = tmp_path / "run.h5", ("--method", "sgd", "--lr", "30", "--batch", "64", "--steps", "10")
+    for more in ((), ("--resume",)):  # the second has nothing left to do
+        finished = qnewton(1, "train", *options, "--checkpoint", "saved", "--output", path, *more, cwd=tmp_path)
+        assert finished.returncode == 2, finished.stderr
+        assert re.search("diverged: training NLL .* after step 10, .* at the start", finished.stderr.splitlines()[-1])
+        assert Run(path).state.startswith("failed: diverged")
+
+
 def test_divergence_ends_the_run_and_keeps_its_file(one_line_error, tmp_path):
     path = tmp_path / "run.h5"
     arguments = ("train", "--method", "sgd", "--activation", "relu", "--lr", "1e15", "--epochs", "1", "--output", path)

@@ -14,8 +14,9 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import write_image
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG, logging_to
+from qnewton_mpi.results.rows import table
 from qnewton_mpi.training import runfile
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run, RunFile, table
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run, RunFile
 from qnewton_mpi.watching import watch
 
 ATTRIBUTES = {"method": "sgd", "data": "none", "activation": "tanh", "replicas": 2, "batch": 8, "seed": 0, "lr": 0.1}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.workloads.optimizers import PEERS
 from benchmarks.workloads.tables import Results, Summary, goals
-from qnewton_mpi.plotting import plain, pyplot, save
+from qnewton_mpi.plotting import label_ends, pyplot, save
 
 WIDEST = 16.0  # τ
 # Okabe and Ito's, which the colour-blind tell apart; the package's methods are the thick lines.
@@ -71,10 +71,6 @@ def draw(results: Results, target: Path) -> bool:
             width = 2.5 if title in own else 1.3
             place.step(x, y, where="post", color=colour, linewidth=width, linestyle="--" if "cosine" in title else "-")
             ends.append((y[-1], title, colour))
-        for height, (_, title, colour) in zip(apart([end[0] for end in sorted(ends)]), sorted(ends), strict=True):
-            place.annotate(
-                plain(title), (WIDEST, height), (4, 0), textcoords="offset points", color=colour, va="center"
-            )
         whose = "the best tuned first-order method's" if goal == "first order" else "tuned SOAP's"
         place.set(xscale="log", xlim=(1, WIDEST), ylim=(0, 1.02), title=f"{what} to {whose} final loss")
         place.set(xlabel="τ, times the fastest", ylabel="fraction of the workloads")
@@ -82,20 +78,9 @@ def draw(results: Results, target: Path) -> bool:
         place.set_xticks(ticks, [str(tick) for tick in ticks])
         place.set_xticks([], minor=True)
         place.grid(alpha=0.3)
+        label_ends(place, ends)
     save(plt, figure, target, dpi=100)
     return True
 
 
 COSTS: dict[str, Cost] = {"samples": samples, "CPU seconds": seconds}
-
-
-def apart(heights: list[float], least: float = 0.055) -> list[float]:
-    """Return ascending heights moved such that labels at them do not meet."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + least) if placed else height)
-    over = max(0.0, placed[-1] - 1.0) if placed else 0.0
-    for k in reversed(range(len(placed))):
-        limit = placed[k + 1] - least if k + 1 < len(placed) else placed[k] - over
-        placed[k] = min(placed[k], limit)
-    return placed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from mpi4py import MPI
 
 from qnewton_mpi.config import resolve, run_config
-from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, TooLateError, UserError
+from qnewton_mpi.errors import DivergedError, InterruptedRunError, TooLateError, UserError
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.studies.halt import Halt
@@ -21,7 +22,7 @@ from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
 from qnewton_mpi.training.interruption import Noted
 from qnewton_mpi.training.loop import load_data, train
-from qnewton_mpi.training.runfile import rate_text
+from qnewton_mpi.training.runfile import duration, rate_text
 from qnewton_mpi.training.whose import DIGEST, LENGTH
 
 Labels = dict[str, dict[str, Any]]
@@ -67,7 +68,7 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator,
         group = Communicator(world.mpi.Split(world.rank // ranks_per_run))
         halt = Halt(world, range(0, world.size, ranks_per_run))
         noted = stack.enter_context(Noted())
-        labels, failure = Work(study, store, group, halt, noted, digests).do()
+        labels, failure = Work(study, store, group, halt, noted, digests, world.size // ranks_per_run).do()
         halt.end(lambda: noted.came)
         outcomes = world.mpi.allgather((labels, failure))
         failures = [failure for _, failure in outcomes if failure is not None]
@@ -89,8 +90,12 @@ class Work:
     ----------
     digests : dict
         Of the data sets of the rows, by `data_of`.
-    worked : bool
-        Whether it has done a run.
+    groups : int
+        How many there are.
+    worked : int
+        Runs that it has done.
+    seconds : float
+        That these took.
     """
 
     study: Study
@@ -99,7 +104,9 @@ class Work:
     halt: Halt
     noted: Noted
     digests: Mapping[tuple[str | None, str | None], str]
-    worked: bool = False
+    groups: int
+    worked: int = 0
+    seconds: float = 0.0
 
     def do(self) -> tuple[Labels, UserError | InterruptedRunError | None]:
         """Do the rows that no other group does; return the labels of their runs, and what ended the work early."""
@@ -164,19 +171,28 @@ class Work:
             return name
         if group.mpi.allreduce(self.halt.came() or bool(self.noted.came), MPI.LOR):
             raise InterruptedRunError
-        with contextlib.suppress(NonFiniteGradientError):  # its file says so
-            train(config, group, labels, self.halted)
-        self.worked = True
+        with contextlib.suppress(DivergedError):  # its file says so
+            began = time.monotonic()
+            try:
+                train(config, group, labels, self.halted)
+            finally:
+                self.seconds += time.monotonic() - began
+        self.worked += 1
 
         def keep() -> None:
             store.keep(name)
             reached = store.run(name).reached("train_nll")
             what = "diverged" if math.isnan(reached) else f"train NLL {reached:.4f}"
-            print(
-                f"{row.name}, lr {rate_text(config.optimizer.lr)}, seed {seed}, {labels['stage']}: {what}",
-                file=sys.stderr,
-                flush=True,
-            )
+            which = f"{row.name}, lr {rate_text(config.optimizer.lr)}, seed {seed}, {labels['stage']}"
+            print(f"{which}: {what} ({self.progress()})", file=sys.stderr, flush=True)
 
         group.from_root(keep)
         return name
+
+    def progress(self) -> str:
+        """Say how many runs are done, tuning may add more, and how long the others should take. Local."""
+        tuned = sum(len(row.rates) for row in self.study.rows if len(row.rates) > 1)
+        planned = tuned + len(self.study.rows) * len(self.study.seeds)
+        done = self.store.count({row.name for row in self.study.rows})
+        left = self.seconds / self.worked * max(0, planned - done) / self.groups
+        return f"{done} of {planned} runs or more, {duration(left)} left"

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError, printable
-from qnewton_mpi.plotting import label_decades, plain, pyplot, save
+from qnewton_mpi.plotting import COLOURS, MANY, draw_row, in_panels, label_decades, label_ends, plain, pyplot, save
+from qnewton_mpi.results.rows import title
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
 from qnewton_mpi.training.runfile import Run, rate_text
@@ -22,6 +23,7 @@ COSTS = {
     "wall_seconds": "seconds, without evaluations",
     "bytes_sent_by_replicas": "bytes sent, a rank for each replica",
 }
+ROW_COLOURS = [colour for colour in COLOURS if colour != "#000000"]  # black is the best baseline
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ def markdown(results: list[Result]) -> str:
 
 @np.errstate(all="ignore")
 def draw(results: list[Result], target: Path) -> None:
-    """Draw the mean training NLL of each row against the three kinds of cost. Local.
+    """Draw the mean training NLL of each row against the three kinds of cost, with the band that its seeds fill. Local.
+
+    The rows are spread over panels, the best baseline in each of them.
 
     Raises
     ------
@@ -179,19 +183,28 @@ def draw(results: list[Result], target: Path) -> None:
     plt = pyplot("report")
     from matplotlib.ticker import EngFormatter
 
-    figure, panels = plt.subplots(1, len(COSTS), figsize=(15, 5), sharey=True, layout="constrained")
-    for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
-        axes.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))  # the usual ten are soon used up
-        for result in results:
-            if not result.runs:
-                continue
-            style, label_of = "--" if result.baseline else "-", plain(f"{result.name}, {rate_text(result.rate)}")
-            axes.plot(result.curve(cost), result.curve("train_nll"), style, label=label_of)
-        axes.set(xlabel=label, yscale="log")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 300k, not 300000: labels must not touch
-        label_decades(axes)
-        axes.grid(True, which="both", alpha=0.3)
-    panels[0].set_ylabel("training NLL (nats), mean over seeds; baselines dashed")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    best = best_baseline(results, "train_nll")
+    shared = [] if best is None else [best]
+    others = [result for result in results if result.runs and result is not best]
+    panels = in_panels(others, MANY - len(shared)) or [[]]
+    figure, grid = plt.subplots(
+        len(panels), len(COSTS), figsize=(15, 4.2 * len(panels)), sharey=True, layout="constrained", squeeze=False
+    )
+    for places, panel in zip(grid, panels, strict=True):
+        lines = [*zip(shared, ["#000000"], strict=False), *zip(panel, ROW_COLOURS, strict=False)]
+        for axes, (cost, label) in zip(places, COSTS.items(), strict=True):
+            for result, colour in lines:
+                curves = [(result.curve(cost), run.epochs["train_nll"]) for run in result.runs]
+                draw_row(axes, curves, colour, "--" if result.baseline else "-")
+            axes.set(xlabel=label, yscale="log")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 300k, not 300000: labels must not touch
+            axes.grid(True, which="both", alpha=0.3)
+        label_decades(places[0])
+        places[0].set_ylabel("training NLL (nats)")
+        label_ends(
+            places[-1],
+            [(result.mean("train_nll"), f"{result.name}, {rate_text(result.rate)}", c) for result, c in lines],
+        )
+    runs = [run for result in results for run in result.runs]
+    figure.suptitle(plain(f"{title(runs)}; baselines dashed") if runs else "every run diverged")
     save(plt, figure, target, dpi=120)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -115,6 +115,11 @@ class Store:
         if other or run.attributes["status"] == RUNNING:
             raise UserError(f"{path}: has another run for {name}: {other or 'it is not finished'}: {remedy}")
         return True
+
+    def count(self, rows: Collection[str]) -> int:
+        """Return how many runs of some rows are stored."""
+        merged = {name for name, run in self._before.items() if run.attributes["row"] in rows and self._merged(name)}
+        return len(merged | {path.stem for path in self.folder.glob("*.h5")})
 
     def run(self, name: str) -> Run:
         """Return a stored run."""

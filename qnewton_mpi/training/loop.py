@@ -21,7 +21,7 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
-from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError, printable
+from qnewton_mpi.errors import DivergedError, InterruptedRunError, NonFiniteGradientError, UserError, printable
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
@@ -37,6 +37,7 @@ from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
 EVALUATION_BATCH = 1024
+DIVERGED = 2.0  # times the first training NLL, and a run that ends there has diverged
 MOST_SKIPPED = 10  # steps with gradients that are not finite, before it is the run that is at fault
 
 
@@ -187,6 +188,18 @@ class Run:
                         how = "; go on with --resume" if saved else ", without a checkpoint (--checkpoint DIR)"
                         raise InterruptedRunError(f"stopped after step {step} of {self.steps}{how} ({stop})")
             self.communicator.enter("output")
+            self.communicator.from_root(self.check_end)
+
+    def check_end(self) -> None:
+        """Raise `DivergedError` where the run ended far above where it began. Local."""
+        if self.file is None:
+            return
+        nll = self.file.evaluations("train_nll")
+        if len(nll) and not nll[-1] <= DIVERGED * nll[0]:
+            raise DivergedError(
+                f"diverged: training NLL {nll[-1]:.4g} after step {self.position.step}, {nll[0]:.4g} at the start "
+                f"({printable(self.config.output)} has the curve): use a smaller --lr, or auto"
+            )
 
     def open_checkpoints(self) -> int | None:
         """Return the step of the checkpoint that this run goes on from, if any."""
@@ -244,7 +257,8 @@ class Run:
         """Return what tells of the run, on one rank. Local."""
         training, kind = self.training, self.training.progress if self.communicator.rank == 0 else "off"
         epochs, label = self.steps / self.order.steps_per_epoch, f"{training.method} M={self.config.replicas}"
-        return Progress(kind, self.steps, epochs, training.batch, label, self.position.step)
+        before = self.position.step, self.position.evaluation_seconds
+        return Progress(kind, self.steps, epochs, training.batch, label, *before)
 
     def step(self) -> int:
         """Do the next step, or pass it over as `on_nonfinite` says; return its number."""

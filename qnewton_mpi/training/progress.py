@@ -24,15 +24,19 @@ class Progress:
     label : str
     done : int
         Steps done before, of a run that goes on.
+    evaluating : float
+        Seconds of evaluations before, of such a run.
     """
 
-    def __init__(self, kind: str, steps: int, epochs: float, batch: int, label: str, done: int = 0) -> None:
+    def __init__(
+        self, kind: str, steps: int, epochs: float, batch: int, label: str, done: int = 0, evaluating: float = 0.0
+    ) -> None:
         if kind == "auto":
             kind = "bar" if sys.stderr.isatty() else "lines"
         self.kind, self.steps, self.epochs, self.batch, self.label = kind, steps, epochs, batch, label
         self._done = self._first = done
         self._told = self._started = time.monotonic()
-        self._paused = 0.0
+        self._before, self._paused = evaluating, 0.0
         layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
         self._bar = tqdm(
             total=steps,
@@ -56,7 +60,7 @@ class Progress:
 
     def evaluated(self, figures: Mapping[str, float]) -> None:
         """Tell of an evaluation, whose time does not count as training."""
-        self._paused = figures["evaluation_seconds"]
+        self._paused = figures["evaluation_seconds"] - self._before
         text = (
             f"epoch {figures['epoch']:.4g}/{self.epochs:.4g}: train NLL {figures['train_nll']:.4f}, "
             f"test NLL {figures['test_nll']:.4f}, accuracy {figures['test_accuracy']:.2%}"

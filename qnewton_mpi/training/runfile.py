@@ -14,7 +14,7 @@ import platform
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -137,6 +137,10 @@ class RunFile:
         self._parameters = np.array(parameters)
         if self._affordable():
             self.flush()
+
+    def evaluations(self, figure: str) -> NDArray[np.float64]:
+        """Return a figure of all evaluations, (rows,)."""
+        return np.array(self._columns["epochs"][figure])
 
     def flush(self, status: str = RUNNING) -> bool:
         """Write the file and return whether that was possible; where it was not, all stays in memory until it is."""
@@ -337,51 +341,3 @@ def duration(seconds: float) -> str:
 def rate_text(rate: float | str) -> str:
     """Return a rate of the settings as tables and legends show it: a number's digits, or "auto"."""
     return rate if isinstance(rate, str) else f"{rate:g}"
-
-
-def by_label(runs: list[Run]) -> dict[str, list[Run]]:
-    """Return the runs grouped by their labels: those of a group differ in the seed at most, or are repetitions."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.label, []).append(run)
-    return groups
-
-
-def table(runs: list[Run]) -> str:
-    """Return the closing table: where the runs stood after their last evaluation, mean ± std over those of a label.
-
-    A last column says what became of them, unless all are finished.
-    """
-    columns: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
-        ("epochs", ".4g", lambda run: run.last("epoch")),
-        ("train NLL", ".4f", lambda run: run.last("train_nll")),
-        ("test NLL", ".4f", lambda run: run.last("test_nll")),
-        ("accuracy", ".2%", lambda run: run.last("test_accuracy")),
-        ("seconds", ".1f", lambda run: run.last("wall_seconds")),
-        ("samples/s", ",.0f", lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)),
-    )
-    states = {run: run.state.partition(":")[0] for run in runs}
-    with_states = set(states.values()) != {FINISHED}
-    rows = [("run", "runs", *(name for name, _, _ in columns), *(["status"] if with_states else []))]
-    for label, group in by_label(runs).items():
-        cells = [mean_and_spread([figure(run) for run in group], layout) for _, layout, figure in columns]
-        if with_states:
-            counts = Counter(states[run] for run in group)
-            cells.append(", ".join(f"{n} {state}" if len(group) > 1 else state for state, n in counts.items()))
-        rows.append((label, str(len(group)), *cells))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def mean_and_spread(values: list[float], layout: str) -> str:
-    """Return the mean, and ± the standard deviation where the values differ.
-
-    Examples
-    --------
-    >>> mean_and_spread([1.0, 2.0], ".2f"), mean_and_spread([1.0, 1.0], ".2f"), mean_and_spread([math.nan], ".2f")
-    ('1.50 ± 0.71', '1.00', 'nan')
-    """
-    with np.errstate(all="ignore"):
-        spread = f" ± {np.std(values, ddof=1):{layout}}" if len(set(values)) > 1 else ""
-        return f"{np.mean(values):{layout}}{spread}"

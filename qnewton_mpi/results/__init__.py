@@ -1,0 +1,1 @@
+"""Runs read back: which of them belong together, tables, figures."""
