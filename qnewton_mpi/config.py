@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tomllib
 from collections.abc import Mapping
@@ -144,6 +145,22 @@ def read_toml(path: str) -> dict[str, Any]:
             raise UserError(f"{printable(path)}: {printable(name)} is there twice, with a dash and with an underscore")
         options[name] = value
     return options
+
+
+def configured(
+    config: str | os.PathLike[str] | Mapping[str, Any] | None, options: Mapping[str, Any], ranks: int
+) -> RunConfig:
+    """Return the configuration of a TOML file or a table and of options, which win, for a number of ranks. Local.
+
+    Raises
+    ------
+    UserError
+        As `read_toml`, `run_config` and `resolve`.
+    """
+    table = config if isinstance(config, Mapping) else {} if config is None else read_toml(os.fspath(config))
+    merged = {**table, **options}
+    plain = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in merged.items() if v is not None}
+    return resolve(run_config(plain), ranks)
 
 
 def run_config(options: Mapping[str, Any]) -> RunConfig:

@@ -25,6 +25,10 @@ class NoReaderError(UserError):
     """Nobody reads what is printed any more, as of `| head`. The program ends without a word, with code 0."""
 
 
+class MissingPackageError(UserError, ImportError):
+    """A package of an extra is not installed."""
+
+
 class NonFiniteGradientError(UserError):
     """The loss or gradient of a replica is NaN or infinite. Raised on every rank, before any state has changed.
 

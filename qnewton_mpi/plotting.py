@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.files.whole import reason, replace_whole, writing
+from qnewton_mpi.origin import pip_install
 from qnewton_mpi.training.runfile import Run, by_label
 
 MANY = 8  # labels, beyond which the legend stands beside the axes
@@ -27,7 +28,7 @@ def pyplot(user: str) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise UserError(f"{user} needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
+        raise MissingPackageError(f"{user} needs matplotlib: {pip_install('plot')}") from error
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{user}: matplotlib cannot be loaded ({reason(error)}): look for a matplotlibrc") from error
     plt.switch_backend("agg")  # where the program had imported it before

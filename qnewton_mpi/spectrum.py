@@ -18,10 +18,8 @@ from qnewton_mpi.files.whole import writing
 from qnewton_mpi.models.convnet import ACTIVATIONS, Convnet
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.plotting import pyplot, save
-from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
-from qnewton_mpi.training.runfile import Run
+from qnewton_mpi.training.saved import read
 
 CHUNK = 1024  # samples of a gradient: a chunk in double precision stays small beside the data set
 STEP = 1e-30  # h of the complex step, for a direction of length 1: its square vanishes beside anything
@@ -128,23 +126,11 @@ def iterate_of(path: Path) -> Iterate:
     UserError
         For what is neither.
     """
-    try:
-        if path.is_dir():
-            parameters, options, passed_over = parameters_of(path)
-            for line in passed_over:
-                LOG.warning("passed over %s", line)
-        else:
-            run = Run(path, with_parameters=True)
-            options, parameters = run.attributes, np.asarray(run.parameters)
-        iterate = Iterate(np.asarray(parameters, np.float64), str(options["data"]), str(options["activation"]))
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path}: is neither a run nor a folder of checkpoints ({' '.join(str(error).split())})"
-        ) from error
+    saved = read(path)
+    parameters = saved.flat.astype(np.float64)
+    iterate = Iterate(parameters, *(str(saved.options.get(name)) for name in ("data", "activation")))
     if iterate.data not in datasets.NAMES or iterate.activation not in ACTIVATIONS:
         raise UserError(f"{path}: is of a data set or activation that this version does not know")
-    if not np.isfinite(iterate.parameters).all():
-        raise UserError(f"{path}: its parameters are not finite: the run diverged")
     return iterate
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import shlex
 import sys
 from collections.abc import Sequence
 
 from qnewton_mpi import __version__
-from qnewton_mpi.cli import bench, compare, info, plot, report, spectrum, train, watch
+from qnewton_mpi.cli import bench, compare, evaluate, info, plot, predict, report, spectrum, train, watch
 from qnewton_mpi.cli.arguments import Parser
 from qnewton_mpi.errors import (
     ENDED_BY_CTRL_C,
@@ -31,7 +32,7 @@ from qnewton_mpi.files.whole import reason
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_descriptors, launched_tasks
 
-COMMANDS = (train, plot, watch, compare, report, bench, spectrum, info)
+COMMANDS = (train, plot, watch, predict, evaluate, compare, report, bench, spectrum, info)
 LONGEST_LINE = 1000  # characters of an error, whatever was given
 
 
@@ -99,7 +100,9 @@ def parse(arguments: Sequence[str], first: bool) -> argparse.Namespace | None:
     """Return the command; None when help was asked for, which the `first` task prints. Local, without MPI."""
     try:
         with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
-            return build_parser().parse_args(arguments)
+            command = build_parser().parse_args(arguments)
+            command.line = shlex.join(["qnewton-mpi", *arguments])
+            return command
     except SystemExit:  # --help and --version have printed what was asked for
         if first:
             print(end="", flush=True)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from qnewton_mpi.cli.arguments import Commands
-from qnewton_mpi.config import RunConfig, TrainSettings, read_toml, resolve, run_config
+from qnewton_mpi.config import RunConfig, TrainSettings, configured
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type, describe
 from qnewton_mpi.parallel.communicator import Communicator
@@ -53,8 +53,7 @@ def _add_options(group: Any, owners: list[tuple[str, type]]) -> None:
 def check(command: argparse.Namespace, ranks: int) -> None:
     """Settle the options of the file and of the command line, as `config`."""
     given = {name: value for name, value in vars(command).items() if name in OPTIONS}
-    options = {**(read_toml(command.toml) if command.toml is not None else {}), **given}
-    command.config = resolve(run_config(options), ranks)
+    command.config = configured(command.toml, given, ranks)
 
 
 def process(command: argparse.Namespace, communicator: Communicator) -> None:
@@ -65,5 +64,5 @@ def process(command: argparse.Namespace, communicator: Communicator) -> None:
 
     config: RunConfig = command.config
     with Noted() as noted:
-        path = train(config, communicator, halted=lambda: bool(noted.came))
+        path = train(config, communicator, {"command_line": command.line}, halted=lambda: bool(noted.came))
     communicator.from_root(lambda: print(f"{table([Run(path)])}\nwritten to {path}", flush=True))

@@ -30,6 +30,7 @@ CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_SIDES = (28, 28)
 CIFAR_FILES = (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin")
+OPTIONS = ("data", "data_dir")  # of `train`, that say what `load` returns
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Dataset:
 
     Attributes
     ----------
+    classes : tuple of str
+        Names, in the order of the labels.
     digest : str
         Of all images and labels: data sets with the same are the same.
     """
@@ -70,12 +73,18 @@ class Dataset:
     name: str
     train: Split
     test: Split
+    classes: tuple[str, ...]
     digest: str
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The parts that there are, by their names."""
+        return {"train": self.train, "test": self.test}
 
 
 @dataclass(frozen=True)
@@ -92,12 +101,14 @@ class Source:
         URL to MD5, as published with the files.
     read : callable
         From the files' paths to (train images, train labels, test images, test labels).
+    classes : tuple of str
     """
 
     files: tuple[str, ...]
     folder: str
     downloads: dict[str, str]
     read: Callable[[list[Path]], tuple[Bytes, Bytes, Bytes, Bytes]]
+    classes: tuple[str, ...]
 
 
 def _read_idx_set(paths: list[Path]) -> tuple[Bytes, Bytes, Bytes, Bytes]:
@@ -119,6 +130,13 @@ def _read_cifar_set(paths: list[Path]) -> tuple[Bytes, Bytes, Bytes, Bytes]:
     return np.concatenate([p[0] for p in train]), np.concatenate([p[1] for p in train]), *test
 
 
+DIGITS = tuple("0123456789")
+FASHION = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 SOURCES = {
     "mnist": Source(
         IDX_FILES,
@@ -130,6 +148,7 @@ SOURCES = {
             f"{MNIST_URL}{IDX_FILES[3]}.gz": "ec29112dd5afa0611ce80d1b7f02629c",
         },
         _read_idx_set,
+        DIGITS,
     ),
     "fashion-mnist": Source(
         IDX_FILES,
@@ -141,12 +160,14 @@ SOURCES = {
             f"{FASHION_URL}{IDX_FILES[3]}.gz": "bb300cfdad3c16e7a12a480ee83cd310",
         },
         _read_idx_set,
+        FASHION,
     ),
     "cifar10": Source(
         CIFAR_FILES,
         "cifar-10-batches-bin",
         {f"{CIFAR_URL}cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
         _read_cifar_set,
+        CIFAR,
     ),
 }
 
@@ -154,7 +175,7 @@ EMBEDDED = "fashion-mnist-sample"
 NAMES = (EMBEDDED, *SOURCES)
 
 
-def load(name: str, data_dir: str | None, xp: ModuleType = np, dtype: Any = np.float32) -> Dataset:
+def load(data: str, data_dir: str | None = None, xp: ModuleType = np, dtype: Any = np.float32) -> Dataset:
     """Return a data set from the files that `locate` finds. Local: every rank reads its node's files.
 
     Raises
@@ -163,20 +184,21 @@ def load(name: str, data_dir: str | None, xp: ModuleType = np, dtype: Any = np.f
         For files that are missing, truncated, of the wrong magic number, with labels out of range, with images that
         are of another size or all of one grey.
     """
-    if name == EMBEDDED:
-        arrays = _read_sample()
+    classes: tuple[str, ...]
+    if data == EMBEDDED:
+        arrays, classes = _read_sample(), FASHION
     else:
-        paths = locate(name, data_dir)
+        paths = locate(data, data_dir)
         if paths is None:
-            raise UserError(_missing(name, data_dir))
-        arrays = SOURCES[name].read(paths)
+            raise UserError(_missing(data, data_dir))
+        arrays, classes = SOURCES[data].read(paths), SOURCES[data].classes
     train, train_labels, test, test_labels = arrays
     mean = train.mean(axis=(0, 2, 3))
     # Var = E[p²] − E[p]², from the histogram of the 256 pixel values: no float copy of the images.
     counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in train.swapaxes(0, 1)])
     if (constant := np.count_nonzero(counts, axis=1) == 1).any():
         raise UserError(
-            f"{name}: all pixels of channel {int(constant.argmax())} of the training images are equal: nothing to learn"
+            f"{data}: all pixels of channel {int(constant.argmax())} of the training images are equal: nothing to learn"
         )
     second = counts @ np.arange(256.0) ** 2 / counts.sum(axis=1)
     scale = 1 / np.sqrt(second - mean**2)
@@ -184,7 +206,7 @@ def load(name: str, data_dir: str | None, xp: ModuleType = np, dtype: Any = np.f
     training, testing = (
         Split(xp.asarray(i), xp.asarray(la), *constants) for i, la in ((train, train_labels), (test, test_labels))
     )
-    return Dataset(name, training, testing, _digest(arrays))
+    return Dataset(data, training, testing, classes, _digest(arrays))
 
 
 def _digest(arrays: tuple[Bytes, ...]) -> str:

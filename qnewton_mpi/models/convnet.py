@@ -39,6 +39,7 @@ class Convnet:
     filters : (int, int), optional
     dense : (int, int), optional
         Widths of the two hidden dense layers.
+    classes : int, optional
 
     Attributes
     ----------
@@ -66,19 +67,50 @@ class Convnet:
         dtype: Any = np.float32,
         filters: tuple[int, int] = FILTERS,
         dense: tuple[int, int] | None = None,
+        classes: int = CLASSES,
     ) -> None:
-        self.xp, self.dtype, self.input_shape = xp, dtype, input_shape
+        self.xp, self.dtype, self.input_shape, self.classes = xp, dtype, input_shape, classes
         self.activation = Activation(xp, activation)
         first = ConvPoolShape(input_shape, filters[0], KERNEL)
         second = ConvPoolShape(first.output_shape, filters[1], KERNEL)
-        hidden = [prod(second.output_shape), *(dense or DENSE_WIDTHS[input_shape])]
+        self._widths = dense or DENSE_WIDTHS[input_shape]
+        hidden = [prod(second.output_shape), *self._widths]
         full = [DenseShape(m, n) for m, n in itertools.pairwise(hidden)]
-        last = DenseShape(hidden[-1], CLASSES, activated=False)
+        last = DenseShape(hidden[-1], classes, activated=False)
         self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *full, last]
         self.parameter_shapes = [shape for s in self.shapes for shape in (s.weight_shape, s.output_shape[:1])]
         self.bounds = list(itertools.accumulate((prod(shape) for shape in self.parameter_shapes), initial=0))
         self.size = self.bounds[-1]
         self._layers: dict[tuple[int, int], list[ConvPool | Dense]] = {}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The kind of network, and the arguments that make it."""
+        return {
+            "kind": "convnet",
+            "input_shape": self.input_shape,
+            "activation": "tanh" if self.activation.tanh else "relu",
+            "filters": tuple(shape.filters for shape in self.shapes if isinstance(shape, ConvPoolShape)),
+            "dense": self._widths,
+            "classes": self.classes,
+        }
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers' names: "conv1", "conv2", "dense1", "dense2", "dense3"."""
+        kinds = ["conv" if isinstance(shape, ConvPoolShape) else "dense" for shape in self.shapes]
+        return [f"{kind}{kinds[:k].count(kind) + 1}" for k, kind in enumerate(kinds)]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of what `parameter_shapes` are the shapes of: "conv1.weight", "conv1.bias", …, "dense3.bias"."""
+        return [f"{layer}.{part}" for layer in self.layer_names for part in ("weight", "bias")]
+
+    def named(self, parameters: Array) -> dict[str, Array]:
+        """Return views of the flat parameters (N,), by name and in shape."""
+        parts = self.xp.split(parameters, self.bounds[1:-1])
+        shaped = [part.reshape(shape) for part, shape in zip(parts, self.parameter_shapes, strict=True)]
+        return dict(zip(self.parameter_names, shaped, strict=True))
 
     def initial_parameters(self, seed: int) -> Array:
         """Return (N,): weights normal with variance 1/fan-in, biases zero.
@@ -162,6 +194,16 @@ class Convnet:
             correct += int(self.xp.sum(self.xp.argmax(logits, axis=1) == labels[None, block]))
         return total, correct
 
+    def log_probabilities(self, parameters: Array, images: Array) -> Array:
+        """Return the logarithms of the classes' probabilities (B, K), of parameters (N,) and images (B, C, H, W)."""
+        xp, weights = self.xp, self._unflatten(parameters[None])
+        found = xp.empty((len(images), self.classes), self.dtype)
+        for block in self._blocks(len(images)):
+            _, logits = self._forward(weights, images[None, block])
+            shifted = logits[0] - xp.max(logits[0], axis=0)
+            found[block] = (shifted - xp.log(xp.sum(xp.exp(shifted), axis=0))).T
+        return found
+
     def _blocks(self, count: int, each: int = 1) -> list[slice]:
         """Return the parts of a range in which `each` samples apiece are a block, or of one."""
         block = max(1, BLOCK // each) if self.xp is np else count
@@ -181,7 +223,7 @@ class Convnet:
         shifted = logits - xp.max(logits, axis=1, keepdims=True)
         exponentials = xp.exp(shifted)
         norms = xp.sum(exponentials, axis=1)
-        hot = xp.arange(CLASSES)[:, None] == labels[:, None, :]
+        hot = xp.arange(self.classes)[:, None] == labels[:, None, :]
         return xp.log(norms) - xp.sum(shifted * hot, axis=1), exponentials / norms[:, None, :], hot
 
     def _layers_for(self, replicas: int, batch: int) -> list[ConvPool | Dense]:

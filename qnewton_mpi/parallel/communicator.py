@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import ENDED_BY_CTRL_C, USAGE_ERROR, UserError
+from qnewton_mpi.origin import pip_install
 from qnewton_mpi.parallel.environment import check_launcher
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def load_mpi() -> ModuleType:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{reason}: load your site's MPI module, or pip install 'qnewton_mpi[mpich]'") from error
+        raise UserError(f"{reason}: load your site's MPI module, or {pip_install('mpich')}") from error
     return MPI
 
 

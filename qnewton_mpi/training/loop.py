@@ -23,6 +23,7 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError, printable
 from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.models.description import Description
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array, open_device, to_host
@@ -32,7 +33,7 @@ from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.progress import Progress
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, RunFile
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
@@ -147,7 +148,14 @@ class Run:
         self.position = Position(skipped=np.zeros(0, np.int64), run=np.frombuffer(drawn, np.uint8))
         machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
         self.configuration = {**config.flat(), DIGEST: self.dataset.digest}
-        self.attributes = {**self.configuration, **machine, "exchange": self.exchange.name, **labels}
+        self.description = Description.of(network, self.dataset).text()
+        self.attributes = {
+            **self.configuration,
+            **machine,
+            NETWORK: self.description,
+            "exchange": self.exchange.name,
+            **labels,
+        }
 
     def go(self) -> None:
         """Do all steps that are left, evaluate and save between them."""
@@ -194,7 +202,9 @@ class Run:
         self.checkpoints: Checkpoints | None = None
         if training.checkpoint is not None:
             folder = Path(training.checkpoint)
-            self.checkpoints = Checkpoints(folder, self.communicator, self.exchange, self.configuration)
+            self.checkpoints = Checkpoints(
+                folder, self.communicator, self.exchange, self.configuration, self.description
+            )
             self.checkpoints.prepare(training.resume, training.overwrite)
             step = self.restore() if training.resume else None
         return step
@@ -238,7 +248,14 @@ class Run:
             saved = NONE_SAVED if resumed is None else resumed
             attributes |= {SAVED: saved, SAVED_IN: printable(self.checkpoints.folder.resolve())}
         kept = resumed if rows is Rows.KEPT else None
-        return RunFile(self.config.output, attributes, figures, to_host(self.optimizer.parameters), kept)
+        return RunFile(self.config.output, attributes, figures, self.named({"": self.optimizer.parameters}), kept)
+
+    def named(self, iterates: Mapping[str, Array]) -> dict[str, Parameters]:
+        """Return the parameters of iterates by name and in shape, in host memory. Local."""
+        return {
+            iterate: {name: to_host(array) for name, array in self.network.named(parameters).items()}
+            for iterate, parameters in iterates.items()
+        }
 
     def open_progress(self) -> Progress:
         """Return what tells of the run, on one rank. Local."""
@@ -332,7 +349,7 @@ class Run:
             "bytes_sent_by_replicas": self.exchange.bytes_sent_by_replicas,
         }
         if self.file is not None:
-            self.file.add_epoch(figures, to_host(optimizer.parameters))
+            self.file.add_epoch(figures, self.named(iterates))
         LOG.debug("step %d: train NLL %.6f, %d bytes sent", position.step, figures["train_nll"], figures["bytes_sent"])
         self.progress.evaluated(figures)
 
