@@ -221,7 +221,7 @@ def test_download_checks_the_hash(tmp_path, monkeypatch):
     monkeypatch.setitem(
         published.SOURCES, "mnist", published.Source(source.files, "", wrong, source.read, source.classes)
     )
-    with pytest.raises(UserError, match="download failed"):
+    with pytest.raises(UserError, match=r"the download to .* failed \(MD5 hash"):
         published.download("mnist")
     assert published.locate("mnist", None) is None
 
