@@ -29,6 +29,10 @@ class DivergedError(UserError):
     """The run got worse instead of better. Raised on every rank."""
 
 
+class MissingPackageError(UserError, ImportError):
+    """A package of an extra is not installed."""
+
+
 class NonFiniteGradientError(DivergedError):
     """The loss or gradient of a replica is NaN or infinite. Raised on every rank, before any state has changed.
 

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.data.parts import TEST, TRAIN, VALIDATION
+from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.files.whole import reason, replace_whole, writing
+from qnewton_mpi.origin import pip_install
 from qnewton_mpi.results.rows import rows, title
 from qnewton_mpi.training.runfile import Run
 
@@ -36,7 +38,7 @@ def pyplot(user: str) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise UserError(f"{user} needs matplotlib: pip install 'qnewton_mpi[plot]'") from error
+        raise MissingPackageError(f"{user} needs matplotlib: {pip_install('plot')}") from error
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{user}: matplotlib cannot be loaded ({reason(error)}): look for a matplotlibrc") from error
     plt.switch_backend("agg")  # where the program had imported it before
@@ -125,7 +127,7 @@ def label_ends(axes: Any, ends: Iterable[tuple[float, str, str]]) -> None:
 
 
 def plot_runs(runs: list[Run], target: Path) -> None:
-    """Draw training and test NLL against epochs side by side: a row's mean, and the band that its runs fill. Local.
+    """Draw the NLL of each part of the data against epochs: a row's mean, and the band that its runs fill. Local.
 
     Where the runs of a row were not evaluated at the same steps, each is a line.
 
@@ -136,20 +138,20 @@ def plot_runs(runs: list[Run], target: Path) -> None:
     """
     plt = pyplot("plot")
     panels = in_panels(list(rows(runs).items()))
-    figure, grid = plt.subplots(
-        len(panels), 2, figsize=(11, 4.2 * len(panels)), layout="constrained", sharey=True, squeeze=False
-    )
+    parts = [TRAIN, *(part for part in (VALIDATION, TEST) if any(part in run.held_out for run in runs))]
+    size = 1.5 + 4.5 * len(parts), 4.2 * len(panels)
+    figure, grid = plt.subplots(len(panels), len(parts), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for places, panel in zip(grid, panels, strict=True):
-        for axes, split in zip(places, ("train", "test"), strict=True):
-            axes.set(xlabel="epochs", yscale="log", title={"train": "training", "test": "test"}[split])
-            ends = []
-            for (name, group), colour in zip(panel, COLOURS, strict=False):
-                draw_row(axes, [(run.epochs["epoch"], run.epochs[f"{split}_nll"]) for run in group], colour)
-                ends.append((float(np.mean([run.last(f"{split}_nll") for run in group])), name, colour))
+        lines = [(name, group, colour) for (name, group), colour in zip(panel, COLOURS, strict=False)]
+        for axes, part in zip(places, parts, strict=True):
+            of_part = [line for line in lines if part == TRAIN or any(part in run.held_out for run in line[1])]
+            for _, group, colour in of_part:
+                draw_row(axes, [(run.epochs["epoch"], run.epochs[f"{part}_nll"]) for run in group], colour)
+            axes.set(xlabel="epochs", yscale="log", title=part)
             axes.grid(True, which="both", alpha=0.3)
         label_decades(places[0])
-        label_ends(places[-1], ends)
         places[0].set_ylabel("negative log-likelihood (nats)")
+        label_ends(places[-1], ((group[0].last(f"{part}_nll"), name, colour) for name, group, colour in of_part))
     figure.suptitle(plain(title(runs)))
     save(plt, figure, target, dpi=150)
 

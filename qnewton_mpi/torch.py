@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
+
+from qnewton_mpi.errors import MissingPackageError, UserError, printable
+from qnewton_mpi.origin import pip_install
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise MissingPackageError(f"QuasiNewton needs PyTorch: {pip_install('torch')}") from error
 
 from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
@@ -24,7 +31,6 @@ from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
-from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array
 

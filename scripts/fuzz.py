@@ -233,7 +233,7 @@ def run(folder: Path, arguments: list[str], result: str, limit: float) -> Outcom
     figures, digest = b"", ""
     if result and done.returncode == 0:
         with h5py.File(folder / result) as file:
-            figures = file["parameters"][()].tobytes()
+            figures = b"".join(part[()].tobytes() for part in file["parameters"].values())
             digest = str(file.attrs.get("data_digest", ""))
     return Outcome(done.returncode, out, err, figures, digest, time.monotonic() - started)
 

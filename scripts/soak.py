@@ -144,8 +144,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def content(path: Path) -> dict[str, np.ndarray]:
     """Return all of a run's file that does not depend on time."""
     with h5py.File(path) as file:
-        found = {"parameters": file["parameters"][()]}
-        for group in ("steps", "epochs"):
+        found = {}
+        for group in ("parameters", "steps", "epochs"):
             found |= {f"{group}/{name}": file[group][name][()] for name in file[group] if "seconds" not in name}
     return found
 

@@ -328,14 +328,14 @@ def test_too_near_an_end_is_one_line_and_no_reason_to_try_again(qnewton, tmp_pat
     assert qnewton(2, *OPTIONS, "--output", tmp_path / "run.h5", *limit, env=end).returncode == INTERRUPTED
 
 
-@pytest.mark.parametrize(("ranks", "table"), [(1, "ALONE"), (1, "COMMANDS"), (2, "COMMANDS")])
-def test_ctrl_c_at_other_commands(mpiexec, ranks, table):
+@pytest.mark.parametrize(("ranks", "command"), [(1, "watch"), (1, "info"), (2, "info")])
+def test_ctrl_c_at_other_commands(mpiexec, ranks, command):
     """In a command that needs MPI, and in one that does not."""
-    command = "watch" if table == "ALONE" else "info"
     program = (
-        "import os, signal, sys;"
-        "from qnewton_mpi import cli;"
-        f"cli.{table}['{command}'] = lambda *_: os.kill(os.getpid(), signal.SIGINT);"
+        "import os, signal, sys\n"
+        "from qnewton_mpi import cli\n"
+        "def process(*_): os.kill(os.getpid(), signal.SIGINT)\n"
+        f"cli.{command}.process = process\n"
         f"sys.exit(cli.run(['{command}', 'run.h5'][:{2 if command == 'watch' else 1}]))"
     )
     ended = mpiexec(ranks, "-c", program)

@@ -140,6 +140,6 @@ def test_samples_a_second_of_a_run_that_goes_on_count_from_there(capsys, monkeyp
     for _ in range(5):
         progress.step(1.0)
     now[0] += 10.0  # of which two in an evaluation
-    figures = {"evaluation_seconds": 52.0, "epoch": 1, "train_nll": 1.0, "test_nll": 1.0, "test_accuracy": 0.5}
-    progress.evaluated(figures)
+    figures = {"evaluation_seconds": 52.0, "epoch": 1, "train_nll": 1.0}
+    progress.evaluated(figures, ())
     assert "20 samples/s" in capsys.readouterr().err  # 5 steps of 32 samples in 8 s

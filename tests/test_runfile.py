@@ -21,10 +21,11 @@ from qnewton_mpi.watching import watch
 
 ATTRIBUTES = {"method": "sgd", "data": "none", "activation": "tanh", "replicas": 2, "batch": 8, "seed": 0, "lr": 0.1}
 EVALUATION = dict.fromkeys(EPOCH_FIGURES, 1.0)
+ITERATES = {"": {"w": np.zeros(3)}}
 
 
 def run_file(path, **options):
-    return RunFile(path, ATTRIBUTES, ["step", "seconds_gradient"], np.zeros(3), **options)
+    return RunFile(path, ATTRIBUTES, ["step", "seconds_gradient"], ITERATES, **options)
 
 
 def add_steps(file, *steps):
@@ -47,13 +48,13 @@ def test_rows_wait_until_they_can_be_written(tmp_path, monkeypatch, caplog, numb
     for step in range(3):
         add_steps(file, step)
         assert not file.flush()
-    file.add_epoch(EVALUATION, np.ones(3))
+    file.add_epoch(EVALUATION, {"": {"w": np.ones(3)}})
     assert caplog.text.count("not written (no room)") == 1
     assert len(Run(path).steps["step"]) == 0
     room[0] = True
     assert file.flush()
     assert Run(path).steps["step"].tolist() == [0, 1, 2]
-    assert Run(path, with_parameters=True).parameters.tolist() == [1, 1, 1]
+    assert Run(path, "").parameters["w"].tolist() == [1, 1, 1]
     room[0] = False
     add_steps(file, 3, 4)
     with pytest.raises(UserError, match=r"cannot be written \(no room\): it lacks .*\(2 steps\)"):
@@ -120,7 +121,7 @@ def test_writing_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):
             clock[0] += 1
             add_steps(file, step)
             if step % 10 == 0:
-                file.add_epoch(EVALUATION, np.zeros(3))
+                file.add_epoch(EVALUATION, ITERATES)
         assert 8 <= len(writes) <= 13
         add_steps(file, 3000)
         file.flush()  # as before a checkpoint
@@ -134,14 +135,14 @@ def test_every_evaluation_is_written_where_that_costs_little(tmp_path, monkeypat
     with run_file(path) as file:
         for count in range(1, 4):
             add_steps(file, count)
-            file.add_epoch(EVALUATION, np.zeros(3))
+            file.add_epoch(EVALUATION, ITERATES)
             assert len(Run(path).epochs["step"]) == len(Run(path).steps["step"]) == count
 
 
 def test_a_run_goes_on_with_its_rows(tmp_path):
     path = tmp_path / "run.h5"
     with run_file(path) as file:
-        file.add_epoch({**EVALUATION, "step": 0}, np.zeros(3))
+        file.add_epoch({**EVALUATION, "step": 0}, ITERATES)
         add_steps(file, 1, 2, 3, 4)
     with run_file(path, resumed=2) as file:
         assert Run(path).steps["step"].tolist() == [1, 2]
@@ -202,7 +203,7 @@ def test_a_run_that_is_dead_is_told_from_one_that_is_slow(tmp_path, monkeypatch,
 def test_the_table_marks_what_is_not_finished(tmp_path):
     for name in ("one", "two"):
         with run_file(tmp_path / name) as file:
-            file.add_epoch(EVALUATION, np.zeros(3))
+            file.add_epoch(EVALUATION, ITERATES)
     finished = [Run(tmp_path / name) for name in ("one", "two")]
     assert "status" not in table(finished)
     going_on = run_file(tmp_path / "three")
@@ -303,10 +304,10 @@ def in_place(path, kind, fill):
 def sound(tmp_path_factory):
     """Return an open file that has all that a run's has."""
     path = tmp_path_factory.mktemp("sound") / "run.h5"
-    with RunFile(path, {**ATTRIBUTES, "parameters": 3}, ["step", "seconds_gradient"], np.zeros(3)) as file:
+    with RunFile(path, {**ATTRIBUTES, "parameters": 3}, ["step", "seconds_gradient"], ITERATES) as file:
         add_steps(file, 1, 2)
         for _ in range(2):
-            file.add_epoch(EVALUATION, np.zeros(3))
+            file.add_epoch(EVALUATION, ITERATES)
     with h5py.File(path) as opened:
         yield opened
 
@@ -326,10 +327,10 @@ def filled(sound, damage):
 def test_files_that_are_not_as_a_runs(tmp_path, sound, write, name):
     path = tmp_path / "run.h5"
     write(path, "run", filled(sound, lambda file: None))
-    assert Run(path, with_parameters=True).finished
+    assert Run(path, "").finished
     write(path, "run", filled(sound, DAMAGES[name]))
     with pytest.raises(UserError, match="is not the file of a run") as raised:
-        Run(path, with_parameters=True)
+        Run(path, "")
     assert str(raised.value).isprintable()
 
 
@@ -371,7 +372,7 @@ def test_watch_ends_with_a_run_that_is_dead(tmp_path, capsys):
     file = run_file(tmp_path / "run.h5")
     assert re.search(r"running, step 0  no evaluation yet", watched(file.path, capsys, once=True))
     add_steps(file, 1, 2)
-    file.add_epoch(EVALUATION, np.zeros(3))
+    file.add_epoch(EVALUATION, ITERATES)
     file.attributes["writer_started"] = 1
     file.flush()
     assert re.search(r"killed: process .* is gone, .* step 2, 16 samples/s +epoch 1: train", watched(file.path, capsys))
@@ -380,10 +381,10 @@ def test_watch_ends_with_a_run_that_is_dead(tmp_path, capsys):
 def test_watch_of_a_file_that_is_replaced_or_goes(tmp_path, monkeypatch, capsys):
     path = tmp_path / "run.h5"
     file = run_file(path)
-    file.add_epoch(EVALUATION, np.zeros(3))
+    file.add_epoch(EVALUATION, ITERATES)
     events = iter([lambda: run_file(path), path.unlink])
     monkeypatch.setattr("time.sleep", lambda _: next(events)())
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         watch(path, 1.0, once=False)
     one, other = capsys.readouterr().out.splitlines()
     assert "epoch 1" in one
@@ -405,7 +406,7 @@ def test_watch_in_a_narrow_terminal(tmp_path, monkeypatch, capsys, columns):
     file = run_file(tmp_path / "run.h5")
     add_steps(file, 1)
     for value in (4.0, 2.0, np.nan, np.inf, 0.0):
-        file.add_epoch({**EVALUATION, "train_nll": value}, np.zeros(3))
+        file.add_epoch({**EVALUATION, "train_nll": value}, ITERATES)
     file.__exit__(ValueError, ValueError("one\nline\tafter another" * 9), None)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 2)))

@@ -107,7 +107,7 @@ def test_command(qnewton, tmp_path):
         assert one["density/weights"][()].sum() == pytest.approx(1)
     for words, match in (
         (("run.h5",), "run.spectrum.h5 exists"),
-        (("nothing.h5",), "nothing.h5: cannot be read"),
+        (("nothing.h5",), "nothing.h5: no such file"),
         (("run.h5", "--output", "run.h5", "--overwrite"), "run.h5: is not a spectrum"),
         (("run.h5", "--output", "new.png", "--density"), "new.png: is the picture's name"),
         ((".",), "has no checkpoint"),

@@ -536,7 +536,7 @@ def test_report_writes_beside_the_study(qnewton, tmp_path):
     assert (tmp_path / "study.md").read_text() == "Notes of mine"
     missing = qnewton(2, "report", "nothing.h5", cwd=tmp_path)
     assert missing.returncode == 2
-    assert missing.stderr.count("nothing.h5: cannot be read") == 1
+    assert missing.stderr.count("nothing.h5: no such file") == 1
 
 
 def change(name, value):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -266,7 +267,7 @@ def test_mistakes_are_one_line(words, message, capsys, tmp_path):
 def test_peer_without_its_package(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "heavyball", None)
     assert main(["run", "linear", "soap", "--lr", "0.1", "--results", str(tmp_path)]) == 2
-    assert "pip install 'qnewton_mpi[peers]'" in capsys.readouterr().err
+    assert re.search(r"pip install '.*\[peers\]'", capsys.readouterr().err)
 
 
 def test_command_line_skips_what_exists(capsys, tmp_path):

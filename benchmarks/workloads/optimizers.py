@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.workloads.problems import REPLICAS, Batch, Problem
 from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import MissingPackageError, UserError
+from qnewton_mpi.origin import pip_install
 from qnewton_mpi.torch import QuasiNewton
 
 DEFAULT = "default"
@@ -220,7 +221,7 @@ def check(text: str) -> None:
         try:
             PEERS[text].build(nn.Linear(2, 2), 0.1, 1)
         except ImportError as error:
-            raise UserError(f"{text} needs {PEERS[text].package}: pip install 'qnewton_mpi[peers]'") from error
+            raise MissingPackageError(f"{text} needs {PEERS[text].package}: {pip_install('peers')}") from error
 
 
 def build(text: str, problem: Problem, model: nn.Module, lr: float | None, steps: int) -> Trainer:

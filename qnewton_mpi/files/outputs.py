@@ -17,7 +17,11 @@ PICTURES = {
     ".jpg": b"\xff\xd8\xff",
     ".jpeg": b"\xff\xd8\xff",
 }
-BEGINNINGS = {"picture": tuple(set(PICTURES.values())), "table": (b"| row |",)}
+BEGINNINGS = {
+    "picture": tuple(set(PICTURES.values())),
+    "table": (b"| row |",),
+    "table of predictions": (b"sample,label,",),
+}
 OLD_KINDS = {"run", "study"}
 
 
@@ -28,7 +32,8 @@ def check_output(path: Path, kind: str, overwrite: bool) -> None:
     ----------
     path : Path
     kind : str
-        "picture", "table", or what an HDF5 image is: "run", "study", "spectrum", "benchmark".
+        "picture", "table", "table of predictions", or what an HDF5 image is: "run", "study", "spectrum", "benchmark",
+        "predictions".
     overwrite : bool
         Whether a file of this kind, or an empty one, may be replaced.
     """

@@ -50,6 +50,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     try:
         with os.fdopen(regular_descriptor(path), "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
+    except FileNotFoundError as error:
+        raise UserError(f"{printable(path)}: no such file") from error
     except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:  # ValueError: a NUL in the path
         raise UserError(f"{printable(path)}: cannot be read ({reason(error)})") from error
 

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.layers import Activation, ConvPool, ConvPoolShape, Dense, DenseShape
 from qnewton_mpi.parallel.device import Array
 
 KERNEL = 5
 FILTERS = (8, 16)
 CLASSES = 10
-# Widths of the two hidden dense layers, chosen for about 16,000 parameters: 15,924 and 16,154.
+# Widths of the two hidden dense layers, for the poster's images chosen for about 16,000 parameters: 15,924 and 16,154.
 DENSE_WIDTHS = {(1, 28, 28): (42, 32), (3, 32, 32): (28, 28)}
+OTHER_WIDTHS = (32, 32)
+LEAST_SIDE = 16  # what the two pooled convolutions leave a pixel of
 # Samples computed at a time: large enough for BLAS, small enough that a layer's patches stay in cache. On a GPU the
 # whole batch is one block.
 BLOCK = 32
@@ -29,7 +32,8 @@ class Convnet:
 
     Parameters
     ----------
-    input_shape : (1, 28, 28) or (3, 32, 32)
+    input_shape : (C, H, W)
+        H and W 16 at least.
     activation : {"tanh", "relu"}
     xp : module, optional
         numpy or cupy.
@@ -39,11 +43,17 @@ class Convnet:
     filters : (int, int), optional
     dense : (int, int), optional
         Widths of the two hidden dense layers.
+    classes : int, optional
+
+    Raises
+    ------
+    UserError
+        For smaller images.
 
     Attributes
     ----------
     size : int
-        N, the number of parameters: 15,924 or 16,154, unless filters and widths are given.
+        N, the number of parameters: of 10 classes 15,924 for (1, 28, 28), 16,154 for (3, 32, 32).
     parameter_shapes : list of tuple of int
         Of the weights and biases that the flat parameters are made of, in their order.
 
@@ -66,19 +76,55 @@ class Convnet:
         dtype: Any = np.float32,
         filters: tuple[int, int] = FILTERS,
         dense: tuple[int, int] | None = None,
+        classes: int = CLASSES,
     ) -> None:
-        self.xp, self.dtype, self.input_shape = xp, dtype, input_shape
+        if min(input_shape[1:]) < LEAST_SIDE:
+            raise UserError(
+                f"images of {input_shape[1]}×{input_shape[2]} pixels are too small for the network: it takes "
+                f"{LEAST_SIDE}×{LEAST_SIDE} at least"
+            )
+        self.xp, self.dtype, self.input_shape, self.classes = xp, dtype, input_shape, classes
         self.activation = Activation(xp, activation)
         first = ConvPoolShape(input_shape, filters[0], KERNEL)
         second = ConvPoolShape(first.output_shape, filters[1], KERNEL)
-        hidden = [prod(second.output_shape), *(dense or DENSE_WIDTHS[input_shape])]
+        self._widths = dense or DENSE_WIDTHS.get(input_shape, OTHER_WIDTHS)
+        hidden = [prod(second.output_shape), *self._widths]
         full = [DenseShape(m, n) for m, n in itertools.pairwise(hidden)]
-        last = DenseShape(hidden[-1], CLASSES, activated=False)
+        last = DenseShape(hidden[-1], classes, activated=False)
         self.shapes: list[ConvPoolShape | DenseShape] = [first, second, *full, last]
         self.parameter_shapes = [shape for s in self.shapes for shape in (s.weight_shape, s.output_shape[:1])]
         self.bounds = list(itertools.accumulate((prod(shape) for shape in self.parameter_shapes), initial=0))
         self.size = self.bounds[-1]
         self._layers: dict[tuple[int, int], list[ConvPool | Dense]] = {}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The kind of network, and the arguments that make it."""
+        return {
+            "kind": "convnet",
+            "input_shape": self.input_shape,
+            "activation": "tanh" if self.activation.tanh else "relu",
+            "filters": tuple(shape.filters for shape in self.shapes if isinstance(shape, ConvPoolShape)),
+            "dense": self._widths,
+            "classes": self.classes,
+        }
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers' names: "conv1", "conv2", "dense1", "dense2", "dense3"."""
+        kinds = ["conv" if isinstance(shape, ConvPoolShape) else "dense" for shape in self.shapes]
+        return [f"{kind}{kinds[:k].count(kind) + 1}" for k, kind in enumerate(kinds)]
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of what `parameter_shapes` are the shapes of: "conv1.weight", "conv1.bias", …, "dense3.bias"."""
+        return [f"{layer}.{part}" for layer in self.layer_names for part in ("weight", "bias")]
+
+    def named(self, parameters: Array) -> dict[str, Array]:
+        """Return views of the flat parameters (N,), by name and in shape."""
+        parts = self.xp.split(parameters, self.bounds[1:-1])
+        shaped = [part.reshape(shape) for part, shape in zip(parts, self.parameter_shapes, strict=True)]
+        return dict(zip(self.parameter_names, shaped, strict=True))
 
     def initial_parameters(self, seed: int) -> Array:
         """Return (N,): weights normal with variance 1/fan-in, biases zero.
@@ -99,7 +145,7 @@ class Convnet:
         ----------
         parameters : (N,)
         images : (B, C, H, W), the network's dtype
-        labels : (B,) integers 0 … 9
+        labels : (B,) integers 0 … classes − 1
 
         Returns
         -------
@@ -116,7 +162,7 @@ class Convnet:
         ----------
         parameters : (N,), of all replicas, or (R, N)
         images : (R, B, C, H, W), the network's dtype
-        labels : (R, B) integers 0 … 9
+        labels : (R, B) integers 0 … classes − 1
 
         Returns
         -------
@@ -162,6 +208,16 @@ class Convnet:
             correct += int(self.xp.sum(self.xp.argmax(logits, axis=1) == labels[None, block]))
         return total, correct
 
+    def log_probabilities(self, parameters: Array, images: Array) -> Array:
+        """Return the logarithms of the classes' probabilities (B, K), of parameters (N,) and images (B, C, H, W)."""
+        xp, weights = self.xp, self._unflatten(parameters[None])
+        found = xp.empty((len(images), self.classes), self.dtype)
+        for block in self._blocks(len(images)):
+            _, logits = self._forward(weights, images[None, block])
+            shifted = logits[0] - xp.max(logits[0], axis=0)
+            found[block] = (shifted - xp.log(xp.sum(xp.exp(shifted), axis=0))).T
+        return found
+
     def _blocks(self, count: int, each: int = 1) -> list[slice]:
         """Return the parts of a range in which `each` samples apiece are a block, or of one."""
         block = max(1, BLOCK // each) if self.xp is np else count
@@ -176,12 +232,12 @@ class Convnet:
         return layers, x
 
     def _softmax(self, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
-        """Return the negative log-likelihoods (R, B), the probabilities (R, 10, B), the one-hot labels (R, 10, B)."""
+        """Return the negative log-likelihoods (R, B), the probabilities (R, K, B), the one-hot labels (R, K, B)."""
         xp = self.xp
         shifted = logits - xp.max(logits, axis=1, keepdims=True)
         exponentials = xp.exp(shifted)
         norms = xp.sum(exponentials, axis=1)
-        hot = xp.arange(CLASSES)[:, None] == labels[:, None, :]
+        hot = xp.arange(self.classes)[:, None] == labels[:, None, :]
         return xp.log(norms) - xp.sum(shifted * hot, axis=1), exponentials / norms[:, None, :], hot
 
     def _layers_for(self, replicas: int, batch: int) -> list[ConvPool | Dense]:

@@ -1,34 +1,59 @@
-"""The same network in PyTorch (extra `torch`): what the gradients are tested against and timed beside."""
+"""The same network in PyTorch (extra `torch`): to test gradients against and to time beside, and trained ones."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+
+import torch
 
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.models.layers import ConvPoolShape
 from qnewton_mpi.parallel.device import Array, to_host
 
-if TYPE_CHECKING:
-    import torch
+
+class Normalisation(torch.nn.Module):
+    """(p − mean)/deviation of the pixels of each channel, which are buffers; the first layer of a trained network.
+
+    Parameters
+    ----------
+    mean, deviation : (C, 1, 1)
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, mean: Array, deviation: Array) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("deviation", torch.tensor(deviation))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (n, C, H, W), of any type, in that of the buffers."""
+        return (images.to(self.mean.dtype) - self.mean) / self.deviation
 
 
 def torch_convnet(network: Convnet, parameters: Array) -> torch.nn.Sequential:
-    """Return a PyTorch module of a convnet's layers, dtype and parameters; its own order of the parameters is ours."""
-    import torch
-
+    """Return a PyTorch module of a convnet's layers, dtype and parameters; their order and their names are ours."""
     activation = torch.nn.Tanh if network.activation.tanh else torch.nn.ReLU
-    layers: list[torch.nn.Module] = []
-    for shape in network.shapes:
+    layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
+    for name, shape in zip(network.layer_names, network.shapes, strict=True):
         if isinstance(shape, ConvPoolShape):
-            channels, filters = shape.input_shape[0], shape.filters
-            layers += [torch.nn.Conv2d(channels, filters, shape.kernel), activation(), torch.nn.MaxPool2d(2)]
+            layers[name] = torch.nn.Conv2d(shape.input_shape[0], shape.filters, shape.kernel)
         else:
-            if not any(isinstance(layer, torch.nn.Flatten) for layer in layers):
-                layers.append(torch.nn.Flatten())
-            layers.append(torch.nn.Linear(shape.inputs, shape.outputs))
-            if shape.activated:
-                layers.append(activation())
+            layers.setdefault("flatten", torch.nn.Flatten())
+            layers[name] = torch.nn.Linear(shape.inputs, shape.outputs)
+        if isinstance(shape, ConvPoolShape) or shape.activated:
+            layers[f"{name}_activation"] = activation()
+        if isinstance(shape, ConvPoolShape):
+            layers[f"{name}_pool"] = torch.nn.MaxPool2d(2)
     flat = torch.tensor(to_host(parameters))
-    module = torch.nn.Sequential(*layers).to(flat.dtype)
+    module = torch.nn.Sequential(layers).to(flat.dtype)
     torch.nn.utils.vector_to_parameters(flat, module.parameters())
     return module
+
+
+def trained_convnet(network: Convnet, parameters: Array, mean: Array, deviation: Array) -> torch.nn.Sequential:
+    """Return a module from images as files have them, (n, C, H, W), to log-probabilities (n, K)."""
+    layers = torch_convnet(network, parameters).named_children()
+    ends = Normalisation(mean, deviation), torch.nn.LogSoftmax(dim=1)
+    return torch.nn.Sequential(OrderedDict([("normalisation", ends[0]), *layers, ("log_softmax", ends[1])]))

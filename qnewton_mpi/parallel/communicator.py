@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import ENDED_BY_CTRL_C, USAGE_ERROR, UserError
+from qnewton_mpi.origin import pip_install
 from qnewton_mpi.parallel.environment import check_launcher
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def load_mpi() -> ModuleType:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{reason}: load your site's MPI module, or pip install 'qnewton_mpi[mpich]'") from error
+        raise UserError(f"{reason}: load your site's MPI module, or {pip_install('mpich')}") from error
     return MPI
 
 
@@ -221,7 +222,12 @@ class Communicator:
                 )
 
     def from_root(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 alone; return its result, or raise its `UserError`, on every rank."""
+        """Run `action` on rank 0 alone; return its result, or raise its `UserError`, on every rank.
+
+        Arrays in the result cross as buffers, of any size.
+        """
+        from mpi4py.util import pkl5
+
         outcome: tuple[T | None, UserError | None] | None = None
         if self.rank == 0:
             try:
@@ -230,7 +236,7 @@ class Communicator:
                 outcome = None, error
         with self.waiting():
             self._gates.agree()
-            result, failure = self.mpi.bcast(outcome)
+            result, failure = pkl5.Intracomm(self.mpi).bcast(outcome)
         if failure is not None:
             raise failure
         return result  # type: ignore[no-any-return]

@@ -10,7 +10,8 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_cupy_array
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import MissingPackageError, UserError
+from qnewton_mpi.origin import pip_install
 
 Array = Any  # an array of any array-API library; there is no static type for it yet
 
@@ -44,7 +45,7 @@ def open_device(kind: str, node_rank: int) -> Device:
     try:
         import cupy
     except ImportError as error:
-        raise UserError("--device cuda needs CuPy: pip install 'qnewton_mpi[cuda12]' (or cuda13)") from error
+        raise MissingPackageError(f"--device cuda needs CuPy: {pip_install('cuda12', 'cuda13')}") from error
     # Without a GPU `is_available` is False and does not raise; the first allocation would.
     if not cupy.is_available():
         raise UserError("--device cuda, but CuPy sees no GPU on this node: use --device cpu, or ask for a GPU node")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.data.datasets import short_name
+from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.training.runfile import FINISHED, Run
 from qnewton_mpi.training.whose import DIGEST, FREE
 
@@ -99,30 +101,39 @@ def title(runs: Iterable[Run]) -> str:
     network, activation, data, batch = (common(name) for name in ("network", "activation", "data", "batch"))
     words = [
         f"{network or 'convnet'} ({activation})" if activation else network or "convnet",
-        data,
+        short_name(data) if data else "",
         f"batch {batch:,}" if batch else "",
     ]
     return ", ".join(word for word in words if word)
 
 
 def table(runs: list[Run]) -> str:
-    """Return the closing table: where the runs stood after their last evaluation, mean ± std over those of a row.
+    """Return the closing table: where the runs stood after their last evaluation, mean ± std over those of a label.
 
-    A last column says what became of them, unless all are finished.
+    It shows the parts of the data that were held out of any of them. A last column says what became of them, unless all
+    are finished.
     """
-    columns: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
-        ("epochs", ".4g", lambda run: run.last("epoch")),
-        ("train NLL", ".4f", lambda run: run.last("train_nll")),
-        ("test NLL", ".4f", lambda run: run.last("test_nll")),
-        ("accuracy", ".2%", lambda run: run.last("test_accuracy")),
-        ("seconds", ".1f", lambda run: run.last("wall_seconds")),
-        ("samples/s", ",.0f", lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)),
-    )
+    held_out = [part for part in (VALIDATION, TEST) if any(part in run.held_out for run in runs)]
+    columns = [("epochs", ".4g", "epoch"), ("train NLL", ".4f", "train_nll")]
+    for part in held_out:
+        accuracy = f"{part} accuracy" if len(held_out) > 1 else "accuracy"
+        columns += [(f"{part} NLL", ".4f", f"{part}_nll"), (accuracy, ".2%", f"{part}_accuracy")]
+    columns += [("seconds", ".1f", "wall_seconds"), ("samples/s", ",.0f", "")]
     states = {run: run.state.partition(":")[0] for run in runs}
     with_states = set(states.values()) != {FINISHED}
+
+    def shown(run: Run, figure: str) -> float:
+        return run.last(figure) if figure else run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)
+
     lines = [("run", "runs", *(name for name, _, _ in columns), *(["status"] if with_states else []))]
     for label, group in rows(runs).items():
-        cells = [mean_and_spread([figure(run) for run in group], layout) for _, layout, figure in columns]
+        lacking = {part for part in held_out if not any(part in run.held_out for run in group)}
+        cells = [
+            "–"
+            if figure.partition("_")[0] in lacking
+            else mean_and_spread([shown(run, figure) for run in group], layout)
+            for _, layout, figure in columns
+        ]
         if with_states:
             counts = Counter(states[run] for run in group)
             cells.append(", ".join(f"{n} {state}" if len(group) > 1 else state for state, n in counts.items()))

@@ -55,7 +55,10 @@ KEPT = 2
 MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5
 MOST_SUMS = 2**26  # bytes, of a million ranks' sums
-PARAMETERS, STEP = "optimizer/held", "position/step"
+STEP = "position/step"
+# The entry of an iterate's parameters, by its name (`training.runfile.ITERATES`). The mean of the last quarter is none
+# before that quarter begins, which a checkpoint does not say.
+ITERATES = {"": ("optimizer/held", Kind.HELD), "ema_": ("averages/exponential", Kind.SHARED)}
 UNREADABLE = (*HDF5_ERRORS, IndexError)
 SHORTAGES = {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENFILE: "too many files are open on this machine"}
 
@@ -87,13 +90,20 @@ class Checkpoints:
         Which tells what each rank holds.
     configuration : mapping
         All options of the run and the digest of its data, compared with those of a checkpoint (`differences`).
+    network : str
+        Its `Description`, for those who load the parameters alone.
     """
 
     def __init__(
-        self, folder: Path, communicator: Communicator, exchange: Exchange, configuration: Mapping[str, Any]
+        self,
+        folder: Path,
+        communicator: Communicator,
+        exchange: Exchange,
+        configuration: Mapping[str, Any],
+        network: str = "",
     ) -> None:
         self.folder, self.communicator, self.exchange = folder, communicator, exchange
-        self.configuration = dict(configuration)
+        self.configuration, self.network = dict(configuration), network
         self._unsound: set[int] = set()  # steps that were passed over
 
     def prepare(self, resume: bool, overwrite: bool) -> None:
@@ -253,6 +263,7 @@ class Checkpoints:
             "size": self.exchange.size,
             "replicas": self.exchange.replicas,
             "configuration": self.configuration,
+            "network": self.network,
             "files": files,
             "lengths": [written["length"] for written in ranks],
             "entries": {path: asdict(entry) for path, entry in entries.items()},
@@ -456,29 +467,32 @@ class _Saved:
         return found
 
 
-def parameters_of(folder: Path) -> tuple[HostArray, dict[str, Any], list[str]]:
-    """Read the parameters in the newest sound checkpoint of a folder. Local.
+def parameters_of(folder: Path, iterate: str = "") -> tuple[HostArray, dict[str, Any], list[str]]:
+    """Read the parameters of an iterate in the newest sound checkpoint of a folder. Local.
 
     Returns
     -------
     parameters : (N,) float32 or float64
-    configuration : dict
-        The options of the run.
+    about : dict
+        What checkpoint.h5 says: the `configuration` of the run, its `network`.
     passed_over : list of str
         Why newer ones are not sound, a line each.
 
     Raises
     ------
     UserError
-        Where there is none, or none is sound.
+        Where there is none, or none is sound, or the iterate is not in checkpoints.
     """
+    if iterate not in ITERATES:
+        raise UserError(f"{folder}: the mean of the last quarter is in the run's file, at its end, not in checkpoints")
+    path, kind = ITERATES[iterate]
 
     def read(source: Path, step: int) -> tuple[HostArray, dict[str, Any]]:
         with contextlib.ExitStack() as stack:
             saved = _Saved(source, step, stack)
-            parameters = saved.read({PARAMETERS: Kind.HELD}, slice(0, saved.about["size"]))[PARAMETERS]
-            state.check_finite(PARAMETERS, parameters)
-            return parameters, saved.about["configuration"]
+            parameters = saved.read({path: kind}, slice(0, saved.about["size"]))[path]
+            state.check_finite(path, parameters)
+            return parameters, saved.about
 
     step, found, passed_over = _newest_sound(
         folder, steps_in(folder), lambda source, step: _attempted(source, lambda: read(source, step))

@@ -2,21 +2,20 @@
 
 /epochs/{epoch, train_nll, …}  one row an evaluation: EPOCH_FIGURES
 /steps/{loss, …}               one row a step: docs/runfile.md
-/parameters                    (N,) at the last evaluation
+/parameters/{conv1.weight, …}  by name and in shape, at the last evaluation; at the end /ema_parameters and
+                               /tail_parameters, the averages, too
 /status                        running, finished, or what went wrong
-attributes                     the configuration, versions, the process that writes it
+attributes                     the configuration, the network, versions, the process that writes it
 """
 
 from __future__ import annotations
 
 import math
-import platform
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_type_hints
@@ -25,15 +24,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi import __version__
+from qnewton_mpi.data.parts import TEST, TRAIN, VALIDATION
 from qnewton_mpi.errors import UserError, printable
-from qnewton_mpi.files.images import attributes_of, column, dataset, open_image, subgroup, text_of, write_image
+from qnewton_mpi.files.images import attributes_of, child, column, dataset, open_image, subgroup, text_of, write_image
 from qnewton_mpi.files.locks import Holder
 from qnewton_mpi.files.whole import reason, writing
 from qnewton_mpi.parallel.log import LOG
+from qnewton_mpi.training.provenance import provenance, versions
+
+Parameters = dict[str, NDArray[Any]]
 
 ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter
-QUALITIES = ("train_nll", "test_nll", "test_accuracy")
+QUALITIES = ("train_nll", "validation_nll", "validation_accuracy", "test_nll", "test_accuracy")  # NaN without the part
 EPOCH_FIGURES = (
     "epoch",
     "step",
@@ -50,6 +52,7 @@ SILENT_SECONDS = 30.0  # without a write, after which the process may be gone
 RUNNING, FINISHED, FAILED = "running", "finished", "failed: "
 PERHAPS_DEAD = "perhaps dead"
 STATUS_BYTES = 1000
+NETWORK = "network"  # attribute: its `models.description.Description`
 WRITER = "writer_"  # before the names of the attributes that tell of the process
 # What readers rely on, by the attribute: of the file of a run, and of a run in a study's file.
 RUN_ATTRIBUTES = {"method": str, "data": str, "activation": str, "replicas": int, "batch": int, "seed": int}
@@ -72,8 +75,8 @@ class RunFile:
         Stored as the file's attributes; None is left out.
     step_figures : iterable of str
         The names of a step's figures.
-    parameters : (N,)
-        The first ones.
+    iterates : mapping
+        As `add_epoch` has them: the first ones.
     resumed : int, optional
         Of a run that goes on after this step: the rows up to it are taken over from the file that is there.
 
@@ -93,13 +96,13 @@ class RunFile:
         path: Path,
         attributes: Mapping[str, Any],
         step_figures: Iterable[str],
-        parameters: NDArray[Any],
+        iterates: Mapping[str, Parameters],
         resumed: int | None = None,
     ) -> None:
         before = Run(path) if resumed is not None and path.exists() else None
         writer = {WRITER + name: value for name, value in asdict(Holder.here()).items()}
-        self.path, self.attributes = path, {**attributes, **versions(), **writer}
-        self._parameters, self._columns = np.array(parameters), {}
+        self.path, self.attributes = path, {**attributes, **provenance(), **versions(), **writer}
+        self._iterates, self._columns = copied(iterates), {}
         for group, names in (("epochs", EPOCH_FIGURES), ("steps", tuple(step_figures))):
             old = {} if before is None else {"epochs": before.epochs, "steps": before.steps}[group]
             kept = old["step"] <= (resumed or 0) if "step" in old else np.zeros(0, bool)
@@ -131,10 +134,17 @@ class RunFile:
         if time.monotonic() - self._written > WRITE_SECONDS and self._affordable():
             self.flush()
 
-    def add_epoch(self, figures: Mapping[str, float], parameters: NDArray[Any]) -> None:
-        """Add the figures of an evaluation, keep the parameters evaluated, and write the file if that costs little."""
+    def add_epoch(self, figures: Mapping[str, float], iterates: Mapping[str, Parameters]) -> None:
+        """Add the figures of an evaluation, and write the file if that costs little.
+
+        Parameters
+        ----------
+        figures : mapping
+        iterates : mapping
+            The parameters evaluated, a mapping of arrays, by the name of the iterate, of `ITERATES`.
+        """
         self._add("epochs", figures)
-        self._parameters = np.array(parameters)
+        self._iterates = copied(iterates)
         if self._affordable():
             self.flush()
 
@@ -176,24 +186,21 @@ class RunFile:
             for group, columns in self._columns.items():
                 for name, values in columns.items():
                     file[f"{group}/{name}"] = np.asarray(values)
-            file["parameters"] = self._parameters
+            for iterate, parameters in self._iterates.items():
+                group = file.create_group(f"{iterate}parameters", track_order=True)
+                for name, part in parameters.items():
+                    group[name] = part
             text = status.encode("utf-8", "backslashreplace")[:STATUS_BYTES].decode("utf-8", "ignore").encode()
             file.create_dataset("status", data=text, dtype=h5py.string_dtype(length=STATUS_BYTES))
 
         write_image(self.path, "run", fill)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    from mpi4py import MPI
-
-    packages = {f"version_{name}": metadata.version(name) for name in ("numpy", "mpi4py", "h5py")}
-    library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+def copied(iterates: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    """Return copies of parameters that a run goes on to change. Local."""
     return {
-        "version_qnewton_mpi": __version__,
-        "version_python": platform.python_version(),
-        "version_mpi": library,
-        **packages,
+        iterate: {name: np.array(values) for name, values in parameters.items()}
+        for iterate, parameters in iterates.items()
     }
 
 
@@ -203,8 +210,8 @@ class Run:
     Parameters
     ----------
     path : Path
-    with_parameters : bool
-        Whether to read them, too.
+    iterate : str, optional
+        Of `ITERATES`: whose parameters to read, too.
 
     Attributes
     ----------
@@ -212,8 +219,9 @@ class Run:
         Numbers and text, as Python has them.
     epochs, steps : dict of (rows,) float64
         By figure; of a run in a study's file there are no steps.
-    parameters : (N,) float64 or None
-        At the last evaluation.
+    parameters : dict of arrays
+        At the last evaluation, by name, in the network's order; empty where not asked for, or not there.
+        Of a file of earlier versions there is one, (N,), without a name.
     silence : float
         Seconds since the file was written, when it was read.
 
@@ -223,16 +231,15 @@ class Run:
         For a file that is missing, is not of a run, or not as it was written.
     """
 
-    parameters: NDArray[np.float64] | None = None
-
-    def __init__(self, path: Path, with_parameters: bool = False) -> None:
+    def __init__(self, path: Path, iterate: str | None = None) -> None:
         with open_image(path, "run") as file:
             self.silence = max(0.0, time.time() - path.stat().st_mtime)
             self._read(path, file, text_of(dataset(file, "status")[()]), RUN_ATTRIBUTES)
             self.steps = _columns(file, "steps", ("step", *subgroup(file, "steps")))
-            if with_parameters:
-                self.parameters = column(file, "parameters")
-                if len(self.parameters) != self.attributes.get("parameters", len(self.parameters)):
+            if iterate is not None:
+                self.parameters = _parameters(file, iterate)
+                count = sum(array.size for array in self.parameters.values())
+                if self.parameters and count != self.attributes.get("parameters", count):
                     raise ValueError("parameters are not as many as the attribute says")
 
     @classmethod
@@ -244,12 +251,14 @@ class Run:
         return run
 
     def _read(self, path: Path, group: h5py.Group, status: str, kinds: Mapping[str, type]) -> None:
-        self.path = path
+        self.path, self.parameters = path, {}
         self.attributes: dict[str, Any] = {**attributes_of(group), "status": " ".join(status.split())}
         if status not in (RUNNING, FINISHED) and not status.startswith(FAILED.rstrip()):
             raise ValueError(f"status {printable(status)}")
         _check(self.attributes, kinds)
-        self.epochs = _columns(group, "epochs", EPOCH_FIGURES)
+        there = subgroup(group, "epochs")
+        figures = [name for name in EPOCH_FIGURES if VALIDATION not in name or name in there]  # earlier files have none
+        self.epochs = _columns(group, "epochs", figures)
 
     @property
     def state(self) -> str:
@@ -285,9 +294,16 @@ class Run:
         name = names.get(a["method"], a["method"])
         return f"{name} M={a['replicas']} lr={rate_text(a['lr'])}"
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The parts of the data that the run was evaluated on beside the one that it was trained on."""
+        if f"{TRAIN}_samples" not in self.attributes:  # earlier, all data sets had a test part and nothing else
+            return (TEST,)
+        return tuple(part for part in (VALIDATION, TEST) if f"{part}_samples" in self.attributes)
+
     def last(self, figure: str) -> float:
         """Return a figure of the last evaluation; NaN before any."""
-        values = self.epochs[figure]
+        values = self.epochs.get(figure, np.zeros(0))
         return float(values[-1]) if len(values) else math.nan
 
 
@@ -312,6 +328,19 @@ def _columns(group: h5py.Group, name: str, figures: Iterable[str]) -> dict[str, 
         if not (np.isfinite(columns[counter]) & (columns[counter] >= 0)).all():
             raise ValueError(f"{name}/{counter} does not count")
     return columns
+
+
+def _parameters(file: h5py.File, iterate: str) -> Parameters:
+    """Return the parameters of an iterate, nothing where an average is not there; KeyError or ValueError for others."""
+    name = f"{iterate}parameters"
+    if iterate and name not in file:
+        return {}
+    if isinstance(child(file, name), h5py.Dataset):  # of earlier versions
+        return {"": column(file, name)}
+    found = {part: dataset(file, f"{name}/{part}")[()] for part in subgroup(file, name)}
+    if wrong := [part for part, array in found.items() if array.dtype.kind != "f"]:
+        raise ValueError(f"{name}/{wrong[0]} is no array of real numbers")
+    return found
 
 
 def _writer(attributes: Mapping[str, Any]) -> Holder | None:
@@ -341,3 +370,15 @@ def duration(seconds: float) -> str:
 def rate_text(rate: float | str) -> str:
     """Return a rate of the settings as tables and legends show it: a number's digits, or "auto"."""
     return rate if isinstance(rate, str) else f"{rate:g}"
+
+
+def qualities_text(figure: Callable[[str], float], held_out: Iterable[str]) -> str:
+    """Return the figures of an evaluation, by their names, as a line.
+
+    Examples
+    --------
+    >>> qualities_text({"train_nll": 0.5, "test_nll": 1.0, "test_accuracy": 0.75}.__getitem__, ["test"])
+    'train NLL 0.5000, test NLL 1.0000, accuracy 75.00%'
+    """
+    told = [f"{part} NLL {figure(f'{part}_nll'):.4f}, accuracy {figure(f'{part}_accuracy'):.2%}" for part in held_out]
+    return ", ".join([f"train NLL {figure('train_nll'):.4f}", *told])

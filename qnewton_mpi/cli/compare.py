@@ -1,0 +1,51 @@
+"""`qnewton-mpi compare`: a study."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+from pathlib import Path
+
+from qnewton_mpi.cli.arguments import Commands, at_least_one, file_path
+from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.studies.plan import read_study
+
+
+def add(commands: Commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("compare", help="run a study: many runs, tuned alike; resumable")
+    parser.add_argument("study", metavar="STUDY.toml")
+    parser.add_argument(
+        "--output", type=file_path, required=True, metavar="STUDY.h5", help="finished runs are kept in STUDY.runs/"
+    )
+    parser.add_argument(
+        "--ranks-per-run",
+        type=at_least_one("--ranks-per-run"),
+        default=1,
+        metavar="N",
+        help="the ranks of each run (default 1)",
+    )
+    parser.add_argument(
+        "--again", default="", metavar="PATTERN", help="run the rows of such names once more, as 'kronecker*'"
+    )
+    parser.set_defaults(process=process, check=check)
+
+
+def check(command: argparse.Namespace, ranks: int) -> None:
+    """Read the study, as `plan`."""
+    if ranks % command.ranks_per_run:
+        raise UserError(f"--ranks-per-run {command.ranks_per_run} does not divide the {ranks} rank(s)")
+    command.plan = read_study(command.study, command.ranks_per_run)
+    names = [row.name for row in command.plan.rows]
+    if command.again and not fnmatch.filter(names, command.again):
+        raise UserError(f"--again {printable(command.again)}: no row is called so; there are {', '.join(names)}")
+
+
+def process(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Run a study."""
+    from qnewton_mpi.studies.compare import compare
+
+    compare(command.plan, Path(command.output), command.ranks_per_run, communicator, command.again)
+    line = f"written to {command.output}; next: qnewton-mpi report {command.output}"
+    communicator.from_root(lambda: print(line, flush=True))

@@ -1,0 +1,78 @@
+"""`qnewton-mpi spectrum`: eigenvalues of the Hessian."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qnewton_mpi.cli.arguments import Commands, at_least_one, file_path
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.files.outputs import check_output
+from qnewton_mpi.parallel.communicator import Communicator
+
+
+def add(commands: Commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("spectrum", help="eigenvalues of the Hessian at a run's parameters")
+    parser.add_argument("run", metavar="RUN.h5|CHECKPOINTS", help="a run's file, or a folder of checkpoints")
+    parser.add_argument(
+        "--top", type=at_least_one("--top"), default=8, metavar="K", help="pairs of largest |λ| (default 8)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=at_least_one("--samples"),
+        metavar="N",
+        help="the first N training samples (default: all)",
+    )
+    parser.add_argument("--layers", action="store_true", help="of each layer's diagonal block too")
+    parser.add_argument("--density", action="store_true", help="the density of all eigenvalues too, and a picture")
+    parser.add_argument("--data-dir", metavar="DIR", help="as for train")
+    parser.add_argument(
+        "--output", type=file_path, metavar="FILE.h5", help="default: beside the run, with its name and .spectrum.h5"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier spectrum")
+    parser.set_defaults(process=process)
+
+
+def process(command: argparse.Namespace, communicator: Communicator) -> None:
+    """Find the leading eigenpairs, tell them, and write them."""
+    from tqdm import tqdm
+
+    from qnewton_mpi.spectrum import draw, iterate_of, spectrum_of, text, write
+
+    path = Path(command.run)
+    output = command.output or path.parent / f"{path.absolute().stem}.spectrum.h5"
+    picture = output.with_suffix(".png")
+
+    def start() -> Any:
+        check_output(output, "spectrum", command.overwrite)
+        if command.density:
+            check_output(picture, "picture", command.overwrite)
+            if picture == output:
+                raise UserError(f"{output}: is the picture's name: name another --output")
+        return iterate_of(path)
+
+    iterate = communicator.from_root(start)
+    hidden = True if communicator.rank else None  # None: unless stderr is no terminal
+    with tqdm(unit=" products", disable=hidden, leave=False) as bar:
+        spectrum = spectrum_of(
+            iterate,
+            communicator,
+            command.top,
+            command.samples,
+            command.layers,
+            command.density,
+            command.data_dir,
+            lambda: bar.update(1),
+        )
+
+    def end() -> None:
+        write(spectrum, output)
+        if command.density:
+            draw(spectrum, picture)
+        print(f"{text(spectrum)}\nwritten to {output}", flush=True)
+        if command.density:
+            print(f"figure: {picture}", flush=True)
+
+    communicator.from_root(end)

@@ -1,0 +1,56 @@
+"""A run from Python: `qnewton_mpi.train`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from threadpoolctl import threadpool_limits
+
+from qnewton_mpi.config import configured
+from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.environment import THREAD_VARIABLES
+from qnewton_mpi.trained import Model, load
+from qnewton_mpi.training import loop
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Config = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def train(
+    config: Config | None = None, *, communicator: Communicator | MPI.Intracomm | None = None, **options: Any
+) -> Model:
+    """Do a run as `qnewton-mpi train` does, and return the model. Collective.
+
+    model = train("run.toml", seed=1)
+    model = train(method="sgd", lr=0.5, epochs=2, output="run.h5")
+
+    The run's file is at `model.path`, its evaluations are in `model.history`. An exception that no one catches ends all
+    ranks, unless the program has an `excepthook` of its own. Where no number of threads is set in the environment, the
+    run takes one a rank.
+
+    Parameters
+    ----------
+    config : path or mapping, optional
+        A TOML file of options as one flat table, or such a table.
+    communicator : Communicator or MPI.Intracomm, optional
+        All ranks of the job without it.
+    **options
+        Those of `qnewton-mpi train`, with underscores. They win over those of `config`.
+
+    Raises
+    ------
+    UserError
+        On every rank: for options, data or files that will not do, and where the run fails.
+    InterruptedRunError
+        On every rank, where it was told to stop by a signal or its limit of time.
+    """
+    ranks = Communicator.of(communicator)
+    abort_on_exception(ranks)
+    settled = ranks.from_root(lambda: configured(config, options, ranks.size))
+    with threadpool_limits(None if any(name in os.environ for name in THREAD_VARIABLES) else 1):
+        path = loop.train(settled, ranks)
+    return ranks.from_root(lambda: load(path))

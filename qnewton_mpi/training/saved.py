@@ -1,0 +1,84 @@
+"""The parameters that a run left, in its file or in its checkpoints, and what is said of them there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.parallel.log import LOG
+from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
+from qnewton_mpi.training.runfile import NETWORK, Parameters, Run
+
+WHICH = {"last": "", "ema": "ema_", "tail": "tail_"}
+"""An iterate by what users call it: the last, the exponential mean (`--ema`), the mean of the last quarter."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Parameters, and what a run's file or a checkpoint says of them.
+
+    Attributes
+    ----------
+    path : Path
+    parameters : dict of arrays
+        By name, in the network's order; of a checkpoint, or a file of earlier versions, all in one.
+    options : mapping
+        Of the run, and the digest of its data; of a file all attributes.
+    network : str
+        Its `Description`; empty in files of earlier versions.
+    history : dict of (rows,) float64
+        The evaluations of a run, by figure; of a checkpoint nothing.
+    """
+
+    path: Path
+    parameters: Parameters
+    options: Mapping[str, Any]
+    network: str
+    history: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def flat(self) -> NDArray[Any]:
+        """All parameters in one array, (N,)."""
+        return np.concatenate([array.reshape(-1) for array in self.parameters.values()])
+
+
+def read(path: Path, which: str = "last") -> Saved:
+    """Read the parameters in a run's file, or in the newest sound checkpoint of a folder. Local.
+
+    Parameters
+    ----------
+    path : Path
+    which : {"last", "ema", "tail"}
+        See `WHICH`.
+
+    Raises
+    ------
+    UserError
+        For what is neither, or does not have these parameters, or has some that are not finite.
+    """
+    if which not in WHICH:
+        raise UserError(f"which = {which!r:.60}: must be one of {', '.join(WHICH)}")
+    try:
+        if path.is_dir():
+            flat, about, passed_over = parameters_of(path, WHICH[which])
+            for line in passed_over:
+                LOG.warning("passed over %s", line)
+            found = Saved(path, {"": flat}, about["configuration"], about.get("network", ""))
+        else:
+            run = Run(path, WHICH[which])
+            if not run.parameters:
+                raise UserError(f"{printable(path)}: has no {which} parameters: they come with the end of a run")
+            found = Saved(path, run.parameters, run.attributes, str(run.attributes.get(NETWORK, "")), run.epochs)
+    except UNREADABLE as error:
+        raise UserError(
+            f"{printable(path)}: is neither a run nor a folder of checkpoints ({' '.join(str(error).split())})"
+        ) from error
+    if not np.isfinite(found.flat).all():
+        raise UserError(f"{printable(path)}: its parameters are not finite: the run diverged")
+    return found
