@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.core.spectrum import Density, Eigenpairs, Matrix, density, leading
+from qnewton_mpi.core.spectrum import BLOCKS, Density, Eigenpairs, Matrix, density, leading
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import write_image
@@ -152,7 +152,7 @@ def spectrum_of(
     by_layer: bool = False,
     with_density: bool = False,
     data_dir: str | None = None,
-    tell: Callable[[], object] = lambda: None,
+    tell: Callable[[int], object] = lambda most: None,
 ) -> Spectrum:
     """Return the leading eigenpairs of the Hessian of the mean training NLL at some parameters. Collective.
 
@@ -171,7 +171,8 @@ def spectrum_of(
     data_dir : str, optional
         As for `train`.
     tell : callable, optional
-        Called after each product with a direction.
+        Called after each product with a direction with how many there are at most: the leading pairs may be found
+        sooner.
 
     Raises
     ------
@@ -212,15 +213,16 @@ def spectrum_of(
             found += (chunk.stop - chunk.start) / total * part
         return found
 
-    product = HessianProduct(gradient, iterate.parameters, communicator, tell)
+    spans = layer_spans(network) if by_layer else {}
+    most = count * BLOCKS * (1 + len(spans)) + PROBES * LANCZOS_STEPS * with_density
+    product = HessianProduct(gradient, iterate.parameters, communicator, lambda: tell(most))
     random = np.random.default_rng(0)
     pairs = leading(product, random.standard_normal((count, network.size)), count)
     layers = {}
-    if by_layer:
-        for name, span in layer_spans(network).items():
-            size = span.stop - span.start
-            block = min(count, size)
-            layers[name] = leading(product.block(span), random.standard_normal((block, size)), block)
+    for name, span in spans.items():
+        size = span.stop - span.start
+        block = min(count, size)
+        layers[name] = leading(product.block(span), random.standard_normal((block, size)), block)
     points = density(product, random.standard_normal((PROBES, network.size)), LANCZOS_STEPS) if with_density else None
     return Spectrum(pairs, layers, points)
 

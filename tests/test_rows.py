@@ -27,10 +27,10 @@ ATTRIBUTES = {
 def run(tmp_path, name, nll=(2.0, 1.0), **attributes):
     """Return a run with other attributes; None takes one away."""
     path = tmp_path / f"{name}.h5"
-    with RunFile(path, {**ATTRIBUTES, "run": name, **attributes}, ["step"], np.zeros(2)) as file:
+    with RunFile(path, {**ATTRIBUTES, "run": name, **attributes}, ["step"], {"": {"w": np.zeros(2)}}) as file:
         for step, value in enumerate(nll):
             row = dict.fromkeys(EPOCH_FIGURES, 1.0) | {"step": step, "epoch": step, "train_nll": value}
-            file.add_epoch(row, np.zeros(2))
+            file.add_epoch(row, {"": {"w": np.zeros(2)}})
     return Run(path)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from qnewton_mpi.cli.spectrum import Products
 from qnewton_mpi.core.spectrum import density, leading
 from qnewton_mpi.data import datasets
 from qnewton_mpi.models.convnet import ACTIVATIONS, Convnet
@@ -136,3 +137,25 @@ def test_only_sound_checkpoints_count(qnewton, tmp_path):
     assert finished.returncode == 2
     assert finished.stderr.count("\n") == 1
     assert "no sound checkpoint in saved" in finished.stderr
+
+
+def test_products_are_counted_and_the_time_left_told(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("qnewton_mpi.cli.spectrum.time.monotonic", lambda: now[0])
+    with Products(shown=True) as products, Products(shown=False) as silent:
+        for _ in range(10):
+            now[0] += 10.0
+            products.count(40)
+            silent.count(40)
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "8 of 40 products at most, 5 min left at most"
+    assert len(told) == 2  # after 40 and 80 seconds
+
+
+def test_no_more_products_than_were_told():
+    counted = []
+    w = np.zeros(Convnet((1, 28, 28), "tanh").size)
+    iterate = Iterate(w, datasets.EMBEDDED, "tanh")
+    found = spectrum_of(iterate, Communicator(), 1, 2, by_layer=True, tell=counted.append)
+    assert len(set(counted)) == 1
+    assert found.pairs.products + sum(pairs.products for pairs in found.layers.values()) == len(counted) <= counted[0]

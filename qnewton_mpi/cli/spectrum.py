@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from qnewton_mpi.cli.arguments import Commands, at_least_one, file_path
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.training.progress import LINE_SECONDS
+from qnewton_mpi.training.runfile import duration
 
 
 def add(commands: Commands) -> None:
@@ -37,8 +41,6 @@ def add(commands: Commands) -> None:
 
 def process(command: argparse.Namespace, communicator: Communicator) -> None:
     """Find the leading eigenpairs, tell them, and write them."""
-    from tqdm import tqdm
-
     from qnewton_mpi.spectrum import draw, iterate_of, spectrum_of, text, write
 
     path = Path(command.run)
@@ -54,8 +56,7 @@ def process(command: argparse.Namespace, communicator: Communicator) -> None:
         return iterate_of(path)
 
     iterate = communicator.from_root(start)
-    hidden = True if communicator.rank else None  # None: unless stderr is no terminal
-    with tqdm(unit=" products", disable=hidden, leave=False) as bar:
+    with Products(communicator.rank == 0) as products:
         spectrum = spectrum_of(
             iterate,
             communicator,
@@ -64,7 +65,7 @@ def process(command: argparse.Namespace, communicator: Communicator) -> None:
             command.layers,
             command.density,
             command.data_dir,
-            lambda: bar.update(1),
+            products.count,
         )
 
     def end() -> None:
@@ -76,3 +77,35 @@ def process(command: argparse.Namespace, communicator: Communicator) -> None:
             print(f"figure: {picture}", flush=True)
 
     communicator.from_root(end)
+
+
+class Products:
+    """How many products with the Hessian are done: a bar on a terminal, a line now and then elsewhere. Local.
+
+    A context manager.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        from tqdm import tqdm
+
+        bar = shown and sys.stderr.isatty()
+        self.lines, self.done = shown and not bar, 0
+        self.started = self.told = time.monotonic()
+        layout = "{n_fmt} of {total_fmt} products at most |{bar}| {elapsed}, {remaining} left at most"
+        self.bar = tqdm(disable=not bar, leave=False, bar_format=layout)
+
+    def __enter__(self) -> Products:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def count(self, most: int) -> None:
+        """Count one, of so many at most."""
+        self.done += 1
+        self.bar.total = most
+        self.bar.update(1)
+        now = time.monotonic()
+        if self.lines and now - self.told > LINE_SECONDS:
+            self.told, left = now, (now - self.started) / self.done * (most - self.done)
+            print(f"{self.done} of {most} products at most, {duration(left)} left at most", file=sys.stderr, flush=True)

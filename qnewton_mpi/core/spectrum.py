@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+BLOCKS = 40  # of a Krylov space, at most
 Matrix = NDArray[np.float64]
 Product = Callable[[Matrix], Matrix]
 """H Q of directions, the rows of Q (k, N): (k, N)."""
@@ -36,7 +37,9 @@ class Eigenpairs:
     products: int
 
 
-def leading(product: Product, directions: Matrix, count: int, tolerance: float = 1e-4, blocks: int = 40) -> Eigenpairs:
+def leading(
+    product: Product, directions: Matrix, count: int, tolerance: float = 1e-4, blocks: int = BLOCKS
+) -> Eigenpairs:
     """Return the eigenpairs of largest |λ| by Rayleigh-Ritz in a block Krylov space, span(Q, H Q, H² Q, …).
 
         Q_{j+1} R = H Q_j − Σ_{i ≤ j} Q_i (Q_iᵀ H Q_j)       block Lanczos, each block orthogonal to all before
