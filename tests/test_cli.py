@@ -212,6 +212,9 @@ def hostile(tmp_path, monkeypatch):
         ("spectrum", "fifo"),
         ("spectrum", "file", "--top", "0"),
         ("spectrum", "file", "--samples", "²"),
+        *(("evaluate", path) for path in ("", "fifo", "loop", "folder", "file", "a" * 300)),
+        ("evaluate", "file", "--which", "\n"),
+        ("predict", "file", "--output", "folder", "--overwrite"),
         ("bench", "--sizes", "9" * 5000),
         ("bench", "--sizes", "1,,2"),
         ("bench", "--replicas", "9" * 20),
@@ -263,7 +266,15 @@ def test_memory_that_is_not_there(mpiexec, ranks):
 
 
 @pytest.mark.parametrize(
-    "command", ["--version", "train --help", "watch {} --once", "plot {} --output {}.png --overwrite"]
+    "command",
+    [
+        "--version",
+        "train --help",
+        "watch {} --once",
+        "plot {} --output {}.png --overwrite",
+        "predict {} --output {}.csv --overwrite",
+        "evaluate {}",
+    ],
 )
 def test_what_reads_needs_no_mpi(mpiexec, qnewton, short_run, command):
     command = command.replace("{}", str(short_run))
