@@ -45,6 +45,7 @@ def test_train_writes_its_file_and_a_table(qnewton, tmp_path, ranks):
     assert run.attributes["status"] == "finished"
     assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("kronecker", ranks, 0.3)
     assert "MPI" in run.attributes["version_mpi"].upper()
+    assert run.attributes["command_line"].startswith("qnewton-mpi train --replicas 4 --epochs 2 --output /")
     np.testing.assert_array_equal(run.epochs["epoch"], [0, 1, 2])
     np.testing.assert_array_equal(run.epochs["sample_gradients"], [0, 39 * 256, 78 * 256])
     assert run.epochs["train_nll"][-1] < 0.6 < run.epochs["train_nll"][0]
