@@ -45,6 +45,7 @@ def test_train_writes_its_file_and_a_table(qnewton, tmp_path, ranks):
     assert run.attributes["status"] == "finished"
     assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("kronecker", ranks, 0.3)
     assert "MPI" in run.attributes["version_mpi"].upper()
+    assert run.attributes["command_line"].startswith("qnewton-mpi train --replicas 4 --epochs 2 --output /")
     np.testing.assert_array_equal(run.epochs["epoch"], [0, 1, 2])
     np.testing.assert_array_equal(run.epochs["sample_gradients"], [0, 39 * 256, 78 * 256])
     assert run.epochs["train_nll"][-1] < 0.6 < run.epochs["train_nll"][0]
@@ -212,6 +213,9 @@ def hostile(tmp_path, monkeypatch):
         ("spectrum", "fifo"),
         ("spectrum", "file", "--top", "0"),
         ("spectrum", "file", "--samples", "²"),
+        *(("evaluate", path) for path in ("", "fifo", "loop", "folder", "file", "a" * 300)),
+        ("evaluate", "file", "--which", "\n"),
+        ("predict", "file", "--output", "folder", "--overwrite"),
         ("bench", "--sizes", "9" * 5000),
         ("bench", "--sizes", "1,,2"),
         ("bench", "--replicas", "9" * 20),
@@ -263,7 +267,15 @@ def test_memory_that_is_not_there(mpiexec, ranks):
 
 
 @pytest.mark.parametrize(
-    "command", ["--version", "train --help", "watch {} --once", "plot {} --output {}.png --overwrite"]
+    "command",
+    [
+        "--version",
+        "train --help",
+        "watch {} --once",
+        "plot {} --output {}.png --overwrite",
+        "predict {} --output {}.csv --overwrite",
+        "evaluate {}",
+    ],
 )
 def test_what_reads_needs_no_mpi(mpiexec, qnewton, short_run, command):
     command = command.replace("{}", str(short_run))

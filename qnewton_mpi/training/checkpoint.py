@@ -55,10 +55,10 @@ KEPT = 2
 MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5
 MOST_SUMS = 2**26  # bytes, of a million ranks' sums
-STEP = "position/step"
+PARAMETERS, STEP = "optimizer/held", "position/step"
 # The entry of an iterate's parameters, by its name (`training.runfile.ITERATES`). The mean of the last quarter is none
 # before that quarter begins, which a checkpoint does not say.
-ITERATES = {"": ("optimizer/held", Kind.HELD), "ema_": ("averages/exponential", Kind.SHARED)}
+ITERATES = {"": (PARAMETERS, Kind.HELD), "ema_": ("averages/exponential", Kind.SHARED)}
 UNREADABLE = (*HDF5_ERRORS, IndexError)
 SHORTAGES = {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENFILE: "too many files are open on this machine"}
 
