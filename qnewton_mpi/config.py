@@ -14,7 +14,7 @@ from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Settings
 from qnewton_mpi.core.schedules import SCHEDULES
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
-from qnewton_mpi.data import datasets
+from qnewton_mpi.data import datasets, published
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.whole import read_whole, reason
 from qnewton_mpi.models.convnet import ACTIVATIONS
@@ -38,10 +38,25 @@ class TrainSettings:
     """What a training run needs besides the settings of its method."""
 
     method: str = setting("kronecker", ", ".join(OPTIMIZERS), one_of(*OPTIMIZERS))
-    data: str = setting(datasets.EMBEDDED, ", ".join(datasets.NAMES), one_of(*datasets.NAMES))
+    data: str = setting(
+        published.EMBEDDED,
+        f"{', '.join(published.NAMES)}, or a path: of a .npz or HDF5 file, or a folder of pictures in class folders",
+        (str.isprintable, "must be of characters that can be printed"),
+    )
     data_dir: str | None = setting(
         None,
-        f"folder of the data set's files (else ${datasets.VARIABLE}, {datasets.SYSTEM_FOLDER}, the download cache)",
+        f"folder of a named set's files (else ${published.VARIABLE}, {published.SYSTEM_FOLDER}, the download cache)",
+    )
+    validation: float | None = setting(
+        None,
+        "fraction of the training images that is held out and evaluated, the same for all seeds (default "
+        f"{datasets.DEFAULT_VALIDATION} of what has no other part, else none)",
+        FRACTION,
+    )
+    image_size: str | None = setting(
+        None,
+        "HEIGHTxWIDTH that the pictures of a folder are resized to (default: as they are, all of one size)",
+        (datasets.is_size, "must be HEIGHTxWIDTH in pixels, as 32x32"),
     )
     replicas: int | None = setting(
         None,
@@ -191,9 +206,13 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     Raises
     ------
     UserError
-        Where M does not fit the ranks, the batch or the method, or an option needs a folder of checkpoints.
+        Where M does not fit the ranks, the batch or the method, an option needs a folder of checkpoints, or there is no
+        such data set.
     """
     training = config.training
+    datasets.check_there(training.data)
+    named = training.data in published.NAMES
+    data = training.data if named else str(Path(training.data).absolute())  # the run's file may be used from elsewhere
     m = training.replicas or max(DEFAULT_REPLICAS, ranks)
     least = OPTIMIZERS[training.method].least_replicas(config.optimizer)
     if m < ranks:
@@ -212,6 +231,7 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
                 raise UserError(f"--{option} needs a folder: --checkpoint DIR")
         if training.on_nonfinite == "rollback":
             raise UserError("--on-nonfinite rollback needs something to go back to: --checkpoint DIR")
-    output = training.output or f"runs/{training.data}-{training.method}-m{m}-seed{training.seed}.h5"
+    name = datasets.short_name(data)
+    output = training.output or f"runs/{name}-{training.method}-m{m}-seed{training.seed}.h5"
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
-    return replace(config, training=replace(training, replicas=m, output=output, epochs=epochs))
+    return replace(config, training=replace(training, data=data, replicas=m, output=output, epochs=epochs))

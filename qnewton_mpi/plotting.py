@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qnewton_mpi.data.datasets import short_name
 from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.files.whole import reason, replace_whole, writing
 from qnewton_mpi.origin import pip_install
@@ -14,6 +15,7 @@ from qnewton_mpi.training.runfile import Run, by_label
 
 MANY = 8  # labels, beyond which the legend stands beside the axes
 LONGEST = 60  # characters of one
+HELD_OUT = {"test": ("--", "dashed"), "validation": (":", "dotted")}  # the lines of parts not trained on
 
 
 def pyplot(user: str) -> Any:
@@ -70,7 +72,7 @@ def save(plt: Any, figure: Any, target: Path, dpi: int) -> None:
 
 
 def plot_runs(runs: list[Run], target: Path) -> None:
-    """Draw training (solid) and test (dashed) NLL against epochs, a colour a label. Local.
+    """Draw training (solid), test (dashed) and validation (dotted) NLL against epochs, a colour a label. Local.
 
     Raises
     ------
@@ -86,13 +88,16 @@ def plot_runs(runs: list[Run], target: Path) -> None:
             text = None if color else plain(label)
             (line,) = axes.plot(run.epochs["epoch"], run.epochs["train_nll"], color=color, label=text)
             color = line.get_color()
-            axes.plot(run.epochs["epoch"], run.epochs["test_nll"], "--", color=color, linewidth=1)
-    names = sorted({str(run.attributes["data"]) for run in runs})
+            for part in run.held_out:
+                axes.plot(run.epochs["epoch"], run.epochs[f"{part}_nll"], HELD_OUT[part][0], color=color, linewidth=1)
+    names = sorted({short_name(str(run.attributes["data"])) for run in runs})
+    others = ", ".join(f"{how}: {part}" for part, (_, how) in HELD_OUT.items() if any(part in r.held_out for r in runs))
+    title = f"training ({others})" if others else "training"
     axes.set(xlabel="epochs", ylabel="negative log-likelihood (nats)", yscale="log", title=plain(", ".join(names)))
     label_decades(axes)
     axes.grid(True, which="both", alpha=0.3)
     if len(groups) <= MANY:
-        axes.legend(title="training (dashed: test)")
+        axes.legend(title=title)
     else:
-        figure.legend(title="training (dashed: test)", loc="outside right upper", fontsize="x-small", ncols=2)
+        figure.legend(title=title, loc="outside right upper", fontsize="x-small", ncols=2)
     save(plt, figure, target, dpi=150)

@@ -20,6 +20,7 @@ from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.plotting import pyplot, save
 from qnewton_mpi.training.saved import read
+from qnewton_mpi.training.whose import DIGEST
 
 CHUNK = 1024  # samples of a gradient: a chunk in double precision stays small beside the data set
 STEP = 1e-30  # h of the complex step, for a direction of length 1: its square vanishes beside anything
@@ -36,11 +37,19 @@ class Iterate:
     ----------
     parameters : (N,) float64
     data, activation : str
+    validation : float or None
+    image_size : str or None
+        As of `train`: what was held out, and pictures resized to.
+    digest : str or None
+        Of the data; None is not compared.
     """
 
     parameters: Matrix
     data: str
     activation: str
+    validation: float | None = None
+    image_size: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,10 +136,11 @@ def iterate_of(path: Path) -> Iterate:
         For what is neither.
     """
     saved = read(path)
-    parameters = saved.flat.astype(np.float64)
-    iterate = Iterate(parameters, *(str(saved.options.get(name)) for name in ("data", "activation")))
-    if iterate.data not in datasets.NAMES or iterate.activation not in ACTIVATIONS:
-        raise UserError(f"{path}: is of a data set or activation that this version does not know")
+    options = {name: saved.options.get(name) for name in ("validation", "image_size")}
+    data, activation = (str(saved.options.get(name)) for name in ("data", "activation"))
+    iterate = Iterate(saved.flat.astype(np.float64), data, activation, **options, digest=saved.options.get(DIGEST))
+    if iterate.activation not in ACTIVATIONS:
+        raise UserError(f"{path}: is of an activation that this version does not know")
     return iterate
 
 
@@ -176,11 +186,21 @@ def spectrum_of(
     >>> spectrum.pairs.vectors.shape
     (2, 15924)
     """
-    dataset = communicator.together(lambda: datasets.load(iterate.data, data_dir, dtype=np.float64))
-    network = Convnet(dataset.input_shape, iterate.activation, dtype=np.complex128)
+    dataset = datasets.load_on_all(
+        communicator,
+        dtype=np.float64,
+        data=iterate.data,
+        data_dir=data_dir,
+        validation=iterate.validation,
+        image_size=iterate.image_size,
+    )
+    if iterate.digest not in (None, dataset.digest):
+        raise UserError(f"{dataset.name} is not what the run was trained on: its images or labels have changed")
+    classes = len(dataset.classes)
+    network = Convnet(dataset.input_shape, iterate.activation, dtype=np.complex128, classes=classes)
     if len(iterate.parameters) != network.size:
         found = f"{len(iterate.parameters):,} parameters"
-        raise UserError(f"{found} are not those of the network for {iterate.data}, which has {network.size:,}")
+        raise UserError(f"{found} are not those of the network for {dataset.name}, which has {network.size:,}")
     total = min(samples or len(dataset.train), len(dataset.train))
     mine = partition.share(total, communicator.size, communicator.rank)
 

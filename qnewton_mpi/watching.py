@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qnewton_mpi.training.runfile import PERHAPS_DEAD, RUNNING, Run
+from qnewton_mpi.training.runfile import PERHAPS_DEAD, RUNNING, Run, qualities_text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -51,8 +51,7 @@ def summary(run: Run, width: int) -> tuple[str, str, str]:
     head = f"{run.label}: {run.state}, step {int(steps[-1]) if len(steps) else 0}{rate}"
     if not len(run.epochs["step"]):
         return head, "no evaluation yet", ""
-    figures = f"train NLL {run.last('train_nll'):.4f}, test NLL {run.last('test_nll'):.4f}"
-    last = f"epoch {run.last('epoch'):.4g}: {figures}, accuracy {run.last('test_accuracy'):.2%}"
+    last = f"epoch {run.last('epoch'):.4g}: {qualities_text(run.last, run.held_out)}"
     return head, last, curve(list(run.epochs["train_nll"]), width)
 
 

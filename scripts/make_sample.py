@@ -12,24 +12,25 @@ from pathlib import Path
 
 import h5py
 
-from qnewton_mpi.data import datasets
+from qnewton_mpi.data import published
 
 TRAIN, TEST = 10_000, 2_000
 
 
 def main(folder: str) -> None:
     """Write the sample from the full files under a folder."""
-    paths = datasets.locate("fashion-mnist", folder)
+    paths = published.locate("fashion-mnist", folder)
     if paths is None:
         sys.exit(f"no Fashion-MNIST files in {folder}")
-    train, train_labels, test, test_labels = datasets.SOURCES["fashion-mnist"].read(paths)
-    home = Path(datasets.__file__).parent
-    with h5py.File(home / datasets.SAMPLE, "w") as file:
+    parts = published.SOURCES["fashion-mnist"].read(paths)
+    home = Path(published.__file__).parent
+    with h5py.File(home / published.SAMPLE, "w") as file:
         file.attrs["source"] = (
             "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747), first images of each split"
         )
         file.attrs["license"] = (home / "LICENSE.fashion-mnist").read_text()
-        for split, images, labels, count in (("train", train, train_labels, TRAIN), ("test", test, test_labels, TEST)):
+        for split, count in (("train", TRAIN), ("test", TEST)):
+            images, labels = parts[split]
             options = {"compression": "gzip", "compression_opts": 9, "track_times": False}
             file.create_dataset(f"{split}/images", data=images[:count], chunks=(500, 1, 28, 28), **options)
             file.create_dataset(f"{split}/labels", data=labels[:count], **options)

@@ -20,7 +20,10 @@ from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, l
     ("options", "message"),
     [
         ({"method": "newton"}, "must be one of kronecker"),
-        ({"data": "imagenet"}, "must be one of fashion-mnist-sample"),
+        ({"data": "a\u00a0b"}, "of characters that can be printed"),
+        ({"validation": 1}, "less than 1"),
+        ({"image_size": "32"}, "must be HEIGHTxWIDTH"),
+        ({"image_size": "0x32"}, "must be HEIGHTxWIDTH"),
         ({"learning_rate": 1}, "unknown option 'learning_rate'"),
         ({"method": "sgd", "rank": 8}, "rank is an option of fisher, not of sgd"),
         ({"epochs": 2, "steps": 3}, "contradict"),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qnewton_mpi.data import datasets, readers
+from qnewton_mpi.data import datasets, published, readers
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
 
@@ -39,7 +39,7 @@ def write_cifar(folder, count=4):
     random = np.random.default_rng(0)
     records = random.integers(0, 256, (count, readers.CIFAR_RECORD)).astype(np.uint8)
     records[:, 0] %= 10
-    for name in datasets.CIFAR_FILES:
+    for name in published.CIFAR_FILES:
         (folder / name).write_bytes(records.tobytes())
     return records
 
@@ -47,9 +47,9 @@ def write_cifar(folder, count=4):
 @pytest.fixture(autouse=True)
 def no_named_folder(monkeypatch, tmp_path):
     """Neither the variable nor this machine's system folder and cache may decide a test."""
-    monkeypatch.delenv(datasets.VARIABLE, raising=False)
-    monkeypatch.setattr(datasets, "SYSTEM_FOLDER", tmp_path / "system")
-    monkeypatch.setattr(datasets, "_cache", lambda: tmp_path / "cache")
+    monkeypatch.delenv(published.VARIABLE, raising=False)
+    monkeypatch.setattr(published, "SYSTEM_FOLDER", tmp_path / "system")
+    monkeypatch.setattr(published, "_cache", lambda: tmp_path / "cache")
 
 
 def test_data_sets_have_the_same_digest_where_they_are_the_same(tmp_path):
@@ -179,7 +179,7 @@ def test_order_of_places(tmp_path, monkeypatch):
     write_mnist(tmp_path / "system" / "mnist", count=4)
     assert len(datasets.load("mnist", None).train) == 4
     write_mnist(tmp_path / "variable", count=5)
-    monkeypatch.setenv(datasets.VARIABLE, str(tmp_path / "variable"))
+    monkeypatch.setenv(published.VARIABLE, str(tmp_path / "variable"))
     assert len(datasets.load("mnist", None).train) == 5
     write_mnist(tmp_path / "named", count=6)
     assert len(datasets.load("mnist", str(tmp_path / "named")).train) == 6
@@ -203,25 +203,24 @@ def test_bad_sets(tmp_path):
 def test_download_checks_the_hash(tmp_path, monkeypatch):
     """The published folder stands in for the network: pooch caches and checks its files as it would those."""
     pooch = pytest.importorskip("pooch")
-    published = tmp_path / "published"
-    write_mnist(published)
-    files = sorted(published.iterdir())
-    source = datasets.SOURCES["mnist"]
+    write_mnist(tmp_path / "published")
+    files = sorted((tmp_path / "published").iterdir())
+    source = published.SOURCES["mnist"]
     hashes = {f.as_uri(): hashlib.md5(f.read_bytes()).hexdigest() for f in files}
     monkeypatch.setattr(pooch.core, "choose_downloader", lambda url, progressbar=False: copy_file)
-    monkeypatch.setitem(datasets.SOURCES, "mnist", dataclasses.replace(source, downloads=hashes))
-    assert datasets.may_download("mnist", None)
-    datasets.download("mnist")
-    assert not datasets.may_download("mnist", None)
+    monkeypatch.setitem(published.SOURCES, "mnist", dataclasses.replace(source, downloads=hashes))
+    assert published.may_download("mnist", None)
+    published.download("mnist")
+    assert not published.may_download("mnist", None)
     assert len(datasets.load("mnist", None).train) == 6
 
     for path in (tmp_path / "cache" / "mnist").iterdir():
         path.unlink()
     wrong = dict.fromkeys(hashes, "0" * 32)
-    monkeypatch.setitem(datasets.SOURCES, "mnist", dataclasses.replace(source, downloads=wrong))
+    monkeypatch.setitem(published.SOURCES, "mnist", dataclasses.replace(source, downloads=wrong))
     with pytest.raises(UserError, match="download failed"):
-        datasets.download("mnist")
-    assert datasets.locate("mnist", None) is None
+        published.download("mnist")
+    assert published.locate("mnist", None) is None
 
 
 def copy_file(url, output, _):
@@ -229,12 +228,12 @@ def copy_file(url, output, _):
 
 
 def test_named_folders_are_never_downloaded_to(tmp_path):
-    assert not datasets.may_download("mnist", str(tmp_path))
-    assert not datasets.may_download(datasets.EMBEDDED, None)
+    assert not published.may_download("mnist", str(tmp_path))
+    assert not published.may_download(published.EMBEDDED, None)
 
 
 def test_embedded_sample():
-    data = datasets.load(datasets.EMBEDDED, None)
+    data = datasets.load(published.EMBEDDED, None)
     assert (len(data.train), len(data.test)) == (10_000, 2_000)
     assert data.input_shape == (1, 28, 28)
     assert set(np.bincount(data.train.labels, minlength=10)) <= set(range(900, 1100))
@@ -242,8 +241,8 @@ def test_embedded_sample():
 
 @pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="the system has no Fashion-MNIST")
 def test_embedded_sample_is_of_the_published_images(monkeypatch):
-    monkeypatch.setattr(datasets, "SYSTEM_FOLDER", Path("/usr/share/datasets"))
-    full, sample = datasets.load("fashion-mnist", None), datasets.load(datasets.EMBEDDED, None)
+    monkeypatch.setattr(published, "SYSTEM_FOLDER", Path("/usr/share/datasets"))
+    full, sample = datasets.load("fashion-mnist", None), datasets.load(published.EMBEDDED, None)
     assert (len(full.train), len(full.test)) == (60_000, 10_000)
     np.testing.assert_array_equal(full.train.images[:10_000], sample.train.images)
     np.testing.assert_array_equal(full.test.labels[:2_000], sample.test.labels)

@@ -206,8 +206,8 @@ def test_other_data_are_refused(go, tmp_path):
     for name in ("a", "b", "same"):
         write_mnist(tmp_path / name, 64, labels=np.arange(64) % (9 if name == "b" else 10))
     go(data_dir="a")
-    refused(go, "the data set of --data-dir differs", resume=True, data_dir="b")
-    refused(go, "the data set of --data-dir differs", resume=True, data_dir="b", checkpoint="d")
+    refused(go, "the data set differs", resume=True, data_dir="b")
+    refused(go, "the data set differs", resume=True, data_dir="b", checkpoint="d")
     go(resume=True, data_dir="same")
 
 

@@ -1,36 +1,38 @@
-"""The data sets by name: where their files are looked for, what is downloaded, and the arrays they become."""
+"""A data set, by its name or from one's own files: the arrays that a network is trained and judged on."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import resources
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from qnewton_mpi.data.readers import Bytes, check_pair, read_cifar, read_idx
+from qnewton_mpi.data.arrays import read_arrays
+from qnewton_mpi.data.parts import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Parts,
+    check_classes,
+    check_parts,
+    hold_out,
+    with_classes,
+)
+from qnewton_mpi.data.pictures import Size, read_pictures
+from qnewton_mpi.data.published import EMBEDDED as EMBEDDED
+from qnewton_mpi.data.published import NAMES, download, may_download, read_published
 from qnewton_mpi.errors import UserError, printable
-from qnewton_mpi.files.whole import reason
+from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array
 
-SAMPLE = "fashion-mnist-sample.h5"
-SYSTEM_FOLDER = Path("/usr/share/datasets")
-VARIABLE = "QNEWTON_DATA_DIR"
-
-MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
-
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-IDX_SIDES = (28, 28)
-CIFAR_FILES = (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin")
-OPTIONS = ("data", "data_dir")  # of `train`, that say what `load` returns
+DEFAULT_VALIDATION = 0.1  # of what has no other part than one to train on
+IMAGE_SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
+OPTIONS = ("data", "data_dir", "validation", "image_size")  # of `train`, that say what `load` returns
+CHUNK = 1024  # images in double precision at a time
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Split:
 
     Attributes
     ----------
-    images : (n, C, H, W) uint8
-    labels : (n,) uint8
+    images : (n, C, H, W) uint8 or float32
+    labels : (n,) unsigned integers
+        Indices of the data set's classes.
     scale, shift : (C, 1, 1) float
         A pixel p enters the network as p · scale + shift: zero mean and unit variance over the training images.
     """
@@ -60,19 +63,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split of one data set.
+    """A data set in its parts.
 
     Attributes
     ----------
+    name : str
+    train : Split
+    test, validation : Split or None
+        Held out, to judge and to choose by.
     classes : tuple of str
         Names, in the order of the labels.
     digest : str
-        Of all images and labels: data sets with the same are the same.
+        Of all images and labels, before anything is held out of them: data sets with the same are the same.
     """
 
     name: str
     train: Split
-    test: Split
+    test: Split | None
+    validation: Split | None
     classes: tuple[str, ...]
     digest: str
 
@@ -84,218 +92,173 @@ class Dataset:
     @property
     def splits(self) -> dict[str, Split]:
         """The parts that there are, by their names."""
-        return {"train": self.train, "test": self.test}
+        named = {TRAIN: self.train, VALIDATION: self.validation, TEST: self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
+    def on(self, xp: ModuleType, dtype: Any) -> Dataset:
+        """Return the data set in the memory of an array library; batches are of this type. Local."""
+        scale, shift = (xp.asarray(c, dtype=dtype) for c in (self.train.scale, self.train.shift))
+
+        def there(split: Split) -> Split:
+            return Split(xp.asarray(split.images), xp.asarray(split.labels), scale, shift)
+
+        test, validation = (None if split is None else there(split) for split in (self.test, self.validation))
+        return replace(self, train=there(self.train), test=test, validation=validation)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A published data set: how its files are called and read, and where they come from.
+def load(
+    data: str,
+    data_dir: str | None = None,
+    xp: ModuleType = np,
+    dtype: Any = np.float32,
+    validation: float | None = None,
+    image_size: str | None = None,
+) -> Dataset:
+    """Return a data set. Local.
 
-    Attributes
+    Parameters
     ----------
-    files : tuple of str
-        Names without ".gz"; either is accepted.
-    folder : str
-        The subfolder that the published archive unpacks to, if any.
-    downloads : dict
-        URL to MD5, as published with the files.
-    read : callable
-        From the files' paths to (train images, train labels, test images, test labels).
-    classes : tuple of str
-    """
-
-    files: tuple[str, ...]
-    folder: str
-    downloads: dict[str, str]
-    read: Callable[[list[Path]], tuple[Bytes, Bytes, Bytes, Bytes]]
-    classes: tuple[str, ...]
-
-
-def _read_idx_set(paths: list[Path]) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    train, train_labels, test, test_labels = (read_idx(p, d) for p, d in zip(paths, (3, 1, 3, 1), strict=True))
-    for path, images in ((paths[0], train), (paths[2], test)):
-        if images.shape[1:] != IDX_SIDES:
-            sides, wanted = ("×".join(map(str, s)) for s in (images.shape[1:], IDX_SIDES))
-            raise UserError(f"{printable(path)}: has images of {sides} pixels, and the network takes {wanted}")
-    check_pair(paths[1], train, train_labels)
-    check_pair(paths[3], test, test_labels)
-    return train[:, None], train_labels, test[:, None], test_labels
-
-
-def _read_cifar_set(paths: list[Path]) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    parts = [read_cifar(path) for path in paths]
-    for path, part in zip(paths, parts, strict=True):
-        check_pair(path, *part)
-    *train, test = parts
-    return np.concatenate([p[0] for p in train]), np.concatenate([p[1] for p in train]), *test
-
-
-DIGITS = tuple("0123456789")
-FASHION = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
-CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-SOURCES = {
-    "mnist": Source(
-        IDX_FILES,
-        "",
-        {
-            f"{MNIST_URL}{IDX_FILES[0]}.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            f"{MNIST_URL}{IDX_FILES[1]}.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-            f"{MNIST_URL}{IDX_FILES[2]}.gz": "9fb629c4189551a2d022fa330f9573f3",
-            f"{MNIST_URL}{IDX_FILES[3]}.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-        },
-        _read_idx_set,
-        DIGITS,
-    ),
-    "fashion-mnist": Source(
-        IDX_FILES,
-        "",
-        {
-            f"{FASHION_URL}{IDX_FILES[0]}.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            f"{FASHION_URL}{IDX_FILES[1]}.gz": "25c81989df183df01b3e8a0aad5dffbe",
-            f"{FASHION_URL}{IDX_FILES[2]}.gz": "bef4ecab320f06d8554ea6380940ec79",
-            f"{FASHION_URL}{IDX_FILES[3]}.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-        },
-        _read_idx_set,
-        FASHION,
-    ),
-    "cifar10": Source(
-        CIFAR_FILES,
-        "cifar-10-batches-bin",
-        {f"{CIFAR_URL}cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
-        _read_cifar_set,
-        CIFAR,
-    ),
-}
-
-EMBEDDED = "fashion-mnist-sample"
-NAMES = (EMBEDDED, *SOURCES)
-
-
-def load(data: str, data_dir: str | None = None, xp: ModuleType = np, dtype: Any = np.float32) -> Dataset:
-    """Return a data set from the files that `locate` finds. Local: every rank reads its node's files.
+    data : str
+        One of `published.NAMES`, or a path: of a .npz or HDF5 file, or a folder of pictures in class folders.
+    data_dir : str, optional
+        Of the files of a name: see `published.locate`.
+    xp, dtype : optional
+        The array library, and the type of normalised images.
+    validation : float, optional
+        The fraction of the training part that is held out; without it a tenth where there is no part but that.
+    image_size : str, optional
+        "HxW", which pictures in a folder are resized to.
 
     Raises
     ------
     UserError
-        For files that are missing, truncated, of the wrong magic number, with labels out of range, with images that
-        are of another size or all of one grey.
+        For files that are missing, damaged, or do not hold what they should; labels out of range, one class only, a
+        channel whose pixels are all equal.
     """
-    classes: tuple[str, ...]
-    if data == EMBEDDED:
-        arrays, classes = _read_sample(), FASHION
-    else:
-        paths = locate(data, data_dir)
-        if paths is None:
-            raise UserError(_missing(data, data_dir))
-        arrays, classes = SOURCES[data].read(paths), SOURCES[data].classes
-    train, train_labels, test, test_labels = arrays
-    mean = train.mean(axis=(0, 2, 3))
-    # Var = E[p²] − E[p]², from the histogram of the 256 pixel values: no float copy of the images.
-    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in train.swapaxes(0, 1)])
-    if (constant := np.count_nonzero(counts, axis=1) == 1).any():
+    where = data if data in NAMES else printable(data)
+    parts, classes = read(data, data_dir, image_size)
+    digest = _digest(parts)
+    if VALIDATION in parts and validation is not None:
+        raise UserError(f"{where}: has a validation part of its own: leave out --validation")
+    fraction = DEFAULT_VALIDATION if validation is None and parts.keys() == {TRAIN} else validation
+    if fraction:
+        parts[TRAIN], parts[VALIDATION] = hold_out(parts[TRAIN], fraction, where)
+        check_classes(parts, classes, f"{where}, with {fraction:g} of it held out")
+    scale, shift = normalisation(parts[TRAIN][0], where)
+    splits = {name: Split(*part, scale, shift) for name, part in parts.items()}
+    name = short_name(data)
+    return Dataset(name, splits[TRAIN], splits.get(TEST), splits.get(VALIDATION), classes, digest).on(xp, dtype)
+
+
+def load_on_all(communicator: Communicator, xp: ModuleType = np, dtype: Any = np.float32, **options: Any) -> Dataset:
+    """Return a data set that rank 0 reads, and downloads if it is missing, on every rank. Collective.
+
+    So a folder of many files is read once, and no rank has other data than the others.
+
+    Parameters
+    ----------
+    communicator : Communicator
+    xp, dtype : optional
+    **options
+        `OPTIONS`, as for `load`.
+
+    Raises
+    ------
+    UserError
+        On every rank, where it cannot be had.
+    """
+
+    def read() -> Dataset:
+        name, folder = options["data"], options.get("data_dir")
+        if may_download(name, folder):
+            download(name)
+        return load(**options, dtype=np.float64)
+
+    return communicator.from_root(read).on(xp, dtype)
+
+
+def read(data: str, data_dir: str | None, image_size: str | None) -> tuple[Parts, tuple[str, ...]]:
+    """Return the parts, labels being indices, and the classes. Local. For errors see `load`."""
+    check_there(data)
+    path = Path(data)
+    if image_size is not None and (data in NAMES or not path.is_dir()):
+        raise UserError(f"--image-size is for pictures in a folder, which {printable(data)} is not")
+    if data in NAMES:
+        return read_published(data, data_dir)
+    if data_dir is not None:
+        raise UserError(f"--data-dir is for data sets by name: {printable(data)} is a path by itself")
+    where = printable(path)
+    parts = read_pictures(path, parse_size(image_size)) if path.is_dir() else read_arrays(path)
+    check_parts(parts, where)
+    return with_classes(parts, where)
+
+
+def check_there(data: str) -> None:
+    """Raise `UserError` for what is neither a name nor the path of something. Local."""
+    try:
+        there = data in NAMES or Path(data).exists()
+    except (OSError, ValueError):
+        there = False
+    if not there:
         raise UserError(
-            f"{data}: all pixels of channel {int(constant.argmax())} of the training images are equal: nothing to learn"
+            f"data = {printable(data)}: there is no file or folder of this name, and no data set: these are "
+            f"{', '.join(NAMES)}"
         )
-    second = counts @ np.arange(256.0) ** 2 / counts.sum(axis=1)
-    scale = 1 / np.sqrt(second - mean**2)
-    constants = [xp.asarray(c[:, None, None], dtype=dtype) for c in (scale, -mean * scale)]
-    training, testing = (
-        Split(xp.asarray(i), xp.asarray(la), *constants) for i, la in ((train, train_labels), (test, test_labels))
-    )
-    return Dataset(data, training, testing, classes, _digest(arrays))
 
 
-def _digest(arrays: tuple[Bytes, ...]) -> str:
-    """Return a digest of arrays of bytes and of their shapes."""
+def parse_size(text: str | None) -> Size | None:
+    """Return height and width, as of "32x48"; `is_size` has checked it."""
+    found = IMAGE_SIZE.fullmatch(text or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def is_size(text: str) -> bool:
+    """Tell whether a text is HEIGHTxWIDTH."""
+    return 0 not in (parse_size(text) or (0,))
+
+
+def short_name(data: str) -> str:
+    """Return the name of a data set, of a path its last part without suffix, as files and figures are called.
+
+    Examples
+    --------
+    >>> short_name("mnist"), short_name("/scratch/me/leaves.npz"), short_name("photos/")
+    ('mnist', 'leaves', 'photos')
+    """
+    return data if data in NAMES else Path(data).stem or "data"
+
+
+def normalisation(images: Any, where: str) -> tuple[Any, Any]:
+    """Return scale and shift (C, 1, 1), float64, for zero mean and unit variance of each channel. Local.
+
+    Raises
+    ------
+    UserError
+        Where all pixels of a channel are equal.
+    """
+    channels, pixels = images.shape[1], images[:, 0].size
+    if (constant := images.min(axis=(0, 2, 3)) == images.max(axis=(0, 2, 3))).any():
+        raise UserError(
+            f"{where}: all pixels of channel {int(constant.argmax())} of the training images are equal: nothing to "
+            "learn: leave the channel out"
+        )
+
+    def mean(power: int, centre: Any) -> Any:
+        total = np.zeros(channels)
+        for start in range(0, len(images), CHUNK):
+            total += ((images[start : start + CHUNK] - centre) ** power).sum(axis=(0, 2, 3), dtype=np.float64)
+        return total[:, None, None] / pixels
+
+    centre = mean(1, np.zeros((channels, 1, 1)))
+    scale = 1 / np.sqrt(mean(2, centre))
+    return scale, -centre * scale
+
+
+def _digest(parts: Parts) -> str:
+    """Return a digest of arrays, their shapes, and their types, but for bytes, which in earlier versions were all."""
     digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(str(array.shape).encode())
+    for array in (array for name in (TRAIN, TEST, VALIDATION) for array in parts.get(name, ())):
+        kind = "" if array.dtype == np.uint8 else str(array.dtype)
+        digest.update(f"{kind}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def locate(name: str, data_dir: str | None) -> list[Path] | None:
-    """Return the paths of a data set's files, in the order of `Source.files`, or None where a file is missing. Local.
-
-    A folder named by `data_dir`, or else by $QNEWTON_DATA_DIR, is the only one looked at; otherwise the system's
-    (/usr/share/datasets) and the download cache. In each, a subfolder with the data set's name comes first.
-    """
-    source = SOURCES[name]
-    for base in _folders(data_dir):
-        for folder in (base / name / source.folder, base / source.folder, base / name, base):
-            paths = [next((p for p in (folder / f, folder / f"{f}.gz") if _is_file(p)), None) for f in source.files]
-            found = [p for p in paths if p is not None]
-            if len(found) == len(paths):
-                return found
-    return None
-
-
-def _is_file(path: Path) -> bool:
-    """Tell whether there is a file; not where the path is none, as of too many characters."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def download(name: str) -> None:
-    """Fetch a data set's published files into the cache and check their hashes. Local: call on one rank of a node.
-
-    Raises
-    ------
-    UserError
-        Without a network, or when a hash does not match.
-    """
-    import tarfile
-
-    import pooch
-
-    unpack = pooch.Untar(extract_dir=".") if SOURCES[name].folder else None
-    for url, md5 in SOURCES[name].downloads.items():
-        try:
-            pooch.retrieve(url, f"md5:{md5}", Path(url).name, _cache() / name, processor=unpack)
-        except (OSError, ValueError, tarfile.TarError) as error:
-            raise UserError(f"{_missing(name, None)}; the download failed: {reason(error)}") from error
-
-
-def may_download(name: str, data_dir: str | None) -> bool:
-    """Tell whether a data set is to be fetched: nothing was named, and nothing was found. Local."""
-    return name != EMBEDDED and not _named(data_dir) and locate(name, None) is None
-
-
-def _named(data_dir: str | None) -> str | None:
-    return data_dir or os.environ.get(VARIABLE)
-
-
-def _cache() -> Path:
-    import pooch
-
-    return Path(pooch.os_cache("qnewton_mpi"))
-
-
-def _folders(data_dir: str | None) -> list[Path]:
-    named = _named(data_dir)
-    return [Path(named)] if named else [SYSTEM_FOLDER, _cache()]
-
-
-def _missing(name: str, data_dir: str | None) -> str:
-    places = " or ".join(printable(folder) for folder in _folders(data_dir))
-    wanted = ", ".join(SOURCES[name].files[:2])
-    return (
-        f"no {name} files ({wanted}, …; .gz or not) in {places}: put them there, or name their folder with --data-dir"
-    )
-
-
-def _read_sample() -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    import h5py
-
-    raw = resources.files(__package__).joinpath(SAMPLE).read_bytes()  # HDF5 would want a lock on the file
-    with h5py.File(io.BytesIO(raw)) as file:
-        train, train_labels, test, test_labels = (
-            file[key][()] for key in ("train/images", "train/labels", "test/images", "test/labels")
-        )
-        return train, train_labels, test, test_labels

@@ -169,11 +169,10 @@ def subgroup(group: h5py.Group, name: str) -> h5py.Group:
     return found
 
 
-def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
-    """Return a data set whose data is in this very file, of numbers or text, as large as the file at most. Local.
+def stored(group: h5py.Group, name: str) -> h5py.Dataset:
+    """Return a data set whose data is in this very file: no link is followed on the way, none virtual, none external.
 
-    No link is followed on the way to it, no virtual data set, external storage, filter or compound type accepted: what
-    they lead to is not what was written here. Where the data is missing, HDF5 would give zeros, as many as declared.
+    Local.
 
     Raises
     ------
@@ -184,11 +183,27 @@ def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
     for part in groups:
         group = subgroup(group, part)
     found = child(group, last)
-    if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external or found.dtype.kind not in "biufS":
+    if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external or found.shape is None:
+        raise ValueError(f"{name} is no array in this file")
+    return found
+
+
+def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
+    """Return a stored data set of numbers or text as it was written here, as large as the file at most. Local.
+
+    No filter or compound type is accepted. Where the data is missing, HDF5 would give zeros, as many as declared.
+
+    Raises
+    ------
+    KeyError, ValueError
+        Where there is none.
+    """
+    found = stored(group, name)
+    if found.dtype.kind not in "biufS":
         raise ValueError(f"{name} is not an array of numbers in this file")
     if found.id.get_create_plist().get_nfilters():
         raise ValueError(f"{name} is filtered")
-    if found.shape is None or found.nbytes > min(found.id.get_storage_size(), found.file.id.get_filesize()):
+    if found.nbytes > min(found.id.get_storage_size(), found.file.id.get_filesize()):
         raise ValueError(f"{name} is not all there")
     return found
 

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.layers import Activation, ConvPool, ConvPoolShape, Dense, DenseShape
 from qnewton_mpi.parallel.device import Array
 
 KERNEL = 5
 FILTERS = (8, 16)
 CLASSES = 10
-# Widths of the two hidden dense layers, chosen for about 16,000 parameters: 15,924 and 16,154.
+# Widths of the two hidden dense layers, for the poster's images chosen for about 16,000 parameters: 15,924 and 16,154.
 DENSE_WIDTHS = {(1, 28, 28): (42, 32), (3, 32, 32): (28, 28)}
+OTHER_WIDTHS = (32, 32)
+LEAST_SIDE = 16  # what the two pooled convolutions leave a pixel of
 # Samples computed at a time: large enough for BLAS, small enough that a layer's patches stay in cache. On a GPU the
 # whole batch is one block.
 BLOCK = 32
@@ -29,7 +32,8 @@ class Convnet:
 
     Parameters
     ----------
-    input_shape : (1, 28, 28) or (3, 32, 32)
+    input_shape : (C, H, W)
+        H and W 16 at least.
     activation : {"tanh", "relu"}
     xp : module, optional
         numpy or cupy.
@@ -41,10 +45,15 @@ class Convnet:
         Widths of the two hidden dense layers.
     classes : int, optional
 
+    Raises
+    ------
+    UserError
+        For smaller images.
+
     Attributes
     ----------
     size : int
-        N, the number of parameters: 15,924 or 16,154, unless filters and widths are given.
+        N, the number of parameters: of 10 classes 15,924 for (1, 28, 28), 16,154 for (3, 32, 32).
     parameter_shapes : list of tuple of int
         Of the weights and biases that the flat parameters are made of, in their order.
 
@@ -69,11 +78,16 @@ class Convnet:
         dense: tuple[int, int] | None = None,
         classes: int = CLASSES,
     ) -> None:
+        if min(input_shape[1:]) < LEAST_SIDE:
+            raise UserError(
+                f"images of {input_shape[1]}×{input_shape[2]} pixels are too small for the network: it takes "
+                f"{LEAST_SIDE}×{LEAST_SIDE} at least"
+            )
         self.xp, self.dtype, self.input_shape, self.classes = xp, dtype, input_shape, classes
         self.activation = Activation(xp, activation)
         first = ConvPoolShape(input_shape, filters[0], KERNEL)
         second = ConvPoolShape(first.output_shape, filters[1], KERNEL)
-        self._widths = dense or DENSE_WIDTHS[input_shape]
+        self._widths = dense or DENSE_WIDTHS.get(input_shape, OTHER_WIDTHS)
         hidden = [prod(second.output_shape), *self._widths]
         full = [DenseShape(m, n) for m, n in itertools.pairwise(hidden)]
         last = DenseShape(hidden[-1], classes, activated=False)
@@ -131,7 +145,7 @@ class Convnet:
         ----------
         parameters : (N,)
         images : (B, C, H, W), the network's dtype
-        labels : (B,) integers 0 … 9
+        labels : (B,) integers 0 … classes − 1
 
         Returns
         -------
@@ -148,7 +162,7 @@ class Convnet:
         ----------
         parameters : (N,), of all replicas, or (R, N)
         images : (R, B, C, H, W), the network's dtype
-        labels : (R, B) integers 0 … 9
+        labels : (R, B) integers 0 … classes − 1
 
         Returns
         -------
@@ -218,7 +232,7 @@ class Convnet:
         return layers, x
 
     def _softmax(self, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
-        """Return the negative log-likelihoods (R, B), the probabilities (R, 10, B), the one-hot labels (R, 10, B)."""
+        """Return the negative log-likelihoods (R, B), the probabilities (R, K, B), the one-hot labels (R, K, B)."""
         xp = self.xp
         shifted = logits - xp.max(logits, axis=1, keepdims=True)
         exponentials = xp.exp(shifted)

@@ -64,7 +64,7 @@ class DenseShape:
 
 @dataclass(frozen=True)
 class ConvPoolShape:
-    """A convolution without padding, 2×2 max pooling, and the activation. Odd kernels, even heights and widths."""
+    """A convolution without padding, 2×2 max pooling, and the activation. Odd kernels; an odd last row is unused."""
 
     input_shape: tuple[int, int, int]
     filters: int
@@ -72,10 +72,8 @@ class ConvPoolShape:
 
     def __post_init__(self) -> None:
         _, height, width = self.input_shape
-        if self.kernel % 2 == 0 or height % 2 or width % 2 or min(height, width) <= self.kernel:
-            raise ValueError(
-                f"no pooled convolution of kernel {self.kernel} over {height}×{width}: odd kernel, even sides"
-            )
+        if self.kernel % 2 == 0 or min(height, width) <= self.kernel:
+            raise ValueError(f"no pooled convolution of kernel {self.kernel} over {height}×{width}: odd, and smaller")
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -212,8 +210,9 @@ class ConvPool:
         replicas, channels, side, _, rows, columns, batch = self.windows
         half = side // 2
         self.dx[...] = 0
-        # Sides are even: 2×2 blocks are added at a time, which takes a quarter of the calls.
-        image = self.dx.reshape(replicas, channels, self.dx.shape[2] // 2, 2, self.dx.shape[3] // 2, 2, batch)
+        # 2×2 blocks are added at a time, which takes a quarter of the calls; an odd last row or column is in no patch.
+        height, width = (length // 2 for length in self.dx.shape[2:4])
+        image = self.dx[:, :, : 2 * height, : 2 * width].reshape(replicas, channels, height, 2, width, 2, batch)
         patches = self.patches.reshape(replicas, channels, half, 2, half, 2, rows, columns, batch)
         for y in range(half):
             for x in range(half):

@@ -222,7 +222,12 @@ class Communicator:
                 )
 
     def from_root(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 alone; return its result, or raise its `UserError`, on every rank."""
+        """Run `action` on rank 0 alone; return its result, or raise its `UserError`, on every rank.
+
+        Arrays in the result cross as buffers, of any size.
+        """
+        from mpi4py.util import pkl5
+
         outcome: tuple[T | None, UserError | None] | None = None
         if self.rank == 0:
             try:
@@ -231,7 +236,7 @@ class Communicator:
                 outcome = None, error
         with self.waiting():
             self._gates.agree()
-            result, failure = self.mpi.bcast(outcome)
+            result, failure = pkl5.Intracomm(self.mpi).bcast(outcome)
         if failure is not None:
             raise failure
         return result  # type: ignore[no-any-return]

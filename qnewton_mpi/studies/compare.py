@@ -13,6 +13,8 @@ from typing import Any
 from mpi4py import MPI
 
 from qnewton_mpi.config import resolve, run_config
+from qnewton_mpi.data import datasets
+from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, TooLateError, UserError
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
@@ -20,12 +22,14 @@ from qnewton_mpi.studies.halt import Halt
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
 from qnewton_mpi.training.interruption import Noted
-from qnewton_mpi.training.loop import load_data, train
+from qnewton_mpi.training.loop import data_options, train
 from qnewton_mpi.training.runfile import rate_text
 from qnewton_mpi.training.whose import DIGEST, LENGTH
 
 Labels = dict[str, dict[str, Any]]
 """What a study says of its runs, by their names: row, stage, baseline."""
+Data = tuple[Any, ...]
+"""The options of a row that say which data it has, `datasets.OPTIONS`; None where it does not say."""
 
 
 def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator, again: str = "") -> None:
@@ -61,9 +65,13 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator,
 
         world.from_root(open_store)
         digests = {}
-        for data in {data_of(row) for row in study.rows}:
-            options = dict(zip(("data", "data_dir"), data, strict=True))
-            digests[data] = load_data(run_config({k: v for k, v in options.items() if v is not None}), world).digest
+        for data in dict.fromkeys(data_of(row) for row in study.rows):
+            options = {k: v for k, v in zip(datasets.OPTIONS, data, strict=True) if v is not None}
+            dataset = datasets.load_on_all(world, **data_options(run_config(options).training))
+            judged = [part for part in (VALIDATION, TEST) if f"{part}_" in study.tune_by]
+            if not dataset.splits.keys() >= set(judged):
+                raise UserError(f"tune_by = {study.tune_by}: {dataset.name} has no {judged[0]} part")
+            digests[data] = dataset.digest
         group = Communicator(world.mpi.Split(world.rank // ranks_per_run))
         halt = Halt(world, range(0, world.size, ranks_per_run))
         noted = stack.enter_context(Noted())
@@ -76,9 +84,9 @@ def compare(study: Study, output: Path, ranks_per_run: int, world: Communicator,
         world.from_root(lambda: store.merge({name: said for labels, _ in outcomes for name, said in labels.items()}))
 
 
-def data_of(row: Row) -> tuple[str | None, str | None]:
-    """Return the data set of a row, and its folder, as far as the row says so."""
-    return row.options.get("data"), row.options.get("data_dir")
+def data_of(row: Row) -> Data:
+    """Return what a row says of its data."""
+    return tuple(row.options.get(name) for name in datasets.OPTIONS)
 
 
 @dataclass
@@ -98,7 +106,7 @@ class Work:
     group: Communicator
     halt: Halt
     noted: Noted
-    digests: Mapping[tuple[str | None, str | None], str]
+    digests: Mapping[Data, str]
     worked: bool = False
 
     def do(self) -> tuple[Labels, UserError | InterruptedRunError | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.plotting import label_decades, plain, pyplot, save
 from qnewton_mpi.studies.plan import at_edge
@@ -141,6 +142,8 @@ def markdown(results: list[Result]) -> str:
     """
     last, tail = (best_baseline(results, figure) for figure in ("train_nll", "tail_train_nll"))
 
+    parts = [part for part in (VALIDATION, TEST) if all(part in run.held_out for r in results for run in r.runs)]
+
     def ratio(value: float, base: float | None) -> str:
         return "–" if not base or math.isnan(value) else f"{value / base:.2f}"
 
@@ -158,7 +161,7 @@ def markdown(results: list[Result]) -> str:
         "ratio": lambda r: ratio(r.mean("train_nll"), last.mean("train_nll") if last else None),
         "train NLL, tail mean": lambda r: r.cell("tail_train_nll"),
         "ratio, tail": lambda r: ratio(r.mean("tail_train_nll"), tail.mean("tail_train_nll") if tail else None),
-        "test NLL, tail mean": lambda r: r.cell("tail_test_nll"),
+        **{f"{part} NLL, tail mean": lambda r, part=part: r.cell(f"tail_{part}_nll") for part in parts},  # type: ignore[misc]
         "samples to its NLL": lambda r: to_target(r, "sample_gradients"),
         "seconds to its NLL": lambda r: to_target(r, "wall_seconds"),
     }

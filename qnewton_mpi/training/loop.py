@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.config import RunConfig
+from qnewton_mpi.config import RunConfig, TrainSettings
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
+from qnewton_mpi.data.parts import TRAIN
 from qnewton_mpi.errors import InterruptedRunError, NonFiniteGradientError, UserError, printable
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.models.description import Description
@@ -33,7 +33,7 @@ from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.progress import Progress
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, QUALITIES, Parameters, RunFile
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
@@ -90,9 +90,9 @@ def train(
     Raises
     ------
     UserError
-        On every rank: for an output or checkpoints that are another's, data that cannot be had or differ between the
-        ranks, a device that is not there, a gradient that is not finite, a checkpoint that cannot be gone on from,
-        parameters that differ between ranks.
+        On every rank: for an output or checkpoints that are another's, data that cannot be had, a device that is not
+        there, a gradient that is not finite, a checkpoint that cannot be gone on from, parameters that differ between
+        ranks.
     InterruptedRunError
         On every rank, where it was told to stop; a checkpoint has been written, if there is a folder for them.
     """
@@ -117,10 +117,11 @@ class Run:
         self.config, self.training, self.communicator, self.interruption = config, training, communicator, interruption
         communicator.enter("loading")
         device = communicator.together(lambda: open_device(training.device, communicator.node_rank))
-        self.dataset = load_data(config, communicator, device.xp)
+        self.dataset = datasets.load_on_all(communicator, device.xp, **data_options(training))
         interruption.check()
         communicator.enter("algebra")
-        self.network = network = Convnet(self.dataset.input_shape, training.activation, device.xp)
+        shape, classes = self.dataset.input_shape, len(self.dataset.classes)
+        self.network = network = Convnet(shape, training.activation, device.xp, classes=classes)
         samples = len(self.dataset.train)
         if training.batch > samples:
             raise UserError(
@@ -147,11 +148,13 @@ class Run:
         drawn = communicator.from_root(lambda: secrets.token_bytes(8))
         self.position = Position(skipped=np.zeros(0, np.int64), run=np.frombuffer(drawn, np.uint8))
         machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
+        samples_of = {f"{name}_samples": len(split) for name, split in self.dataset.splits.items()}
         self.configuration = {**config.flat(), DIGEST: self.dataset.digest}
         self.description = Description.of(network, self.dataset).text()
         self.attributes = {
             **self.configuration,
             **machine,
+            **samples_of,
             NETWORK: self.description,
             "exchange": self.exchange.name,
             **labels,
@@ -351,7 +354,7 @@ class Run:
         if self.file is not None:
             self.file.add_epoch(figures, self.named(iterates))
         LOG.debug("step %d: train NLL %.6f, %d bytes sent", position.step, figures["train_nll"], figures["bytes_sent"])
-        self.progress.evaluated(figures)
+        self.progress.evaluated(figures, [part for part in self.dataset.splits if part != TRAIN])
 
     def save(self) -> bool:
         """Write a checkpoint, if there is a folder; return whether it was written.
@@ -379,47 +382,28 @@ class Run:
         return True
 
 
-def load_data(config: RunConfig, communicator: Communicator, xp: ModuleType = np) -> datasets.Dataset:
-    """Return the data set; the first rank of each node fetches what is missing, once. Collective.
-
-    Raises
-    ------
-    UserError
-        On every rank, where it cannot be had, or is another on some ranks.
-    """
-    name, folder = config.training.data, config.training.data_dir
-
-    def fetch() -> None:
-        if communicator.node_rank == 0 and datasets.may_download(name, folder):
-            datasets.download(name)
-
-    communicator.together(fetch)
-    dataset = communicator.together(lambda: datasets.load(name, folder, xp))
-    with communicator.waiting():
-        digests = communicator.mpi.allgather(dataset.digest)
-    if others := [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]:
-        where = "--data-dir" if folder else "the folders of the data sets"
-        raise UserError(
-            f"the files of {name} on rank(s) {', '.join(others)} differ from those on rank 0: look at {where} on their "
-            "nodes"
-        )
-    return dataset
+def data_options(training: TrainSettings) -> dict[str, Any]:
+    """Return the options of a run that say which data it has, as `datasets.load_on_all` takes them. Local."""
+    return {name: getattr(training, name) for name in datasets.OPTIONS}
 
 
 def evaluate(
     network: Convnet, parameters: Array, dataset: datasets.Dataset, communicator: Communicator
 ) -> dict[str, float]:
-    """Return the mean negative log-likelihoods (nats) of both splits and the test accuracy. Collective.
+    """Return the mean negative log-likelihood (nats) and the accuracy of each part, by QUALITIES' names. Collective.
 
     The samples are shared by the ranks.
     """
-    sums = np.zeros((2, 2))
-    splits = (dataset.train, dataset.test)
-    for k, split in enumerate(splits):
+    splits = dataset.splits
+    sums = np.zeros((len(splits), 2))
+    for total, split in zip(sums, splits.values(), strict=True):
         mine = partition.share(len(split), communicator.size, communicator.rank)
         for start in range(mine.start, mine.stop, EVALUATION_BATCH):
-            sums[k] += network.evaluate(
-                parameters, *split.batch(slice(start, min(start + EVALUATION_BATCH, mine.stop)))
-            )
-    (train_nll, _), (test_nll, accuracy) = communicator.allreduce(sums) / [[len(split)] for split in splits]
-    return {"train_nll": float(train_nll), "test_nll": float(test_nll), "test_accuracy": float(accuracy)}
+            total += network.evaluate(parameters, *split.batch(slice(start, min(start + EVALUATION_BATCH, mine.stop))))
+    means = communicator.allreduce(sums) / [[len(split)] for split in splits.values()]
+    found = {
+        f"{name}_{what}": float(value)
+        for name, values in zip(splits, means, strict=True)
+        for what, value in zip(("nll", "accuracy"), values, strict=True)
+    }
+    return {name: value for name, value in found.items() if name in QUALITIES}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tqdm import tqdm
+
+from qnewton_mpi.training.runfile import qualities_text
 
 LINE_SECONDS = 30.0
 
@@ -54,13 +56,11 @@ class Progress:
         elif self.kind == "lines" and time.monotonic() - self._told > LINE_SECONDS:
             self._line(f"loss {loss:.4f}")
 
-    def evaluated(self, figures: Mapping[str, float]) -> None:
-        """Tell of an evaluation, whose time does not count as training."""
+    def evaluated(self, figures: Mapping[str, float], held_out: Iterable[str]) -> None:
+        """Tell of an evaluation, on some parts beside the training part; its time does not count as training."""
         self._paused = figures["evaluation_seconds"]
-        text = (
-            f"epoch {figures['epoch']:.4g}/{self.epochs:.4g}: train NLL {figures['train_nll']:.4f}, "
-            f"test NLL {figures['test_nll']:.4f}, accuracy {figures['test_accuracy']:.2%}"
-        )
+        qualities = qualities_text(figures.__getitem__, held_out)
+        text = f"epoch {figures['epoch']:.4g}/{self.epochs:.4g}: {qualities}"
         if self.kind == "lines":
             self._line(text)
         elif self.kind == "bar":

@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.data.parts import TEST, TRAIN, VALIDATION
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import attributes_of, child, column, dataset, open_image, subgroup, text_of, write_image
 from qnewton_mpi.files.locks import Holder
@@ -34,7 +35,7 @@ from qnewton_mpi.training.provenance import provenance, versions
 Parameters = dict[str, NDArray[Any]]
 
 ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter
-QUALITIES = ("train_nll", "test_nll", "test_accuracy")
+QUALITIES = ("train_nll", "validation_nll", "validation_accuracy", "test_nll", "test_accuracy")  # NaN without the part
 EPOCH_FIGURES = (
     "epoch",
     "step",
@@ -251,7 +252,9 @@ class Run:
         if status not in (RUNNING, FINISHED) and not status.startswith(FAILED.rstrip()):
             raise ValueError(f"status {printable(status)}")
         _check(self.attributes, kinds)
-        self.epochs = _columns(group, "epochs", EPOCH_FIGURES)
+        there = subgroup(group, "epochs")
+        figures = [name for name in EPOCH_FIGURES if VALIDATION not in name or name in there]  # earlier files have none
+        self.epochs = _columns(group, "epochs", figures)
 
     @property
     def state(self) -> str:
@@ -287,9 +290,16 @@ class Run:
         name = names.get(a["method"], a["method"])
         return f"{name} M={a['replicas']} lr={rate_text(a['lr'])}"
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The parts of the data that the run was evaluated on beside the one that it was trained on."""
+        if f"{TRAIN}_samples" not in self.attributes:  # earlier, all data sets had a test part and nothing else
+            return (TEST,)
+        return tuple(part for part in (VALIDATION, TEST) if f"{part}_samples" in self.attributes)
+
     def last(self, figure: str) -> float:
         """Return a figure of the last evaluation; NaN before any."""
-        values = self.epochs[figure]
+        values = self.epochs.get(figure, np.zeros(0))
         return float(values[-1]) if len(values) else math.nan
 
 
@@ -366,24 +376,45 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def qualities_text(figure: Callable[[str], float], held_out: Iterable[str]) -> str:
+    """Return the figures of an evaluation, by their names, as a line.
+
+    Examples
+    --------
+    >>> qualities_text({"train_nll": 0.5, "test_nll": 1.0, "test_accuracy": 0.75}.__getitem__, ["test"])
+    'train NLL 0.5000, test NLL 1.0000, accuracy 75.00%'
+    """
+    told = [f"{part} NLL {figure(f'{part}_nll'):.4f}, accuracy {figure(f'{part}_accuracy'):.2%}" for part in held_out]
+    return ", ".join([f"train NLL {figure('train_nll'):.4f}", *told])
+
+
 def table(runs: list[Run]) -> str:
     """Return the closing table: where the runs stood after their last evaluation, mean ± std over those of a label.
 
-    A last column says what became of them, unless all are finished.
+    It shows the parts of the data that were held out of any of them. A last column says what became of them, unless all
+    are finished.
     """
-    columns: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
-        ("epochs", ".4g", lambda run: run.last("epoch")),
-        ("train NLL", ".4f", lambda run: run.last("train_nll")),
-        ("test NLL", ".4f", lambda run: run.last("test_nll")),
-        ("accuracy", ".2%", lambda run: run.last("test_accuracy")),
-        ("seconds", ".1f", lambda run: run.last("wall_seconds")),
-        ("samples/s", ",.0f", lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)),
-    )
+    held_out = [part for part in (VALIDATION, TEST) if any(part in run.held_out for run in runs)]
+    columns = [("epochs", ".4g", "epoch"), ("train NLL", ".4f", "train_nll")]
+    for part in held_out:
+        accuracy = f"{part} accuracy" if len(held_out) > 1 else "accuracy"
+        columns += [(f"{part} NLL", ".4f", f"{part}_nll"), (accuracy, ".2%", f"{part}_accuracy")]
+    columns += [("seconds", ".1f", "wall_seconds"), ("samples/s", ",.0f", "")]
     states = {run: run.state.partition(":")[0] for run in runs}
     with_states = set(states.values()) != {FINISHED}
+
+    def shown(run: Run, figure: str) -> float:
+        return run.last(figure) if figure else run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)
+
     rows = [("run", "runs", *(name for name, _, _ in columns), *(["status"] if with_states else []))]
     for label, group in by_label(runs).items():
-        cells = [mean_and_spread([figure(run) for run in group], layout) for _, layout, figure in columns]
+        lacking = {part for part in held_out if not any(part in run.held_out for run in group)}
+        cells = [
+            "–"
+            if figure.partition("_")[0] in lacking
+            else mean_and_spread([shown(run, figure) for run in group], layout)
+            for _, layout, figure in columns
+        ]
         if with_states:
             counts = Counter(states[run] for run in group)
             cells.append(", ".join(f"{n} {state}" if len(group) > 1 else state for state, n in counts.items()))

@@ -183,12 +183,13 @@ def differences(before: Mapping[str, Any], configuration: Mapping[str, Any]) -> 
     for name, is_now in sorted(configuration.items()):
         was = before.get(name)
         was = was.item() if isinstance(was, np.generic) else was
-        if name in FREE or was == is_now:
+        same_data = name == "data" and before.get(DIGEST, "") == configuration.get(DIGEST)  # files that were moved
+        if name in FREE or was == is_now or same_data:
             continue
         if name != DIGEST:
             told.append(f"{name} was {was} and is {is_now}")
         elif was is not None:
-            told.append("the data set of --data-dir differs")
+            told.append("the data set differs")
     if any(before.get(name) != configuration.get(name) for name in LENGTH):
         told.append(
             "the schedule and the mean of the last quarter depend on the length of a run, so begin another for another "

@@ -9,9 +9,9 @@ import pytest
 from test_data import write_mnist
 
 from qnewton_mpi.config import resolve, run_config
+from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.studies.halt import Halt
-from qnewton_mpi.training.loop import load_data
 from qnewton_mpi.training.whose import held
 
 
@@ -37,18 +37,21 @@ def test_a_lock_is_held_by_all_or_none(communicator, folder):
     assert list(folder.iterdir()) == []
 
 
-def test_data_that_differ_between_ranks(communicator, folder):
-    last = communicator.size - 1
+def test_rank_0_alone_reads_the_data(communicator, folder):
     mine = folder / str(communicator.rank)
-    write_mnist(mine, 20, labels=np.arange(20) % (9 if communicator.rank == last > 0 else 10))
-    config = run_config({"data": "mnist", "data_dir": str(mine)})
-    if not last:
-        assert len(load_data(config, communicator).train) == 20
-        return
-    with pytest.raises(
-        UserError, match=rf"the files of mnist on rank\(s\) {last} differ from those on rank 0: .*--data"
-    ):
-        load_data(config, communicator)
+    if communicator.rank == 0:
+        write_mnist(mine, 20)
+    data = datasets.load_on_all(communicator, data="mnist", data_dir=str(mine))
+    assert (
+        communicator.mpi.allgather((data.digest, len(data.train), data.classes))
+        == [(data.digest, 20, tuple("0123456789"))] * communicator.size
+    )
+    pixels = np.array([data.train.batch(slice(None))[0].sum(dtype="f8")])
+    assert (communicator.allgather(pixels, [1] * communicator.size) == pixels).all()
+    if communicator.rank == 0:
+        (mine / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UserError, match="no mnist files"):
+        datasets.load_on_all(communicator, data="mnist", data_dir=str(mine))
 
 
 @pytest.mark.parametrize("at_once", [False, True])
