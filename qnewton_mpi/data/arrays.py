@@ -47,7 +47,7 @@ def read_arrays(path: Path) -> Parts:
     Raises
     ------
     UserError
-        For a file that cannot be read, lacks an array, or has one that is no images or no labels.
+        For a file that cannot be read, lacks labels, or has arrays that are no images or no labels.
     """
     with open_regular(path) as (file, _):
         packed = file.read(len(ZIP)) == ZIP
@@ -117,7 +117,7 @@ def read_members(members: Members) -> Parts:
     Raises
     ------
     UserError
-        Where there are no images to train on, or twice, or without labels, or arrays that are neither.
+        Where there are no images, or those of a part twice, or without labels, or arrays that are neither.
     """
     parts: Parts = {}
     for part, words in WORDS.items():
@@ -128,9 +128,9 @@ def read_members(members: Members) -> Parts:
             raise UserError(f"has {there[0][0]} and {there[1][0]}, both the {part} part: leave one of them")
         if there:
             parts[part] = _part(members, *there[0])
-    if TRAIN not in parts:
+    if not parts:
         found = ", ".join(printable(name) for name in members.names[:8]) or "nothing"
-        raise UserError(f"has no x_train and y_train, nor other names of a training part, but {found}")
+        raise UserError(f"has no x_train and y_train, nor other names of images and labels, but {found}")
     return parts
 
 

@@ -32,6 +32,7 @@ from qnewton_mpi.parallel.device import Array
 DEFAULT_VALIDATION = 0.1  # of what has no other part than one to train on
 IMAGE_SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
 OPTIONS = ("data", "data_dir", "validation", "image_size")  # of `train`, that say what `load` returns
+SUFFIXES = (".npz", ".h5", ".hdf5")  # a name goes without
 CHUNK = 1024  # images in double precision at a time
 
 
@@ -137,7 +138,11 @@ def load(
     """
     where = data if data in NAMES else printable(data)
     parts, classes = read(data, data_dir, image_size)
-    digest = _digest(parts)
+    if TRAIN not in parts:
+        raise UserError(f"{where}: has no images to train on, but a part to {' and '.join(parts)} with")
+    if data not in NAMES:
+        check_classes(parts, classes, where)
+    digest = digest_of(parts)
     if VALIDATION in parts and validation is not None:
         raise UserError(f"{where}: has a validation part of its own: leave out --validation")
     fraction = DEFAULT_VALIDATION if validation is None and parts.keys() == {TRAIN} else validation
@@ -178,7 +183,10 @@ def load_on_all(communicator: Communicator, xp: ModuleType = np, dtype: Any = np
 
 
 def read(data: str, data_dir: str | None, image_size: str | None) -> tuple[Parts, tuple[str, ...]]:
-    """Return the parts, labels being indices, and the classes. Local. For errors see `load`."""
+    """Return the parts as they are, labels being indices, and the classes; there may be none to train on. Local.
+
+    For errors see `load`.
+    """
     check_there(data)
     path = Path(data)
     if image_size is not None and (data in NAMES or not path.is_dir()):
@@ -225,7 +233,8 @@ def short_name(data: str) -> str:
     >>> short_name("mnist"), short_name("/scratch/me/leaves.npz"), short_name("photos/")
     ('mnist', 'leaves', 'photos')
     """
-    return data if data in NAMES else Path(data).stem or "data"
+    path = Path(data)
+    return data if data in NAMES else (path.stem if path.suffix in SUFFIXES else path.name) or "data"
 
 
 def normalisation(images: Any, where: str) -> tuple[Any, Any]:
@@ -254,8 +263,8 @@ def normalisation(images: Any, where: str) -> tuple[Any, Any]:
     return scale, -centre * scale
 
 
-def _digest(parts: Parts) -> str:
-    """Return a digest of arrays, their shapes, and their types, but for bytes, which in earlier versions were all."""
+def digest_of(parts: Parts) -> str:
+    """Return a digest of the arrays of all parts, their shapes, and their types, but for bytes, which once were all."""
     digest = hashlib.sha256()
     for array in (array for name in (TRAIN, TEST, VALIDATION) for array in parts.get(name, ())):
         kind = "" if array.dtype == np.uint8 else str(array.dtype)

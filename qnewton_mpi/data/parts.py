@@ -15,19 +15,19 @@ WORDS = {TRAIN: ("train",), VALIDATION: ("val", "valid", "validation"), TEST: ("
 Part = tuple[NDArray[Any], NDArray[Any]]
 """Images (n, C, H, W), uint8 or float32, and labels (n,)."""
 Parts = dict[str, Part]
-"""The training part, and those of the others that there are."""
+"""Those that there are, by their names."""
 
 
 def check_parts(parts: Parts, where: str) -> None:
     """Raise `UserError` unless each part has as many labels as images, one at least, all of one shape. Local."""
-    shape = parts[TRAIN][0].shape[1:]
+    (first, shape), *_ = ((name, images.shape[1:]) for name, (images, _) in parts.items())
     for name, (images, labels) in parts.items():
         if len(images) != len(labels) or not len(images):
             raise UserError(f"{where}: the {name} part has {len(images)} images and {len(labels)} labels")
         if images.shape[1:] != shape or 0 in shape:
             found, wanted = ("×".join(map(str, sides)) for sides in (images.shape[1:], shape))
             raise UserError(
-                f"{where}: images of the {name} part are {found} (channels×height×width), those to train on {wanted}"
+                f"{where}: images of the {name} part are {found} (channels×height×width), of the {first} part {wanted}"
             )
 
 
@@ -44,7 +44,7 @@ def with_classes(parts: Parts, where: str) -> tuple[Parts, tuple[str, ...]]:
     Raises
     ------
     UserError
-        Where numbers and text are mixed, there is but one class, or one that no training image has.
+        Where numbers and text are mixed.
 
     Examples
     --------
@@ -56,19 +56,18 @@ def with_classes(parts: Parts, where: str) -> tuple[Parts, tuple[str, ...]]:
         raise UserError(f"{where}: labels are numbers in one part and text in another")
     values, indices = np.unique(np.concatenate([labels for _, labels in parts.values()]), return_inverse=True)
     classes = tuple(printable(value) for value in values.tolist())
-    if len(classes) < 2:
-        raise UserError(f"{where}: all images are of one class, {classes[0]}: there is nothing to tell apart")
     indices = indices.astype(np.min_scalar_type(len(classes) - 1))
     found, start = {}, 0
     for name, (images, _) in parts.items():
         found[name] = images, indices[start : start + len(images)]
         start += len(images)
-    check_classes(found, classes, where)
     return found, classes
 
 
 def check_classes(parts: Parts, classes: tuple[str, ...], where: str) -> None:
-    """Raise `UserError` for a class that images of another part have, and none to train on. Local."""
+    """Raise `UserError` for a class that images of another part have, and none to train on; for one class. Local."""
+    if len(classes) < 2:
+        raise UserError(f"{where}: all images are of one class, {classes[0]}: there is nothing to tell apart")
     for name, (_, labels) in parts.items():
         unknown = np.setdiff1d(labels, parts[TRAIN][1])
         if len(unknown):

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.data.parts import TRAIN, WORDS, Parts
-from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.errors import MissingPackageError, UserError, printable
 from qnewton_mpi.files.whole import open_regular, reason
+from qnewton_mpi.origin import pip_install
 
 GREY = ("1", "L", "LA", "La")
 COLOUR = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB")  # of 8 bits; not "I", "I;16", "F"
@@ -37,14 +38,16 @@ def read_pictures(folder: Path, size: Size | None) -> Parts:
 
     Raises
     ------
+    MissingPackageError
+        Without Pillow.
     UserError
-        Without Pillow or class folders, for a file that is no picture or of more than 8 bits, for pictures of different
+        Without class folders, for a file that is no picture or of more than 8 bits, for pictures of different
         sizes.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise UserError(f"{printable(folder)}: pictures need Pillow: pip install 'qnewton_mpi[images]'") from error
+        raise MissingPackageError(f"{printable(folder)}: pictures need Pillow: {pip_install('images')}") from error
     files = {part: pictures_of(where) for part, where in part_folders(folder).items()}
     first: tuple[Path, Size] | None = None
     pictures: deque[NDArray[np.uint8]] = deque()  # let go one by one as they are copied

@@ -181,13 +181,14 @@ def download(name: str, data_dir: str | None = None) -> None:
             pooch.retrieve(url, f"md5:{md5}", Path(url).name, target, processor=unpack)
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(
-                f"{_missing(name, data_dir)}; the download to {printable(target)} failed: {reason(error)}"
+                f"{name}: the download to {printable(target)} failed ({reason(error)}): run `qnewton-mpi data fetch "
+                f"{name}` where there is a network, with a --data-dir that all nodes see"
             ) from error
 
 
 def may_download(name: str, data_dir: str | None) -> bool:
     """Tell whether a data set is to be fetched: nothing was named, and nothing was found. Local."""
-    return name != EMBEDDED and not _named(data_dir) and locate(name, None) is None
+    return name in SOURCES and not _named(data_dir) and locate(name, None) is None
 
 
 def _named(data_dir: str | None) -> str | None:
