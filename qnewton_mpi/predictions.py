@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.data import datasets
+from qnewton_mpi.data.parts import TEST, TRAIN, VALIDATION
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import write_image
 from qnewton_mpi.files.whole import replace_whole, writing
@@ -75,7 +75,8 @@ def predict(model: Model, data: str | None = None, data_dir: str | None = None, 
     ----------
     model : Model
     data : str, optional
-        As for `train`; the run's own data without it, and these very ones.
+        As for `train`, but any parts will do, and pictures are resized as the run's were. Without it the run's own,
+        these very ones.
     data_dir : str, optional
         As for `train`; without it the run's, for the run's own data.
     part : str, optional
@@ -87,20 +88,24 @@ def predict(model: Model, data: str | None = None, data_dir: str | None = None, 
         For data that cannot be had or are not the run's, a part that is not there, images of another shape, classes
         that the model does not know.
     """
-    given: Mapping[str, Any] = {"data": data} if data else {k: model.options.get(k) for k in datasets.OPTIONS}
-    dataset = datasets.load(**{**given, **({"data_dir": data_dir} if data_dir else {})})
-    what = printable(dataset.name)
-    if not data and dataset.digest != model.options.get(DIGEST):
-        raise UserError(f"{what}: are not the data that the run had: if you mean these, name them with --data")
-    splits = dataset.splits
-    name = part or next(name for name in ("test", "validation", "train") if name in splits)
-    if name not in splits:
-        raise UserError(f"{what}: has no {printable(name)} part: there are {', '.join(splits)}")
-    if unknown := [name for name in dataset.classes if name not in model.classes]:
+    what = printable(datasets.short_name(data or str(model.options["data"])))
+    if data:
+        size = model.options.get("image_size") if Path(data).is_dir() else None
+        parts, classes = datasets.read(data, data_dir, size)
+    else:
+        options: dict[str, Any] = {name: model.options.get(name) for name in datasets.OPTIONS}
+        dataset = datasets.load(**options | ({"data_dir": data_dir} if data_dir else {}))
+        if dataset.digest != model.options.get(DIGEST):
+            raise UserError(f"{what}: are not the data that the run had: if you mean these, name them with --data")
+        parts, classes = {name: (split.images, split.labels) for name, split in dataset.splits.items()}, dataset.classes
+    name = part or next(name for name in (TEST, VALIDATION, TRAIN) if name in parts)
+    if name not in parts:
+        raise UserError(f"{what}: has no {printable(name)} part: there are {', '.join(parts)}")
+    if unknown := [name for name in classes if name not in model.classes]:
         raise UserError(f"{what}: has a class {printable(unknown[0])}, which {printable(model.path)} does not know")
-    places = np.array([model.classes.index(name) for name in dataset.classes])
-    split = splits[name]
-    return Predictions(model(split.images), places[split.labels], model.classes, name)
+    places = np.array([model.classes.index(name) for name in classes])
+    images, labels = parts[name]
+    return Predictions(model(images), places[labels], model.classes, name)
 
 
 def write(predictions: Predictions, path: Path) -> None:

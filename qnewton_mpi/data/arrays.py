@@ -103,7 +103,7 @@ def open_hdf5(file: Any) -> Iterator[Members]:
                 found = stored(opened, name)
                 if found.nbytes > MOST_PACKED * found.id.get_storage_size():
                     raise ValueError(f"{name} is not all there")
-                return np.asarray(found.asstr()[()] if h5py.check_string_dtype(found.dtype) else found[()])
+                return np.asarray(found.asstr()[()] if found.dtype.kind == "O" else found[()])
 
             layout = text_of(opened.attrs[LAYOUT]) if LAYOUT in opened.attrs else None
             yield Members(list(opened), opened.__contains__, read, layout)
@@ -160,7 +160,7 @@ def as_images(array: NDArray[Any], name: str, layout: str | None) -> NDArray[Any
         raise UserError(f"its layout is {printable(layout)}, and must be {' or '.join(LAYOUTS)}")
     if array.dtype.kind not in "biuf" or array.ndim not in (3, 4):
         raise UserError(
-            f"{name} is {_shape(array)} of {array.dtype}: images are numbers, (n, height, width) or with an axis of "
+            f"{name} is {array.shape} of {array.dtype}: images are numbers, (n, height, width) or with an axis of "
             "channels, the second or the last"
         )
     if array.ndim == 3:
@@ -169,7 +169,7 @@ def as_images(array: NDArray[Any], name: str, layout: str | None) -> NDArray[Any
         may_be = [known for known in LAYOUTS if array.shape[known.index("C")] in CHANNELS]
         if layout is None and len(may_be) != 1:
             raise UserError(
-                f"{name} is {_shape(array)}: which axis holds the channels? say it by a text {LAYOUT} in the file, "
+                f"{name} is {array.shape}: which axis holds the channels? say it by a text {LAYOUT} in the file, "
                 f"{' or '.join(LAYOUTS)} (.npz: an array, HDF5: an attribute)"
             )
         if (layout or may_be[0]) == "NHWC":
@@ -195,7 +195,7 @@ def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
         array = array.astype(str)
     if array.ndim != 1 or array.dtype.kind not in "biuSU":
         raise UserError(
-            f"{name} is {_shape(array)} of {array.dtype}: labels are one whole number or text for each image (of rows "
+            f"{name} is {array.shape} of {array.dtype}: labels are one whole number or text for each image (of rows "
             "with a single 1, .argmax(axis=1))"
         )
     if array.dtype.kind in "SU":
@@ -203,7 +203,3 @@ def as_labels(array: NDArray[Any], name: str) -> NDArray[Any]:
     if len(array) and array.max() > np.iinfo(np.int64).max:
         raise UserError(f"{name} has a label of more than 63 bits")
     return array.astype(np.int64)
-
-
-def _shape(array: NDArray[Any]) -> str:
-    return f"({', '.join(map(str, array.shape))})"
