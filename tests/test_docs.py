@@ -87,6 +87,21 @@ def test_python_blocks_run_on_two_ranks(mpiexec, tmp_path, number):
     assert losses[0] == losses[1] < most
 
 
+def test_the_example_of_own_images(mpiexec, tmp_path, monkeypatch):
+    page = ROOT / "docs" / "data.md"
+    monkeypatch.chdir(tmp_path)
+    exec(blocks_of(page)[0])
+    for line in re.search(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)[1].splitlines():
+        finished = mpiexec(
+            2 if line.startswith("mpiexec") else 1, "-m", "qnewton_mpi", *line.partition("-mpi ")[2].split()
+        )
+        assert finished.returncode == 0, finished.stderr
+    rows = (tmp_path / "leaves.csv").read_text().splitlines()
+    assert len(rows) == 1 + 30  # what was held out
+    right = [row.split(",")[1] == row.split(",")[2] for row in rows[1:]]
+    assert sum(right) > 20
+
+
 def test_every_method_and_command_has_its_table_of_options():
     tables = re.findall(r"```{options} (\S+)", (ROOT / "docs" / "options.md").read_text())
     assert sorted(tables) == sorted([*OPTIMIZERS, *(command.__name__.rpartition(".")[2] for command in COMMANDS)])

@@ -157,9 +157,12 @@ def test_nothing_is_unpickled_and_no_other_file_is_read(tmp_path):
     save(tmp_path / "other.h5", DISTINCT)
     for lay, message in (
         (lambda file: file.__setitem__("x_train", h5py.ExternalLink("other.h5", "x_train")), "x_train is a link"),
-        (lambda file: file.create_dataset("x_train", (12, 8, 8), "u1", external=[("raw", 0, 768)]), "no array in this"),
+        (
+            lambda file: file.create_dataset("x_train", (12, 8, 8), "u1", external=[("raw", 0, 768)]),
+            "not an array in this",
+        ),
         (lambda file: file.create_dataset("x_train", (1 << 40, 8, 8), "u1", chunks=(1, 8, 8)), "is not all there"),
-        (lambda file: file.create_group("x_train"), "x_train is no array"),
+        (lambda file: file.create_group("x_train"), "x_train is not an array"),
     ):
         with h5py.File(tmp_path / "own.h5", "w") as file:
             lay(file)

@@ -184,7 +184,7 @@ def stored(group: h5py.Group, name: str) -> h5py.Dataset:
         group = subgroup(group, part)
     found = child(group, last)
     if not isinstance(found, h5py.Dataset) or found.is_virtual or found.external or found.shape is None:
-        raise ValueError(f"{name} is no array in this file")
+        raise ValueError(f"{name} is not an array in this file")
     return found
 
 
