@@ -208,9 +208,7 @@ def test_download_checks_the_hash(tmp_path, monkeypatch):
     source = published.SOURCES["mnist"]
     hashes = {f.as_uri(): hashlib.md5(f.read_bytes()).hexdigest() for f in files}
     monkeypatch.setattr(pooch.core, "choose_downloader", lambda url, progressbar=False: copy_file)
-    monkeypatch.setitem(
-        published.SOURCES, "mnist", published.Source(source.files, "", hashes, source.read, source.classes)
-    )
+    monkeypatch.setitem(published.SOURCES, "mnist", dataclasses.replace(source, downloads=hashes))
     assert published.may_download("mnist", None)
     published.download("mnist")
     assert not published.may_download("mnist", None)
@@ -219,9 +217,7 @@ def test_download_checks_the_hash(tmp_path, monkeypatch):
     for path in (tmp_path / "cache" / "mnist").iterdir():
         path.unlink()
     wrong = dict.fromkeys(hashes, "0" * 32)
-    monkeypatch.setitem(
-        published.SOURCES, "mnist", published.Source(source.files, "", wrong, source.read, source.classes)
-    )
+    monkeypatch.setitem(published.SOURCES, "mnist", dataclasses.replace(source, downloads=wrong))
     with pytest.raises(UserError, match=r"the download to .* failed \(MD5 hash"):
         published.download("mnist")
     assert published.locate("mnist", None) is None

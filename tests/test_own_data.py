@@ -223,8 +223,8 @@ def test_pictures_in_class_folders(tmp_path):
     image = pytest.importorskip("PIL.Image")
     folder = photos(tmp_path / "photos", ("train", "val", "Test"))
     (tmp_path / "photos" / "README").write_text("of a folder, no picture of a class")
-    for name in (".DS_Store", "Thumbs.db", ".cache/a.png"):
-        hidden = tmp_path / "photos" / "train" / "cat" / name
+    for name in ("cat/.DS_Store", "cat/Thumbs.db", "cat/.cache/a.png", ".cache/a.png"):
+        hidden = tmp_path / "photos" / "train" / name
         hidden.parent.mkdir(exist_ok=True)
         hidden.write_text("no picture")
     (tmp_path / "photos" / "train" / "owl" / "more").mkdir()
