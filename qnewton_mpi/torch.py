@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,12 +16,14 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from qnewton_mpi.adapter import groups
 from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
+from qnewton_mpi.core.optimizers.base import Group
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.errors import UserError, printable
@@ -31,8 +33,6 @@ from qnewton_mpi.parallel.device import Array
 Closure = Callable[[], Any]
 TO_BE_SEEN, AT_ONCE, ONE_BY_ONE = "to be seen", "at once", "one by one"  # the replicas of a rank, by rows
 ALL = -1  # for a replica, whose random numbers are those of all
-GROUP_KEYS = {"params", "lr", "name", "param_names"}
-SCHEDULERS_KEYS = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 
 
 class QuasiNewton(torch.optim.Optimizer):
@@ -68,7 +68,8 @@ class QuasiNewton(torch.optim.Optimizer):
     ----------
     params : iterable of Parameter, or of dict
         As for any optimizer, the same on all ranks, float32 or float64, on the CPU or one GPU. Those that are frozen
-        now, or have no elements, are left out. All groups have one learning rate, and no other settings.
+        now, or have no elements, are left out. A group may have an lr and a weight_decay of its own: each step takes
+        lr·weight_decay of its parameters off, and where lr is "auto" it takes lr times its part of the step.
     samples : int
         b, how many independent predictions each replica's loss is the mean of: for a language model, tokens.
     method : str
@@ -78,7 +79,8 @@ class QuasiNewton(torch.optim.Optimizer):
     module : Module, optional
         Whose buffers, as running statistics, are to stay as they are in a probe, and to be those of rank 0 on all ranks
         after each step, as with `DistributedDataParallel`; whose parameters are looked at where one gets no more
-        gradients. Methods that probe require it.
+        gradients, and whose order tells which biases are of which weights, whatever their groups. Methods that probe
+        require it.
     exchange : str
         A key of `EXCHANGES`, or "auto".
     transport : str
@@ -144,9 +146,9 @@ class QuasiNewton(torch.optim.Optimizer):
                 check_count(name, count, least)
             if module is not None and not isinstance(module, torch.nn.Module):
                 raise UserError(f"module={module!r:.60}: must be the model, a torch.nn.Module")
-            lr = method_settings(method, **settings).lr
-            self._lr = 1.0 if isinstance(lr, str) else float(lr)
-            return self._gather(params, module)
+            chosen = method_settings(method, **settings)
+            self._lr = 1.0 if isinstance(chosen.lr, str) else float(chosen.lr)
+            return self._gather(params, module, chosen.weight_decay)
 
         self._parameters = self.communicator.together(prepare)
         self._tensors = self._parameters.moved
@@ -190,6 +192,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self._told_one_by_one = False
         self._failure: UserError | None = None  # of this rank, in this step
         self._frozen = [False] * len(self._tensors)
+        self._groups: list[Group] = []
         self._bind()
 
     def share(self, *tensors: torch.Tensor) -> Any:
@@ -287,10 +290,10 @@ class QuasiNewton(torch.optim.Optimizer):
 
         def check() -> list[state.Change]:
             found = checked(self.core, state_dict)
-            groups = state_dict["param_groups"]
-            if [_size(group) for group in groups] != [_size(group) for group in self.param_groups]:
+            there = state_dict["param_groups"]
+            if [groups.size(group) for group in there] != [groups.size(group) for group in self.param_groups]:
                 raise UserError("the state does not fit this model: it has other groups of parameters")
-            _check_groups(groups)
+            groups.check(there)
             return found
 
         self.communicator.together(self._follow)  # the model may have been loaded just now
@@ -307,13 +310,13 @@ class QuasiNewton(torch.optim.Optimizer):
             "QuasiNewton cannot be copied or pickled: save its state_dict() on every rank, and load it into another one"
         )
 
-    def _gather(self, params: Iterable[Any], module: torch.nn.Module | None) -> Tensors:
+    def _gather(self, params: Iterable[Any], module: torch.nn.Module | None, weight_decay: float) -> Tensors:
         """Take the groups of parameters as PyTorch does."""
         try:
-            super().__init__(params, {"lr": self._lr})
+            super().__init__(params, {"lr": self._lr, "weight_decay": weight_decay})
         except (TypeError, ValueError) as error:
             raise UserError(f"the parameters cannot be used: {error}") from error
-        _check_groups(self.param_groups)
+        groups.check(self.param_groups)
         return Tensors(self.param_groups, module)
 
     def _bind(self) -> None:
@@ -330,18 +333,13 @@ class QuasiNewton(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         """Take what has become of the parameters and their groups since the last step."""
-        _check_groups(self.param_groups)
+        groups.check(self.param_groups)
         self._follow()
         self._frozen = self._parameters.frozen()
-        self.core.rate_factor = self._rate_factor()
+        self.core.rate_factor = groups.rate_factor(self.param_groups, self._lr)
+        self._groups = groups.parts(self.param_groups, self._lr, self._tensors, self._parameters.spans)
         if self.core.steps == 0 and self._probes:
             self._try()
-
-    def _rate_factor(self) -> float:
-        rates = {float(group["lr"]) for group in self.param_groups}
-        if len(rates) > 1:
-            raise UserError(f"the groups have learning rates {sorted(rates)}: all must have the same")
-        return rates.pop() / self._lr
 
     def _try(self) -> None:
         """See that the closure repeats itself."""
@@ -556,26 +554,32 @@ class QuasiNewton(torch.optim.Optimizer):
         Raises
         ------
         UserError
-            On all ranks, where one has failed, or not all have frozen the same parameters.
+            On all ranks, where one has failed, or not all have the same groups or frozen parameters.
         """
         known, size = len(self._tensors), self.communicator.size
-        own = np.empty(2 * known + 2, np.int64)
-        own[:known], own[known:-2] = self._found, self._frozen
-        own[-2:] = self._reason is not None, self._failure is not None
-        everyone = self.communicator.meet(own, [len(own)] * size, f"step {self.core.steps}")
-        counts = everyone.reshape(size, -1).sum(axis=0)
-        found, frozen, one_by_one, failed = counts[:known], counts[known:-2], counts[-2], counts[-1]
+        own = np.empty(2 * known + 3, np.int64)
+        own[:known], own[known:-3] = self._found, self._frozen
+        own[-3:] = groups.digest(self._groups), self._reason is not None, self._failure is not None
+        everyone = self.communicator.meet(own, [len(own)] * size, f"step {self.core.steps}").reshape(size, -1)
+        counts = everyone.sum(axis=0)
+        found, frozen, one_by_one, failed = counts[:known], counts[known:-3], counts[-2], counts[-1]
         if failed:
             self.communicator.together(self._fail)
+        if others := np.flatnonzero(everyone[:, -3] != everyone[0, -3]).tolist():
+            raise UserError(
+                f"the groups of rank(s) {', '.join(map(str, others))} have other lr or weight_decay than those of rank "
+                "0: let all ranks set the same"
+            )
         if one_by_one:
             self._tell_one_by_one()
         for k in np.flatnonzero((frozen > 0) & (frozen < size)):
-            frozen_there = everyone.reshape(size, -1)[:, known + k]
+            frozen_there = everyone[:, known + k]
             ranks = ", ".join(map(str, np.flatnonzero(frozen_there)))
             raise UserError(
                 f"{self._parameters.name(self._tensors[k])} is frozen on rank(s) {ranks} alone: freeze it on all"
             )
-        self.core.resting = [self._parameters.spans[k] for k in np.flatnonzero(found == 0)]
+        rests = [Group(group.span, 0.0) for group in self._groups]
+        self.core.groups = [rests[k] if found[k] == 0 else group for k, group in enumerate(self._groups)]
 
     def _share_buffers(self) -> None:
         """Give all ranks the buffers of rank 0. Collective."""
@@ -646,26 +650,3 @@ def _rows(tensor: torch.Tensor, replica: int | torch.Tensor, replicas: int) -> t
         return tensor.tensor_split(replicas)[replica]
     parts = tensor.reshape(replicas, -1, *tensor.shape[1:])
     return parts.index_select(0, replica.to(tensor.device).reshape(1)).squeeze(0)
-
-
-def _size(group: Any) -> int:
-    """Return how many parameters a group has; -1 if it is none. Local."""
-    parameters = group.get("params") if isinstance(group, dict) else None
-    return len(parameters) if isinstance(parameters, list) else -1
-
-
-def _check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise `UserError` for what a group of parameters may not have. Local."""
-    for group in groups:
-        unknown = group.keys() - GROUP_KEYS - SCHEDULERS_KEYS
-        if unknown:
-            raise UserError(
-                f"unknown key {min(map(str, unknown))!r} in a group of parameters: settings are those of all groups, "
-                "as arguments of QuasiNewton, and weight decay is to be added to the loss"
-            )
-        try:
-            rate = float(group["lr"])
-        except (TypeError, ValueError, RuntimeError, KeyError):
-            rate = math.nan
-        if not 0 <= rate < math.inf:
-            raise UserError(f"a group has lr={group.get('lr')!r:.60}: it must be a finite number, not negative")

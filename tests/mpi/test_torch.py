@@ -278,6 +278,19 @@ def test_a_scheduler_that_sees_the_loss_of_its_rank_is_told(communicator):
     fails_on_all(communicator, told, lambda: trained(communicator, model, 1, optimizer))
 
 
+@pytest.mark.parametrize(("key", "value"), [("lr", 0.001), ("weight_decay", 0.1)])
+def test_groups_of_one_rank_are_told(communicator, key, value):
+    """Though the largest rate is the same."""
+    model = seeded()
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.2}]
+    optimizer = QuasiNewton(groups, samples=16, communicator=communicator, method="momentum", lr=0.01)
+    trained(communicator, model, 1, optimizer)
+    if communicator.rank == communicator.size - 1:
+        optimizer.param_groups[1][key] = value
+    told = rf"the groups of rank\(s\) {communicator.size - 1} have other lr or weight_decay"
+    fails_on_all(communicator, told, lambda: trained(communicator, model, 1, optimizer))
+
+
 def test_running_statistics_are_those_of_rank_0(communicator):
     """Buffers of all kinds; what rank 0 has is what it would have alone."""
     torch.manual_seed(0)
