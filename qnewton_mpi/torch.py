@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.adapter import groups
 from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
-from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
+from qnewton_mpi.adapter.saved import agree_on_steps, checked, gathered, saved
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
-from qnewton_mpi.core.optimizers.base import Group
+from qnewton_mpi.core.optimizers.base import Group, Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.errors import UserError, printable
@@ -81,6 +81,8 @@ class QuasiNewton(torch.optim.Optimizer):
         after each step, as with `DistributedDataParallel`; whose parameters are looked at where one gets no more
         gradients, and whose order tells which biases are of which weights, whatever their groups. Methods that probe
         require it.
+    average_buffers : bool
+        Whether the module's buffers of real numbers are to be the ranks' means after each step, in place of rank 0's.
     exchange : str
         A key of `EXCHANGES`, or "auto".
     transport : str
@@ -121,6 +123,8 @@ class QuasiNewton(torch.optim.Optimizer):
     True
     """
 
+    _step_supports_amp_scaling = True  # so that a GradScaler comes to `step`, which refuses it on all ranks
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -129,6 +133,7 @@ class QuasiNewton(torch.optim.Optimizer):
         method: str = "kronecker",
         replicas_per_rank: int = 1,
         module: torch.nn.Module | None = None,
+        average_buffers: bool = False,
         exchange: str = "auto",
         transport: str = "auto",
         communicator: Communicator | MPI.Intracomm | None = None,
@@ -150,41 +155,56 @@ class QuasiNewton(torch.optim.Optimizer):
             self._lr = 1.0 if isinstance(chosen.lr, str) else float(chosen.lr)
             return self._gather(params, module, chosen.weight_decay)
 
-        self._parameters = self.communicator.together(prepare)
-        self._tensors = self._parameters.moved
-        flat = self._parameters.vector()
-        self._surroundings = Surroundings(flat.device, module)
+        tensors = self.communicator.together(prepare)
         self.communicator.agree(
-            {"replicas_per_rank": replicas_per_rank, "module": None if module is None else type(module).__name__},
+            {
+                "replicas_per_rank": replicas_per_rank,
+                "module": None if module is None else type(module).__name__,
+                "average_buffers": average_buffers,
+            },
             "start all ranks with the same settings",
         )
-        buffers = repr([(buffer.dtype, tuple(buffer.shape)) for buffer in self._surroundings.buffers])
-        self.communicator.agree({"buffers": digest(buffers.encode())}, "build the same module on all ranks")
+        self._module, self._average_buffers = module, average_buffers
+        self._method, self._replicas_per_rank = method, replicas_per_rank
 
-        self.core = create(
-            method,
-            to_array(flat),
-            replicas_per_rank * self.communicator.size,
-            samples,
-            shapes=[tuple(p.shape) or (1,) for p in self._tensors],
-            exchange=exchange,
-            transport=transport,
-            communicator=self.communicator,
-            seed=seed,
-            **settings,
-        )
-        self.figures: dict[str, float] = {}
-        self._gradient_views = [self._parameters.views(row) for row in self.core.rows]
-        self._probes = isinstance(self.core, Probing) and self.core.probes
-        if self._probes and module is None:
-            raise UserError(
-                f"{method} evaluates gradients more than once a step: pass module=model, so that running statistics "
-                "are left alone"
+        def build(vector: Array, shapes: list[tuple[int, ...]]) -> Optimizer[Any]:
+            return create(
+                method,
+                vector,
+                replicas_per_rank * self.communicator.size,
+                samples,
+                shapes=shapes,
+                exchange=exchange,
+                transport=transport,
+                communicator=self.communicator,
+                seed=seed,
+                **settings,
             )
+
+        self._create = build
+        self._build(tensors)
+
+    def _build(self, tensors: Tensors) -> None:
+        """Build the method on the parameters, before its first step. Collective."""
+        flat = tensors.vector()
+        surroundings = Surroundings(flat.device, self._module)
+        buffers = repr([(buffer.dtype, tuple(buffer.shape)) for buffer in surroundings.buffers])
+        self.communicator.agree({"buffers": digest(buffers.encode())}, "build the same module on all ranks")
+        core = self._create(to_array(flat), [tuple(p.shape) or (1,) for p in tensors.moved])
+        self._probes = isinstance(core, Probing) and core.probes
+        if self._probes and self._module is None:
+            raise UserError(
+                f"{self._method} evaluates gradients more than once a step: pass module=model, so that running "
+                "statistics are left alone"
+            )
+        self.core, self._parameters, self._surroundings = core, tensors, surroundings
+        self._tensors = tensors.moved
+        self.figures: dict[str, float] = {}
+        self._gradient_views = [tensors.views(row) for row in core.rows]
         self._replica: int | torch.Tensor = 0  # of this rank's, the one being evaluated; to vmap, all
         self._given: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
-        self._at_once = AtOnce(self._tensors, module)
-        self._way = TO_BE_SEEN if replicas_per_rank > 1 else ONE_BY_ONE
+        self._at_once = AtOnce(self._tensors, self._module)
+        self._way = TO_BE_SEEN if self._replicas_per_rank > 1 else ONE_BY_ONE
         self._reason: str | None = None  # why they are one by one on this rank
         self._shared = False  # whether the closure has asked for its share
         self._graph = False  # whether a trial needs one
@@ -243,6 +263,11 @@ class QuasiNewton(torch.optim.Optimizer):
         NonFiniteGradientError
             On all ranks, before any state has changed.
         """
+        if vars(self).pop("found_inf", None) is not None:
+            raise UserError(
+                "a GradScaler has scaled the loss: leave it out, and take torch.autocast(…, dtype=torch.bfloat16), "
+                "which needs none"
+            )
         if closure is None:
             raise UserError(
                 "step() needs the loss: say optimizer.step(lambda: loss) after loss.backward(), or give a closure that "
@@ -262,24 +287,56 @@ class QuasiNewton(torch.optim.Optimizer):
             self._parameters.drop_gradients(unused=True)
         if core.parameters is not self._bound:
             self._bind()
-        self._share_buffers()
+        self._surroundings.share_buffers(self.communicator, self._average_buffers)
         return self.figures["loss"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: the method's state covers all parameters from the start."""
-        if hasattr(self, "core"):
-            raise UserError("parameters cannot be added later: build another optimizer with all of them")
-        super().add_param_group(param_group)
+        """Add parameters, before the first step. Collective.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank, to be saved by each rank in a file of its own. Local.
-
-        It has what this rank holds. The parameters are not in it: they are the model's.
+        Raises
+        ------
+        UserError
+            On all ranks, for what cannot be used, and later: the method's state covers all parameters from the start.
         """
-        return {**super().state_dict(), **saved(self.core)}
+        if not hasattr(self, "core"):
+            super().add_param_group(param_group)
+            return
+
+        def add() -> Tensors:
+            if self.core.steps:
+                raise UserError(
+                    "parameters cannot be added after the first step: build another optimizer with all of them, or "
+                    "have them in this one from the start, frozen as soon as it is built"
+                )
+            try:
+                super(QuasiNewton, self).add_param_group(param_group)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"the parameters cannot be used: {error}") from error
+            groups.check(self.param_groups)
+            return Tensors(self.param_groups, self._module)
+
+        before = list(self.param_groups)
+        try:
+            self._build(self.communicator.together(add))
+        except UserError:
+            self.param_groups[:] = before
+            raise
+
+    def state_dict(self, gather: bool = False) -> dict[str, Any]:
+        """Return the state of this rank, to be saved by each rank in a file of its own. Local, but for `gather`.
+
+        The parameters are not in it: they are the model's.
+
+        Parameters
+        ----------
+        gather : bool
+            Whether it is to be the state of all ranks, which one may save, and any number of ranks with as many
+            replicas load. Collective.
+        """
+        return {**super().state_dict(), **(gathered if gather else saved)(self.core)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state that the same rank of as many saved; it then goes on bit for bit. Collective.
+        """Take the state that the same rank of as many saved, and go on bit for bit, or that of all ranks. Collective.
 
         Raises
         ------
@@ -580,18 +637,6 @@ class QuasiNewton(torch.optim.Optimizer):
             )
         rests = [Group(group.span, 0.0) for group in self._groups]
         self.core.groups = [rests[k] if found[k] == 0 else group for k, group in enumerate(self._groups)]
-
-    def _share_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0. Collective."""
-        values = [buffer.cpu().contiguous() for buffer in self._surroundings.buffers]
-        if self.communicator.size == 1 or not values:
-            return
-        parts = [value.reshape(-1).view(torch.uint8) for value in values]
-        whole = torch.cat(parts)
-        self.communicator.broadcast(whole.numpy())
-        for part, shared in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
-            part.copy_(shared)
-        self._surroundings.set_buffers(values)
 
     def _fail(self) -> None:
         if self._failure is not None:
