@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -23,12 +23,14 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError(f"QuasiNewton needs PyTorch: {pip_install('torch')}") from error
 
+from qnewton_mpi.adapter import groups
 from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
-from qnewton_mpi.adapter.saved import agree_on_steps, checked, saved
+from qnewton_mpi.adapter.saved import agree_on_steps, checked, gathered, saved
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
+from qnewton_mpi.core.optimizers.base import Group, Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
@@ -37,8 +39,6 @@ from qnewton_mpi.parallel.device import Array
 Closure = Callable[[], Any]
 TO_BE_SEEN, AT_ONCE, ONE_BY_ONE = "to be seen", "at once", "one by one"  # the replicas of a rank, by rows
 ALL = -1  # for a replica, whose random numbers are those of all
-GROUP_KEYS = {"params", "lr", "name", "param_names"}
-SCHEDULERS_KEYS = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 
 
 class QuasiNewton(torch.optim.Optimizer):
@@ -74,7 +74,8 @@ class QuasiNewton(torch.optim.Optimizer):
     ----------
     params : iterable of Parameter, or of dict
         As for any optimizer, the same on all ranks, float32 or float64, on the CPU or one GPU. Those that are frozen
-        now, or have no elements, are left out. All groups have one learning rate, and no other settings.
+        now, or have no elements, are left out. A group may have an lr and a weight_decay of its own: each step takes
+        lr·weight_decay of its parameters off, and where lr is "auto" it takes lr times its part of the step.
     samples : int
         b, how many independent predictions each replica's loss is the mean of: for a language model, tokens.
     method : str
@@ -84,7 +85,10 @@ class QuasiNewton(torch.optim.Optimizer):
     module : Module, optional
         Whose buffers, as running statistics, are to stay as they are in a probe, and to be those of rank 0 on all ranks
         after each step, as with `DistributedDataParallel`; whose parameters are looked at where one gets no more
-        gradients. Methods that probe require it.
+        gradients, and whose order tells which biases are of which weights, whatever their groups. Methods that probe
+        require it.
+    average_buffers : bool
+        Whether the module's buffers of real numbers are to be the ranks' means after each step, in place of rank 0's.
     exchange : str
         A key of `EXCHANGES`, or "auto".
     transport : str
@@ -125,6 +129,8 @@ class QuasiNewton(torch.optim.Optimizer):
     True
     """
 
+    _step_supports_amp_scaling = True  # so that a GradScaler comes to `step`, which refuses it on all ranks
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -133,6 +139,7 @@ class QuasiNewton(torch.optim.Optimizer):
         method: str = "kronecker",
         replicas_per_rank: int = 1,
         module: torch.nn.Module | None = None,
+        average_buffers: bool = False,
         exchange: str = "auto",
         transport: str = "auto",
         communicator: Communicator | MPI.Intracomm | None = None,
@@ -150,45 +157,60 @@ class QuasiNewton(torch.optim.Optimizer):
                 check_count(name, count, least)
             if module is not None and not isinstance(module, torch.nn.Module):
                 raise UserError(f"module={module!r:.60}: must be the model, a torch.nn.Module")
-            lr = method_settings(method, **settings).lr
-            self._lr = 1.0 if isinstance(lr, str) else float(lr)
-            return self._gather(params, module)
+            chosen = method_settings(method, **settings)
+            self._lr = 1.0 if isinstance(chosen.lr, str) else float(chosen.lr)
+            return self._gather(params, module, chosen.weight_decay)
 
-        self._parameters = self.communicator.together(prepare)
-        self._tensors = self._parameters.moved
-        flat = self._parameters.vector()
-        self._surroundings = Surroundings(flat.device, module)
+        tensors = self.communicator.together(prepare)
         self.communicator.agree(
-            {"replicas_per_rank": replicas_per_rank, "module": None if module is None else type(module).__name__},
+            {
+                "replicas_per_rank": replicas_per_rank,
+                "module": None if module is None else type(module).__name__,
+                "average_buffers": average_buffers,
+            },
             "start all ranks with the same settings",
         )
-        buffers = repr([(buffer.dtype, tuple(buffer.shape)) for buffer in self._surroundings.buffers])
-        self.communicator.agree({"buffers": digest(buffers.encode())}, "build the same module on all ranks")
+        self._module, self._average_buffers = module, average_buffers
+        self._method, self._replicas_per_rank = method, replicas_per_rank
 
-        self.core = create(
-            method,
-            to_array(flat),
-            replicas_per_rank * self.communicator.size,
-            samples,
-            shapes=[tuple(p.shape) or (1,) for p in self._tensors],
-            exchange=exchange,
-            transport=transport,
-            communicator=self.communicator,
-            seed=seed,
-            **settings,
-        )
-        self.figures: dict[str, float] = {}
-        self._gradient_views = [self._parameters.views(row) for row in self.core.rows]
-        self._probes = isinstance(self.core, Probing) and self.core.probes
-        if self._probes and module is None:
-            raise UserError(
-                f"{method} evaluates gradients more than once a step: pass module=model, so that running statistics "
-                "are left alone"
+        def build(vector: Array, shapes: list[tuple[int, ...]]) -> Optimizer[Any]:
+            return create(
+                method,
+                vector,
+                replicas_per_rank * self.communicator.size,
+                samples,
+                shapes=shapes,
+                exchange=exchange,
+                transport=transport,
+                communicator=self.communicator,
+                seed=seed,
+                **settings,
             )
+
+        self._create = build
+        self._build(tensors)
+
+    def _build(self, tensors: Tensors) -> None:
+        """Build the method on the parameters, before its first step. Collective."""
+        flat = tensors.vector()
+        surroundings = Surroundings(flat.device, self._module)
+        buffers = repr([(buffer.dtype, tuple(buffer.shape)) for buffer in surroundings.buffers])
+        self.communicator.agree({"buffers": digest(buffers.encode())}, "build the same module on all ranks")
+        core = self._create(to_array(flat), [tuple(p.shape) or (1,) for p in tensors.moved])
+        self._probes = isinstance(core, Probing) and core.probes
+        if self._probes and self._module is None:
+            raise UserError(
+                f"{self._method} evaluates gradients more than once a step: pass module=model, so that running "
+                "statistics are left alone"
+            )
+        self.core, self._parameters, self._surroundings = core, tensors, surroundings
+        self._tensors = tensors.moved
+        self.figures: dict[str, float] = {}
+        self._gradient_views = [tensors.views(row) for row in core.rows]
         self._replica: int | torch.Tensor = 0  # of this rank's, the one being evaluated; to vmap, all
         self._given: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
-        self._at_once = AtOnce(self._tensors, module)
-        self._way = TO_BE_SEEN if replicas_per_rank > 1 else ONE_BY_ONE
+        self._at_once = AtOnce(self._tensors, self._module)
+        self._way = TO_BE_SEEN if self._replicas_per_rank > 1 else ONE_BY_ONE
         self._reason: str | None = None  # why they are one by one on this rank
         self._shared = False  # whether the closure has asked for its share
         self._graph = False  # whether a trial needs one
@@ -196,6 +218,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self._told_one_by_one = False
         self._failure: UserError | None = None  # of this rank, in this step
         self._frozen = [False] * len(self._tensors)
+        self._groups: list[Group] = []
         self._bind()
 
     def share(self, *tensors: torch.Tensor) -> Any:
@@ -246,6 +269,11 @@ class QuasiNewton(torch.optim.Optimizer):
         NonFiniteGradientError
             On all ranks, before any state has changed.
         """
+        if vars(self).pop("found_inf", None) is not None:
+            raise UserError(
+                "a GradScaler has scaled the loss: leave it out, and take torch.autocast(…, dtype=torch.bfloat16), "
+                "which needs none"
+            )
         if closure is None:
             raise UserError(
                 "step() needs the loss: say optimizer.step(lambda: loss) after loss.backward(), or give a closure that "
@@ -265,24 +293,56 @@ class QuasiNewton(torch.optim.Optimizer):
             self._parameters.drop_gradients(unused=True)
         if core.parameters is not self._bound:
             self._bind()
-        self._share_buffers()
+        self._surroundings.share_buffers(self.communicator, self._average_buffers)
         return self.figures["loss"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: the method's state covers all parameters from the start."""
-        if hasattr(self, "core"):
-            raise UserError("parameters cannot be added later: build another optimizer with all of them")
-        super().add_param_group(param_group)
+        """Add parameters, before the first step. Collective.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank, to be saved by each rank in a file of its own. Local.
-
-        It has what this rank holds. The parameters are not in it: they are the model's.
+        Raises
+        ------
+        UserError
+            On all ranks, for what cannot be used, and later: the method's state covers all parameters from the start.
         """
-        return {**super().state_dict(), **saved(self.core)}
+        if not hasattr(self, "core"):
+            super().add_param_group(param_group)
+            return
+
+        def add() -> Tensors:
+            if self.core.steps:
+                raise UserError(
+                    "parameters cannot be added after the first step: build another optimizer with all of them, or "
+                    "have them in this one from the start, frozen as soon as it is built"
+                )
+            try:
+                super(QuasiNewton, self).add_param_group(param_group)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"the parameters cannot be used: {error}") from error
+            groups.check(self.param_groups)
+            return Tensors(self.param_groups, self._module)
+
+        before = list(self.param_groups)
+        try:
+            self._build(self.communicator.together(add))
+        except UserError:
+            self.param_groups[:] = before
+            raise
+
+    def state_dict(self, gather: bool = False) -> dict[str, Any]:
+        """Return the state of this rank, to be saved by each rank in a file of its own. Local, but for `gather`.
+
+        The parameters are not in it: they are the model's.
+
+        Parameters
+        ----------
+        gather : bool
+            Whether it is to be the state of all ranks, which one may save, and any number of ranks with as many
+            replicas load. Collective.
+        """
+        return {**super().state_dict(), **(gathered if gather else saved)(self.core)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state that the same rank of as many saved; it then goes on bit for bit. Collective.
+        """Take the state that the same rank of as many saved, and go on bit for bit, or that of all ranks. Collective.
 
         Raises
         ------
@@ -293,10 +353,10 @@ class QuasiNewton(torch.optim.Optimizer):
 
         def check() -> list[state.Change]:
             found = checked(self.core, state_dict)
-            groups = state_dict["param_groups"]
-            if [_size(group) for group in groups] != [_size(group) for group in self.param_groups]:
+            there = state_dict["param_groups"]
+            if [groups.size(group) for group in there] != [groups.size(group) for group in self.param_groups]:
                 raise UserError("the state does not fit this model: it has other groups of parameters")
-            _check_groups(groups)
+            groups.check(there)
             return found
 
         self.communicator.together(self._follow)  # the model may have been loaded just now
@@ -313,13 +373,13 @@ class QuasiNewton(torch.optim.Optimizer):
             "QuasiNewton cannot be copied or pickled: save its state_dict() on every rank, and load it into another one"
         )
 
-    def _gather(self, params: Iterable[Any], module: torch.nn.Module | None) -> Tensors:
+    def _gather(self, params: Iterable[Any], module: torch.nn.Module | None, weight_decay: float) -> Tensors:
         """Take the groups of parameters as PyTorch does."""
         try:
-            super().__init__(params, {"lr": self._lr})
+            super().__init__(params, {"lr": self._lr, "weight_decay": weight_decay})
         except (TypeError, ValueError) as error:
             raise UserError(f"the parameters cannot be used: {error}") from error
-        _check_groups(self.param_groups)
+        groups.check(self.param_groups)
         return Tensors(self.param_groups, module)
 
     def _bind(self) -> None:
@@ -336,18 +396,13 @@ class QuasiNewton(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         """Take what has become of the parameters and their groups since the last step."""
-        _check_groups(self.param_groups)
+        groups.check(self.param_groups)
         self._follow()
         self._frozen = self._parameters.frozen()
-        self.core.rate_factor = self._rate_factor()
+        self.core.rate_factor = groups.rate_factor(self.param_groups, self._lr)
+        self._groups = groups.parts(self.param_groups, self._lr, self._tensors, self._parameters.spans)
         if self.core.steps == 0 and self._probes:
             self._try()
-
-    def _rate_factor(self) -> float:
-        rates = {float(group["lr"]) for group in self.param_groups}
-        if len(rates) > 1:
-            raise UserError(f"the groups have learning rates {sorted(rates)}: all must have the same")
-        return rates.pop() / self._lr
 
     def _try(self) -> None:
         """See that the closure repeats itself."""
@@ -562,38 +617,32 @@ class QuasiNewton(torch.optim.Optimizer):
         Raises
         ------
         UserError
-            On all ranks, where one has failed, or not all have frozen the same parameters.
+            On all ranks, where one has failed, or not all have the same groups or frozen parameters.
         """
         known, size = len(self._tensors), self.communicator.size
-        own = np.empty(2 * known + 2, np.int64)
-        own[:known], own[known:-2] = self._found, self._frozen
-        own[-2:] = self._reason is not None, self._failure is not None
-        everyone = self.communicator.meet(own, [len(own)] * size, f"step {self.core.steps}")
-        counts = everyone.reshape(size, -1).sum(axis=0)
-        found, frozen, one_by_one, failed = counts[:known], counts[known:-2], counts[-2], counts[-1]
+        own = np.empty(2 * known + 3, np.int64)
+        own[:known], own[known:-3] = self._found, self._frozen
+        own[-3:] = groups.digest(self._groups), self._reason is not None, self._failure is not None
+        everyone = self.communicator.meet(own, [len(own)] * size, f"step {self.core.steps}").reshape(size, -1)
+        counts = everyone.sum(axis=0)
+        found, frozen, one_by_one, failed = counts[:known], counts[known:-3], counts[-2], counts[-1]
         if failed:
             self.communicator.together(self._fail)
+        if others := np.flatnonzero(everyone[:, -3] != everyone[0, -3]).tolist():
+            raise UserError(
+                f"the groups of rank(s) {', '.join(map(str, others))} have other lr or weight_decay than those of rank "
+                "0: let all ranks set the same"
+            )
         if one_by_one:
             self._tell_one_by_one()
         for k in np.flatnonzero((frozen > 0) & (frozen < size)):
-            frozen_there = everyone.reshape(size, -1)[:, known + k]
+            frozen_there = everyone[:, known + k]
             ranks = ", ".join(map(str, np.flatnonzero(frozen_there)))
             raise UserError(
                 f"{self._parameters.name(self._tensors[k])} is frozen on rank(s) {ranks} alone: freeze it on all"
             )
-        self.core.resting = [self._parameters.spans[k] for k in np.flatnonzero(found == 0)]
-
-    def _share_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0. Collective."""
-        values = [buffer.cpu().contiguous() for buffer in self._surroundings.buffers]
-        if self.communicator.size == 1 or not values:
-            return
-        parts = [value.reshape(-1).view(torch.uint8) for value in values]
-        whole = torch.cat(parts)
-        self.communicator.broadcast(whole.numpy())
-        for part, shared in zip(parts, torch.split(whole, [len(part) for part in parts]), strict=True):
-            part.copy_(shared)
-        self._surroundings.set_buffers(values)
+        rests = [Group(group.span, 0.0) for group in self._groups]
+        self.core.groups = [rests[k] if found[k] == 0 else group for k, group in enumerate(self._groups)]
 
     def _fail(self) -> None:
         if self._failure is not None:
@@ -652,26 +701,3 @@ def _rows(tensor: torch.Tensor, replica: int | torch.Tensor, replicas: int) -> t
         return tensor.tensor_split(replicas)[replica]
     parts = tensor.reshape(replicas, -1, *tensor.shape[1:])
     return parts.index_select(0, replica.to(tensor.device).reshape(1)).squeeze(0)
-
-
-def _size(group: Any) -> int:
-    """Return how many parameters a group has; -1 if it is none. Local."""
-    parameters = group.get("params") if isinstance(group, dict) else None
-    return len(parameters) if isinstance(parameters, list) else -1
-
-
-def _check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise `UserError` for what a group of parameters may not have. Local."""
-    for group in groups:
-        unknown = group.keys() - GROUP_KEYS - SCHEDULERS_KEYS
-        if unknown:
-            raise UserError(
-                f"unknown key {min(map(str, unknown))!r} in a group of parameters: settings are those of all groups, "
-                "as arguments of QuasiNewton, and weight decay is to be added to the loss"
-            )
-        try:
-            rate = float(group["lr"])
-        except (TypeError, ValueError, RuntimeError, KeyError):
-            rate = math.nan
-        if not 0 <= rate < math.inf:
-            raise UserError(f"a group has lr={group.get('lr')!r:.60}: it must be a finite number, not negative")

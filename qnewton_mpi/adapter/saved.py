@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -14,6 +15,7 @@ from qnewton_mpi.core.optimizers import Optimizer
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.device import to_host
 
+PLACE = ("rank", "ranks", "exchange")  # where a rank's own state belongs; the gathered one of all belongs anywhere
 TYPES = {"state": dict, "param_groups": list, "core": dict, "origin": dict, "digest": str}
 
 
@@ -24,6 +26,27 @@ def saved(core: Optimizer[Any]) -> dict[str, Any]:
     return {"core": tensors, "origin": origin(core), "digest": digest(tensors)}
 
 
+def gathered(core: Optimizer[Any]) -> dict[str, Any]:
+    """Return as `saved` the state of all ranks, for any number of ranks with as many replicas. Collective."""
+    communicator, own = core.exchange.communicator, {}
+    for path, kind, owner, name in state.entries(core):
+        array = state.value(owner, name)
+        if path != "held" and array is not None and (kind is not state.Kind.OWNED or core.exchange.first):
+            own[path] = kind, array[..., core.exchange.summed()] if kind is state.Kind.HELD else array
+    parts: dict[str, list[NDArray[Any]]] = {}
+    kinds = {}
+    for theirs in communicator.mpi.allgather(own):
+        for path, (kind, array) in theirs.items():
+            kinds[path] = kind
+            parts.setdefault(path, []).append(array)
+    tensors = {
+        path: torch.tensor(np.concatenate(found, axis=-1) if kinds[path] is state.Kind.HELD else found[0])
+        for path, found in parts.items()
+    }
+    whole = {what: value for what, value in origin(core).items() if what not in PLACE}
+    return {"core": tensors, "origin": whole, "digest": digest(tensors)}
+
+
 def origin(core: Optimizer[Any]) -> dict[str, Any]:
     """Return what a state has to have in common with the optimizer that takes it. Local."""
     communicator = core.exchange.communicator
@@ -32,6 +55,7 @@ def origin(core: Optimizer[Any]) -> dict[str, Any]:
         "ranks": communicator.size,
         "method": type(core).__name__,
         "exchange": core.exchange.name,
+        "replicas": core.exchange.replicas,
         "seed": core.seed,
         "dtype": str(core.held.dtype),
         "shapes": [list(shape) for shape in core.shapes],
@@ -48,7 +72,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def checked(core: Optimizer[Any], found: Any) -> list[state.Change]:
-    """Return what `state.assign` is to set for the state of this rank of such an optimizer, as it was saved. Local.
+    """Return what `state.assign` is to set for this rank's state of such an optimizer, or that of all. Local.
 
     Raises
     ------
@@ -57,22 +81,26 @@ def checked(core: Optimizer[Any], found: Any) -> list[state.Change]:
     """
     if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in TYPES.items()):
         raise UserError("this is no state of QuasiNewton: load what its state_dict() has returned")
+    whole = not any(what in found["origin"] for what in PLACE)
     for what, here in origin(core).items():
         there = found["origin"].get(what)
-        if there == here:
+        if there == here or (whole and what in PLACE):
             continue
         if what == "shapes":
             raise UserError("the state does not fit this model: its parameters have other shapes")
-        raise UserError(f"the state is of {what} {there!r:.40}, this is {here!r}: every rank saves and loads its own")
+        own = "every rank saves and loads its own, or state_dict(gather=True) for any number of ranks"
+        hint = own if what in PLACE else "build the optimizer as the one that saved it"
+        raise UserError(f"the state is of {what} {there!r:.40}, this is {here!r}: {hint}")
     tensors = found["core"]
     named = all(isinstance(path, str) and isinstance(tensor, torch.Tensor) for path, tensor in tensors.items())
     if not named or digest(tensors) != found["digest"]:
         raise UserError("the state is not as it was saved: load another one")
 
-    def read(path: str, _: state.Kind) -> NDArray[Any] | None:
+    def read(path: str, kind: state.Kind) -> NDArray[Any] | None:
         if path == "held":
             return to_host(core.held)
-        return tensors[path].cpu().numpy() if path in tensors else None
+        array = tensors[path].cpu().numpy() if path in tensors else None
+        return array[..., core.exchange.held] if whole and array is not None and kind is state.Kind.HELD else array
 
     try:
         return state.checked(core, read)

@@ -8,7 +8,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+
+from qnewton_mpi.parallel.communicator import Communicator
 
 
 class Surroundings:
@@ -72,6 +75,23 @@ class Surroundings:
         """Copy values into the module's buffers."""
         for buffer, value in zip(self.buffers, values, strict=True):
             buffer.copy_(value)
+
+    def share_buffers(self, communicator: Communicator, average: bool) -> None:
+        """Give all ranks the buffers of rank 0; to `average`, those of real numbers as the ranks' means. Collective."""
+        values = [buffer.cpu().contiguous() for buffer in self.buffers]
+        if communicator.size == 1 or not values:
+            return
+        real = [value for value in values if average and value.is_floating_point()]
+        own = np.concatenate([np.empty(0), *(value.double().numpy().reshape(-1) for value in real)])
+        means = torch.from_numpy(communicator.allgather(own[None], [1] * communicator.size).mean(axis=0))
+        bits = [value.reshape(-1).view(torch.uint8) for value in values]
+        whole = torch.cat(bits)
+        communicator.broadcast(whole.numpy())
+        for part, shared in zip(bits, torch.split(whole, [len(part) for part in bits]), strict=True):
+            part.copy_(shared)
+        for value, mean in zip(real, torch.split(means, [value.numel() for value in real]), strict=True):
+            value.copy_(mean.reshape(value.shape))
+        self.set_buffers(values)
 
     def _random(self) -> list[torch.Tensor]:
         on_gpu = self._device.type == "cuda"

@@ -18,16 +18,18 @@ FLOATS = (torch.float32, torch.float64)
 
 
 class Tensors:
-    """The tensors that an optimizer moves, in the order of its groups, each once. Local.
+    """The tensors that an optimizer moves, each once. Local.
 
-    Those that are frozen or have no elements at the start are left out.
+    In the order of the module, where a layer's biases follow its weights whichever groups they are in; what is not in
+    it, or all without one, in the order of the groups. Those that are frozen or have no elements at the start are left
+    out.
 
     Parameters
     ----------
     groups : sequence of dict
         The optimizer's `param_groups`.
     module : Module, optional
-        Whose parameters they are: for their names, and to see where one is no longer.
+        Whose parameters they are: for their order and names, and to see where one is no longer.
 
     Attributes
     ----------
@@ -43,7 +45,9 @@ class Tensors:
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], module: torch.nn.Module | None) -> None:
+        places = {} if module is None else {p: place for place, p in enumerate(module.parameters())}
         every = list(dict.fromkeys(p for group in groups for p in group["params"]))
+        every.sort(key=lambda p: places.get(p, len(places)))
         if any(torch.nn.parameter.is_lazy(p) for p in every):
             raise UserError("a parameter of a lazy layer has no shape yet: call the model once before")
         self.moved = [p for p in every if _moves(p)]

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS
@@ -14,6 +15,7 @@ from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.models.reference import torch_convnet
+from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.torch import QuasiNewton
 from qnewton_mpi.training.loop import ReplicaLoss
 
@@ -278,6 +280,19 @@ def test_a_scheduler_that_sees_the_loss_of_its_rank_is_told(communicator):
     fails_on_all(communicator, told, lambda: trained(communicator, model, 1, optimizer))
 
 
+@pytest.mark.parametrize(("key", "value"), [("lr", 0.001), ("weight_decay", 0.1)])
+def test_groups_of_one_rank_are_told(communicator, key, value):
+    """Though the largest rate is the same."""
+    model = seeded()
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.2}]
+    optimizer = QuasiNewton(groups, samples=16, communicator=communicator, method="momentum", lr=0.01)
+    trained(communicator, model, 1, optimizer)
+    if communicator.rank == communicator.size - 1:
+        optimizer.param_groups[1][key] = value
+    told = rf"the groups of rank\(s\) {communicator.size - 1} have other lr or weight_decay"
+    fails_on_all(communicator, told, lambda: trained(communicator, model, 1, optimizer))
+
+
 def test_running_statistics_are_those_of_rank_0(communicator):
     """Buffers of all kinds; what rank 0 has is what it would have alone."""
     torch.manual_seed(0)
@@ -294,6 +309,56 @@ def test_running_statistics_are_those_of_rank_0(communicator):
     assert bool((model.table == torch.inf).all())
     everyone = communicator.mpi.allgather([buffer.numpy().tobytes() for buffer in model.buffers()])
     assert all(theirs == everyone[0] for theirs in everyone)
+
+
+def test_running_statistics_may_be_the_means_of_the_ranks(communicator):
+    """Those of real numbers; what counts is rank 0's."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    trained(communicator, model, 1, method="momentum", lr=0.01, module=model, average_buffers=True)
+    alone = []
+    for rank in range(communicator.size):
+        alone.append(torch.nn.BatchNorm1d(3))
+        alone[-1](torch.randn(16, 3, generator=torch.Generator().manual_seed(rank)) + rank)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(model[0], name), torch.stack([getattr(b, name) for b in alone]).mean(0))
+    assert model[0].num_batches_tracked == 1
+    everyone = communicator.mpi.allgather([buffer.numpy().tobytes() for buffer in model.buffers()])
+    assert all(theirs == everyone[0] for theirs in everyone)
+
+
+@pytest.mark.parametrize("exchange", list(EXCHANGES))
+@pytest.mark.parametrize("method", ["kronecker", "deflated", "adam"])
+def test_the_state_of_all_ranks_goes_on_on_another_number(communicator, method, exchange):
+    """From all ranks to one alone, and back."""
+    replicas = 12
+    x = torch.randn(8 * replicas, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def program(members, exchange):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+        own = replicas // members.size
+        options = {"method": method, "replicas_per_rank": own, "module": model, "exchange": exchange}
+        optimizer = QuasiNewton(model.parameters(), samples=8, communicator=members, **options)
+        mine = x.chunk(members.size)[members.rank]
+
+        def steps(number):
+            def squares(x):
+                return (model(x) - x.sum(1, keepdim=True).tanh()).square().mean()
+
+            return [optimizer.step(squares, mine) for _ in range(number)]
+
+        return model, optimizer, steps
+
+    everyone = program(communicator, exchange)
+    alone = program(Communicator(MPI.COMM_SELF), "allgather")
+    everyone[2](6)
+    for here, there in ((everyone, alone), (alone, everyone)):
+        state = here[1].state_dict(gather=True)
+        there[0].load_state_dict(here[0].state_dict())
+        there[1].load_state_dict(state)
+        assert there[1].core.steps == here[1].core.steps
+        np.testing.assert_allclose(there[2](6), here[2](6), rtol=1e-5)
 
 
 @pytest.mark.parametrize("closures", [0, 12])

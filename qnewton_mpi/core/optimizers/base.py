@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
 from qnewton_mpi.core.rate import LossTrend
-from qnewton_mpi.core.settings import POSITIVE, setting
+from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind, Memory, objects
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.cost import Traffic
@@ -89,14 +89,44 @@ class Step:
     norms: tuple[float, float, float] | None = None
 
 
+@dataclass(frozen=True)
+class Group:
+    """Coordinates with a rate and a weight decay of their own.
+
+    Attributes
+    ----------
+    span : slice
+        Of the N coordinates.
+    share : float
+        Of their part of a step that they take; 0: they rest.
+    decay : float
+        The part of w that a step takes off where a schedule's factor is 1.
+    """
+
+    span: slice
+    share: float = 1.0
+    decay: float = 0.0
+
+
 AUTO: tuple[str, ...] = ("auto",)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every optimizer has: the learning rate α of w ← w − α d."""
+    """What every optimizer has: the learning rate α of w ← w − α d, and a decay of w beside it.
+
+    The decay is decoupled from the step (Loshchilov and Hutter 2019, arXiv 1711.05101): w ← (1 − c α λ) w − c α d, c
+    the factor of a schedule, as in PyTorch's AdamW. With the rate "auto" it is theirs as printed, w ← (1 − c λ) w − c α
+    d: what is measured anew at each step bounds the step alone, and λ is the same in any unit of the loss.
+    """
 
     lr: float | str = setting(0.3, "learning rate", POSITIVE)
+    weight_decay: float = setting(0.0, "decoupled λ: a step takes lr·λ of w off, at lr auto λ; 0 is off", NOT_NEGATIVE)
+
+    @property
+    def shrinkage(self) -> float:
+        """The part of w that a step takes off where a schedule's factor is 1."""
+        return self.weight_decay * (1.0 if isinstance(self.lr, str) else self.lr)
 
 
 S = TypeVar("S", bound=Settings)
@@ -131,9 +161,10 @@ class Optimizer(ABC, Generic[S]):
         By which the learning rate is multiplied, as a schedule wants it; 1 at first.
     rate : float
         The learning rate α of the last step, its factor included.
-    resting : sequence of slice
-        Of the N coordinates, those that do not move; none at first. The same on every rank. May still be set while the
-        gradients of a step are evaluated.
+    groups : sequence of Group
+        Of coordinates that no two have in common; what is in none moves as a whole and does not decay. The same on
+        every rank. At first one of all, where the settings have a decay. May still be set while the gradients of a step
+        are evaluated.
     rows : list of (N,)
         Where the gradients of this rank's replicas go. A `loss_and_gradient` that writes there and returns the row
         saves a copy.
@@ -177,7 +208,9 @@ class Optimizer(ABC, Generic[S]):
         self.shapes = shapes or [(exchange.size,)]
         self.rate_factor = 1.0
         self.rate = math.nan
-        self.resting: Sequence[slice] = ()
+        self.groups: Sequence[Group] = (
+            [Group(slice(0, exchange.size), 1.0, settings.shrinkage)] if settings.shrinkage else []
+        )
         self.trend = LossTrend()
         self.gradient_seconds = 0.0
         self.evaluations = 0
@@ -274,13 +307,17 @@ class Optimizer(ABC, Generic[S]):
         return step
 
     def move(self, step: Step) -> Figures:
-        """Do w ← w − c α d, c the factor of a schedule; return the figures. Collective."""
-        direction = self.rested(step.direction) if self.resting else step.direction
+        """Do w ← (1 − c λ) w − c α s d, c the factor of a schedule, s and λ the share and decay of a group. Collective.
+
+        Return the figures, which are of the step without the decay.
+        """
+        direction = self.shared_out(step.direction)
         self.rate = self.rate_factor * step.rate
+        self.decay()
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         self.parameters = self.exchange.collect(self.held)
         pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
-        gg, dd, gd = self.exchange.dots(*pairs) if step.norms is None or self.resting else step.norms
+        gg, dd, gd = self.exchange.dots(*pairs) if direction is not step.direction or step.norms is None else step.norms
         self.exchange.communicator.halfway(False)
         norms = math.sqrt(gg * dd)
         return {
@@ -291,12 +328,26 @@ class Optimizer(ABC, Generic[S]):
             **step.figures,
         }
 
-    def rested(self, direction: Array) -> Array:
-        """Return a copy of d, (held,), that is zero where coordinates rest. Local."""
-        direction, first = self.xp.asarray(direction, copy=True), self.exchange.held.start
-        for span in self.resting:
-            direction[max(span.start - first, 0) : max(span.stop - first, 0)] = 0
+    def shared_out(self, direction: Array) -> Array:
+        """Return s d, (held,), s the shares of the groups; d itself where all are 1. Local."""
+        parts = [group for group in self.groups if group.share != 1]
+        if parts:
+            direction = self.xp.asarray(direction, copy=True)
+        for group in parts:
+            own = self.held_part(group.span)
+            direction[own] = group.share * direction[own] if group.share else 0
         return direction
+
+    def decay(self) -> None:
+        """Do w ← (1 − c λ) w. Local."""
+        for group in self.groups:
+            if group.decay:
+                self.held[self.held_part(group.span)] *= 1 - self.rate_factor * group.decay
+
+    def held_part(self, span: slice) -> slice:
+        """Return where a span of the N coordinates is among those held. Local."""
+        first = self.exchange.held.start
+        return slice(max(span.start - first, 0), max(span.stop - first, 0))
 
     def evaluate(
         self, loss_and_gradient: LossAndGradient, displacements: Array | None = None, trial: bool = False

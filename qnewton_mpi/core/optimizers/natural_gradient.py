@@ -65,6 +65,7 @@ class NaturalStep(Step):
     ----------
     losses : (M,)
         Before the step.
+    z : (held,)
     dz : float
         dᵀz.
     change : float
@@ -76,6 +77,7 @@ class NaturalStep(Step):
     """
 
     losses: NDArray[np.float64]
+    z: Array
     dz: float
     change: float
     noise: float
@@ -97,7 +99,7 @@ class NaturalGradient(Optimizer[S]):
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
                                 C (ς + ν)/χ                                             what curvature allows
                                 η/√(ν mean_l (‖d_l‖/‖w_l‖)²)                            what the noise may change
-        w        w − α d
+        w        (1 − λ) w − α d                                                    λ the weight decay
 
     Nothing of it changes where a constant is added to the loss, or the loss multiplied by one.
     """
@@ -174,6 +176,7 @@ class NaturalGradient(Optimizer[S]):
             figures,
             (gg, dd, gd),
             losses=batch.losses,
+            z=z,
             dz=dz,
             change=self.change.squared(d, self.held),
             noise=(noise := self.noise_share.unbiased),
@@ -203,15 +206,22 @@ class NaturalGradient(Optimizer[S]):
                 "curvature=0; give a number as lr, or let gain_share be more than 0"
             )
         if not self.repeats:
-            whole = self.rate_factor * rate
-            noise = self.momentum.newest(self.steps) * whole * self.known / self.batch
-            slope, predicted = self.along(step, whole)
-            self.successive.follow(-whole * step.direction, slope, noise, predicted)
+            self.follow(step, self.rate_factor * rate)
         wanted = min(limits[:2])
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
         self.note_shortening(shrink)
         figures = {"shrink": shrink, "curvature": self.curvature.value, "limit": float(np.argmin(limits))}
         return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms)
+
+    def follow(self, step: NaturalStep, rate: float) -> None:
+        """Have the next gradient tell the curvature along the step of a rate, as the groups take it. Collective."""
+        noise = self.momentum.newest(self.steps) * rate * self.known / self.batch
+        slope, predicted = self.along(step, rate)
+        d = self.shared_out(step.direction)
+        if d is not step.direction and step.dz > 0:
+            sz, ssz, gd = self.exchange.dots((d, step.z), (self.shared_out(d), step.z), (step.mean, d))
+            noise, slope, predicted = noise * sz / step.dz, -rate * gd, rate * rate * ssz
+        self.successive.follow(-rate * d, slope, noise, predicted)
 
     def limits(self, step: NaturalStep) -> tuple[float, float, float]:
         """Return the largest rates by noise or the settings, by curvature, and by the change. Local.
