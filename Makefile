@@ -28,7 +28,7 @@ export MPIEXEC
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: help run test test-slurm lint docs bench bench-peers bench-workloads clean
+.PHONY: help run test test-slurm lint docs bench bench-peers bench-workloads bench-batches clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,10 @@ bench-peers: $(VENV)/.installed-peers  ## Time steps of the default beside Distr
 bench-workloads: $(VENV)/.installed-peers  ## The default beside tuned peers on 12 workloads (hours); JOBS, DATA (folder)
 	$(BIN)/python -m benchmarks.workloads suite --jobs $(JOBS) $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python -m benchmarks.workloads table --output docs/workloads.md
+
+bench-batches: $(VENV)/.installed-peers  ## Steps to a fixed loss for batches of 256 to 16,384 (2 hours); JOBS, DATA
+	$(BIN)/python -m benchmarks.batches suite --jobs $(JOBS) $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m benchmarks.batches table --output docs/batches.md
 
 clean:  ## Remove the virtual environments, the built site, and what the runs left
 	rm -rf .venv .venv-site .venv-gpu docs/_build $(RUNS)

@@ -11,11 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks.workloads import optimizers, problems, profiles, running, suite, tables, tuning  # noqa: E402
+from benchmarks import grid, suite  # noqa: E402
+from benchmarks.store import Store  # noqa: E402
+from benchmarks.workloads import optimizers, problems, profiles, running, tables, tuning  # noqa: E402
 from benchmarks.workloads.__main__ import main  # noqa: E402
 from benchmarks.workloads.optimizers import CONSTANT, COSINE, DEFAULT, PEERS  # noqa: E402
 from benchmarks.workloads.running import Key, Record  # noqa: E402
-from benchmarks.workloads.store import Store  # noqa: E402
 
 WITHOUT_DATA = ["linear", "gaussian", "pde", "softmax", "characters", "convnet-fashion", "text"]
 
@@ -96,14 +97,14 @@ def test_run_that_diverges_is_a_record(tmp_path):
     found = running.run(problems.load("linear"), key)
     assert found.diverged
     assert found.loss == found.held_out == math.inf
-    store = Store(tmp_path)
+    store = Store(tmp_path, Record)
     store.add(found)
     assert store.read("linear") == {key: found}
     json.loads(store.path("linear").read_text(), parse_constant=pytest.fail)  # no words that other readers lack
 
 
 def test_last_line_that_is_torn_is_none(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, Record)
     keys = [Key("linear", "sgd", lr, CONSTANT, 0, 3) for lr in (0.1, 0.2, 0.3)]
     store.add(record(keys[0], 1.0))
     store.add(record(keys[1], 2.0))
@@ -122,7 +123,7 @@ def followed(loss, lowest=-4):
     """Return the rates that tuning runs, in half decades, and the best."""
     known, rounds = {}, 0
     while True:
-        missing, best = tuning.grid(lowest, known.get)
+        missing, best = grid.grid(lowest, known.get)
         if not missing:
             return sorted(round(2 * math.log10(rate)) for rate in known), round(2 * math.log10(best))
         known |= {rate: loss(2 * math.log10(rate)) for rate in missing}
@@ -161,7 +162,7 @@ def fill(store, names, seeds=3):
 
 
 def test_seeds_repeat_the_better_schedule_at_its_best_rate(tmp_path):
-    store = Store(tmp_path)
+    store = Store(tmp_path, Record)
     assert fill(store, ["nesterov"]) == 2 * 4 + 2  # −5 … −2; the best, −3, is inside
     repeated = [key for key in store.read("linear") if key.seed]
     assert {(key.lr, key.schedule) for key in repeated} == {(0.0316, COSINE)}
@@ -175,10 +176,10 @@ def short(problem, steps):
 
 def test_tables_and_picture_are_the_same_again(tmp_path):
     pytest.importorskip("matplotlib")
-    store = Store(tmp_path / "a")
+    store = Store(tmp_path / "a", Record)
     names = [DEFAULT, *PEERS]
     fill(store, names)
-    other = Store(tmp_path / "b")
+    other = Store(tmp_path / "b", Record)
     for found in reversed(store.read("linear").values()):
         other.add(found)
     pages = []
@@ -222,24 +223,34 @@ def test_profile_of_two():
     assert profiles.profile(results, "first order", profiles.samples) == {DEFAULT: [1.0], "sgd": [1.5]}
 
 
-def test_suite_does_what_is_missing(tmp_path):
-    store, lines = Store(tmp_path), []
-    steps = {"linear": 3}
-    arguments = ([DEFAULT], 1, 2, None, "cpu", lines.append)
-    assert suite.suite(store, steps, *arguments) == []
+def test_suite_does_what_is_missing(capsys, tmp_path):
+    words = ["suite", "--workloads", "linear", "--optimizers", DEFAULT, "--seeds", "1", "--jobs", "2"]
+    words += ["--results", str(tmp_path)]
+    assert main(words) == 0
+    store = Store(tmp_path, Record)
     assert {key.schedule for key in store.read("linear")} == {CONSTANT, COSINE}
     before = store.path("linear").read_bytes()
-    assert suite.suite(store, steps, *arguments) == []
+    assert main(words) == 0
     assert store.path("linear").read_bytes() == before
-    assert len(lines) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_suite_tells_of_a_run_that_fails(monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit('one\\nlast')"])
+def test_suite_tells_of_a_run_that_fails(tmp_path):
     lines = []
-    failed = suite.suite(Store(tmp_path), {"linear": 3}, [DEFAULT], 1, 1, None, "cpu", lines.append)
+    wanted = tuning.wanted({}, "linear", DEFAULT, 3, 1)
+    command = [sys.executable, "-c", "import sys; sys.exit('one\\nlast')"]
+    failed = suite.suite(Store(tmp_path, Record), lambda: wanted, lambda _: command, 1, lines.append)
     assert len(failed) == len(lines) == 2
     assert lines[0] == "1: linear default constant seed 0: failed: last"
+
+
+def test_suite_does_a_run_once_that_two_ask_for(tmp_path):
+    store, [key] = Store(tmp_path, Record), tuning.wanted({}, "linear", "sgd", 3, 1)[:1]
+    store.add(record(key, 1.0))
+    lines = []
+    nothing = [sys.executable, "-c", "pass"]
+    assert suite.suite(store, lambda: [] if lines else [key, key], lambda _: nothing, 2, lines.append) == []
+    assert lines == ["1: linear sgd 0.0316 constant seed 0: 1"]
 
 
 @pytest.mark.parametrize(

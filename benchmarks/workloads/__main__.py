@@ -4,82 +4,45 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 
 import torch
 
-from benchmarks.workloads import optimizers, problems, profiles, running, tables
+from benchmarks.commands import Commands, call, check_suite, command_line, do_suite, write_page
+from benchmarks.store import Store
+from benchmarks.workloads import optimizers, problems, profiles, running, tables, tuning
 from benchmarks.workloads.optimizers import CONSTANT, COSINE, DEFAULT, PEERS
-from benchmarks.workloads.running import Key
-from benchmarks.workloads.store import RESULTS, Store
-from benchmarks.workloads.suite import suite
-from qnewton_mpi.errors import ENDED_BY_CTRL_C, USAGE_ERROR, UserError
-from qnewton_mpi.files.whole import replace_whole, writing
+from benchmarks.workloads.running import Key, Record
+from qnewton_mpi.errors import UserError
 
 EVERYONE = [DEFAULT, *PEERS]
+RESULTS = Path(__file__).parent / "results"
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises `UserError` where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise."""
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-
-def parser() -> Parser:
-    """Return the parser of the command line."""
-    common = Parser(add_help=False)
-    common.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    placed = Parser(add_help=False)
-    placed.add_argument("--device", default="cpu", help="of PyTorch; CPU seconds are of the CPU alone")
-    common.add_argument("--data-dir", help="folder of the data sets, as of qnewton-mpi train")
-    several = Parser(add_help=False)
-    several.add_argument("--workloads", nargs="+", default=list(problems.PROBLEMS), metavar="NAME")
-    several.add_argument("--optimizers", nargs="+", default=EVERYONE, metavar="NAME")
-    top = Parser(prog="python -m benchmarks.workloads", description="Workloads: the default beside tuned peers.")
-    commands = top.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", parents=[common, placed], help="one run, unless there is its record")
-    one.add_argument("workload")
-    one.add_argument("optimizer", help="default, a peer, or a method with settings, as kronecker:damping=0.1")
-    one.add_argument("--lr", type=float)
-    one.add_argument("--schedule", choices=[CONSTANT, COSINE], default=CONSTANT)
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--steps", type=int, help="other than the workload's: a trial, which no table counts")
-    every = commands.add_parser("suite", parents=[common, several, placed], help="all runs that are missing")
-    every.add_argument("--seeds", type=int, default=3)
-    every.add_argument("--jobs", type=int, default=1)
-    every.add_argument(
-        "--rerun", nargs="+", default=[], metavar="NAME", help="optimizers whose records are dropped first"
+def commands() -> Commands:
+    """Return the parsers of the command line."""
+    found = Commands("workloads", "Workloads: the default beside tuned peers.", RESULTS, problems.PROBLEMS, EVERYONE)
+    found.run.add_argument("--schedule", choices=[CONSTANT, COSINE], default=CONSTANT)
+    found.run.add_argument("--steps", type=int, help="other than the workload's: a trial, which no table counts")
+    guess = found.commands.add_parser(
+        "estimate", parents=found.several, help="time some steps; CPU minutes of the suite"
     )
-    shown = commands.add_parser("table", parents=[common, several], help="tables and profiles of what there is")
-    shown.add_argument("--output", type=Path, help="the page; the picture beside it has its name")
-    guess = commands.add_parser("estimate", parents=[common, several], help="time some steps; CPU minutes of the suite")
     guess.add_argument("--steps", type=int, default=4)
-    return top
+    return found
 
 
 def main(words: list[str] | None = None) -> int:
     """Run a command; return the exit code."""
-    try:
-        options = parser().parse_args(words)
-        return COMMANDS[options.command](options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("interrupted: the same command, without --rerun, goes on", file=sys.stderr)
-        return ENDED_BY_CTRL_C
+    return call(commands().top, COMMANDS, words)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do one run and write its record."""
-    problem, store = problems.load(options.workload, options.data_dir), Store(options.results)
+    problem, store = problems.load(options.workload, options.data_dir), Store(options.results, Record)
     optimizers.check(options.optimizer)
     steps = problem.steps if options.steps is None else options.steps
     if steps < 1:
@@ -97,33 +60,29 @@ def run(options: argparse.Namespace) -> int:
 
 def every(options: argparse.Namespace) -> int:
     """Do what is missing."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are to end too
-    store = Store(options.results)
+    store = Store(options.results, Record)
     chosen = [problems.load(name, options.data_dir) for name in options.workloads]
-    for name, least in (("jobs", options.jobs), ("seeds", options.seeds)):
-        if least < 1:
-            raise UserError(f"--{name} {least}: at least 1")
-    for name in [*options.optimizers, *options.rerun]:
-        optimizers.check(name)
+    check_suite(options, optimizers.check)
     for problem in chosen:
         if problem.data is not None:
             problem.images  # noqa: B018 — before hours of other workloads
-    for name in options.rerun:
-        print(f"{name}: {sum(store.drop(problem.name, name) for problem in chosen)} records dropped", flush=True)
-    steps = {problem.name: problem.steps for problem in chosen}
 
-    def tell(line: str) -> None:
-        print(line, flush=True)
+    def wanted() -> Iterator[Key]:
+        for problem in chosen:
+            records = store.read(problem.name)
+            for name in options.optimizers:
+                yield from tuning.missing(records, problem.name, name, problem.steps, options.seeds, options.device)
 
-    failed = suite(
-        store, steps, options.optimizers, options.seeds, options.jobs, options.data_dir, options.device, tell
-    )
-    return 1 if failed else 0
+    def command(key: Key) -> list[str]:
+        words = {"lr": key.lr, "schedule": key.schedule, "seed": key.seed, "steps": key.steps}
+        return command_line("workloads", key, options, words)
+
+    return do_suite(options, store, wanted, command)
 
 
 def table(options: argparse.Namespace) -> int:
     """Write the tables, and draw the profiles."""
-    store = Store(options.results)
+    store = Store(options.results, Record)
     chosen = [problems.load(name) for name in options.workloads]
     for name in options.optimizers:
         if name not in PEERS:
@@ -132,14 +91,11 @@ def table(options: argparse.Namespace) -> int:
     if not results.cells:
         raise UserError(f"{options.results}: no optimizer has all its runs on a workload: do `suite` first")
     seeds = max(len(cell.records) for cell in results.cells.values())
-    picture = None if options.output is None else options.output.with_suffix(".png")
-    drawn = picture is not None and profiles.draw(results, picture)
-    text = tables.page(results, seeds, picture.name if picture is not None and drawn else None)
-    if options.output is None:
-        print(text, end="")
-    else:
-        with writing(options.output):
-            replace_whole(options.output, text.encode())
+    write_page(
+        options.output,
+        lambda picture: profiles.draw(results, picture),
+        lambda picture: tables.page(results, seeds, picture),
+    )
     return 0
 
 

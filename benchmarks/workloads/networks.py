@@ -106,6 +106,12 @@ def resnet8(width: int = 16) -> nn.Sequential:
     return model
 
 
+def dense(*widths: int) -> nn.Sequential:
+    """Return dense layers of images, ReLU between them."""
+    layers = [part for sides in itertools.pairwise(widths) for part in (nn.Linear(*sides), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
 def autoencoder(pixels: int, widths: tuple[int, ...]) -> nn.Sequential:
     """Return an encoder and its mirror: tanh, the code and the logits linear."""
     sides = [pixels, *widths, *widths[-2::-1], pixels]

@@ -44,13 +44,15 @@ class Trainer(Protocol):
 class Ours:
     """A method of this package, each replica on its share of the batch."""
 
-    def __init__(self, problem: Problem, model: nn.Module, method: str, settings: dict[str, str]) -> None:
+    def __init__(
+        self, problem: Problem, model: nn.Module, method: str, settings: dict[str, str], replicas: int
+    ) -> None:
         self.problem, self.model = problem, model
         self.optimizer: QuasiNewton = QuasiNewton(
             model.parameters(),
-            samples=problem.samples // REPLICAS,
+            samples=problem.samples // replicas,
             method=method,
-            replicas_per_rank=REPLICAS,
+            replicas_per_rank=replicas,
             module=model if method != "kronecker" or any(True for _ in model.buffers()) else None,
             **settings,
         )
@@ -224,8 +226,10 @@ def check(text: str) -> None:
             raise MissingPackageError(f"{text} needs {PEERS[text].package}: {pip_install('peers')}") from error
 
 
-def build(text: str, problem: Problem, model: nn.Module, lr: float | None, steps: int) -> Trainer:
-    """Return what trains a model: a peer at a rate, or a method of this package.
+def build(
+    text: str, problem: Problem, model: nn.Module, lr: float | None, steps: int, replicas: int = REPLICAS
+) -> Trainer:
+    """Return what trains a model: a peer at a rate, or a method of this package with so many replicas.
 
     Raises
     ------
@@ -238,4 +242,4 @@ def build(text: str, problem: Problem, model: nn.Module, lr: float | None, steps
             raise UserError(f"{text} needs a rate: --lr")
         return PEERS[text].trainer(problem, model, PEERS[text].build(model, lr, steps))
     method, settings = parse(text)
-    return Ours(problem, model, method, settings | ({} if lr is None else {"lr": str(lr)}))
+    return Ours(problem, model, method, settings | ({} if lr is None else {"lr": str(lr)}), replicas)

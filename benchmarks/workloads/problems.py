@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,13 +97,12 @@ class Problem(ABC):
         """Return the mean loss of a batch, or of a replica's share of one."""
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> float:
-        """Return the held-out loss."""
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> float:
+        """Return the mean loss of some batches, the model as it is used."""
         training = model.training
         model.eval()
         device = next(model.parameters()).device
-        batches = [tuple(part.to(device) for part in batch) for batch in self.held_out]
-        losses = [(len(batch[0]), self.loss(model, *batch).item()) for batch in batches]
+        losses = [(len(batch[0]), self.loss(model, *(part.to(device) for part in batch)).item()) for batch in batches]
         model.train(training)
         return sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
 
@@ -111,11 +111,11 @@ class Problem(ABC):
     def held_out(self) -> list[Batch]:
         """What is never trained on."""
 
-    @cached_property
+    @property
     def images(self) -> datasets.Dataset:
-        """The data set."""
+        """The data set; read once, also for workloads that differ in their batches only."""
         assert self.data is not None
-        return datasets.load(self.data, self.folder)
+        return _read(self.data, self.folder)
 
 
 class Images(Problem):
@@ -177,8 +177,7 @@ class Mlp(Images):
 
     def network(self) -> nn.Module:
         """Return 784-512-512-10."""
-        widths = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
-        return nn.Sequential(nn.Flatten(), *widths)
+        return networks.dense(784, 512, 512, 10)
 
 
 class Softmax(Images):
@@ -412,3 +411,8 @@ def library(*modules: str) -> bytes:
     """
     folder = Path(sysconfig.get_path("stdlib"))
     return b"".join(read_whole(folder / f"{name}.py") for name in modules)
+
+
+@functools.cache
+def _read(data: str, folder: str | None) -> datasets.Dataset:
+    return datasets.load(data, folder)

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.drawing import COLOURS, apart
 from benchmarks.workloads.optimizers import PEERS
 from benchmarks.workloads.tables import Results, Summary, goals
 from qnewton_mpi.plotting import label_ends, pyplot, save
 
 WIDEST = 16.0  # τ
-# Okabe and Ito's, which the colour-blind tell apart; the package's methods are the thick lines.
-COLOURS = ["#0072B2", "#56B4E9", "#999999", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#000000", "#8C7A00"]
 Cost = Callable[[Summary, float], float]
 
 

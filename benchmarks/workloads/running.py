@@ -6,12 +6,12 @@ import importlib.metadata
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from benchmarks import store
 from benchmarks.workloads import optimizers
 from benchmarks.workloads.optimizers import COSINE, PEERS, WARM_UP, Trainer
 from benchmarks.workloads.problems import Batch, Problem
@@ -21,19 +21,21 @@ POINTS, HELD_OUT_POINTS, TAIL = 60, 10, 0.05
 
 
 @dataclass(frozen=True)
-class Key:
-    """What makes a run: there is one record for each."""
+class Key(store.Key):
+    """What makes a run."""
 
-    workload: str
-    optimizer: str
     lr: float | None
     schedule: str
     seed: int
     steps: int
 
+    def __str__(self) -> str:
+        rate = "" if self.lr is None else f" {self.lr:g}"
+        return f"{self.workload} {self.optimizer}{rate} {self.schedule} seed {self.seed}"
+
 
 @dataclass(frozen=True)
-class Record:
+class Record(store.Record):
     """What became of a run; a loss that is not finite is ∞.
 
     Attributes
@@ -66,38 +68,10 @@ class Record:
         """The steps done at each of the losses."""
         return places(self.key.steps, len(self.losses))
 
-    def as_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes; ∞ is null, which all readers of JSON know."""
-        return {**asdict(self.key), **{name: _plain(value) for name, value in asdict(self).items() if name != "key"}}
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Record:
-        """Return the record of a dictionary.
-
-        Raises
-        ------
-        KeyError, TypeError
-            For another one.
-        """
-        key = Key(**{name: found[name] for name in Key.__annotations__})
-        rest = {name: found[name] for name in cls.__annotations__ if name != "key"}
-        for name in ("loss", "held_out", "losses", "held_out_losses"):
-            rest[name] = _infinite(rest[name])
-        return cls(key, **rest)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
-
-
-def _infinite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_infinite(part) for part in value]
-    return math.inf if value is None else float(value)
+    @property
+    def outcome(self) -> str:
+        """The loss at the end."""
+        return f"{self.loss:.6g}"
 
 
 def factor(schedule: str, step: int, steps: int) -> float:
@@ -126,14 +100,14 @@ def run(problem: Problem, key: Key, device: str = "cpu") -> Record:
         batch = tuple(part.to(device) for part in next(batches))
         judged = _judged(problem, trainer, batch)
         started = time.process_time()
-        loss = _step(trainer, batch)
+        loss = do_step(trainer, batch)
         seconds.append(time.process_time() - started)
         losses.append(loss if judged is None or not math.isfinite(loss) else judged)
         if not math.isfinite(losses[-1]):
             break
         if step + 1 in points:
             with trainer.averaged():
-                held_out[step + 1] = problem.evaluate(model)
+                held_out[step + 1] = problem.evaluate(model, problem.held_out)
     diverged = len(losses) < key.steps or not all(math.isfinite(loss) for loss in (losses[-1], *held_out.values()))
     losses += [math.inf] * (key.steps - len(losses))
     means = [_short(loss, problem) for loss in thinned(losses)]
@@ -149,8 +123,8 @@ def run(problem: Problem, key: Key, device: str = "cpu") -> Record:
     )
 
 
-def _step(trainer: Trainer, batch: Batch) -> float:
-    """Return the loss before a step; ∞ where the step could not be done for numbers that are not finite."""
+def do_step(trainer: Trainer, batch: Batch) -> float:
+    """Do a step; return the loss before it, ∞ where the step could not be done for numbers that are not finite."""
     try:
         return trainer.step(batch)
     except NonFiniteGradientError:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.figures import NONE, geometric, markdown, mean, number, spread, steps_to, versions
+from benchmarks.grid import GRID, MORE
 from benchmarks.workloads import tuning
 from benchmarks.workloads.optimizers import CONSTANT, COSINE, FIRST_ORDER, PEERS, PRECONDITIONED
 from benchmarks.workloads.problems import REPLICAS, Problem
 from benchmarks.workloads.running import Key, Record
 
-NONE = "–"
 Records = Mapping[Key, Record]
 
 
@@ -62,36 +63,13 @@ class Summary:
 
     def steps_to(self, target: float) -> float:
         """Return the steps until the training loss, mean over the last 5% and the seeds, is down to a target, or ∞."""
-        before = (0, math.inf)
-        for k, step in enumerate(self.records[0].at):
-            loss = mean([compared(self.problem, record.losses[k]) for record in self.records])
-            if loss <= target:
-                # Between two records the loss is taken to go down evenly.
-                share = (before[1] - target) / (before[1] - loss) if before[1] < math.inf and before[1] > loss else 1.0
-                return before[0] + share * (step - before[0])
-            before = step, loss
-        return math.inf
+        losses = [[compared(self.problem, loss) for loss in record.losses] for record in self.records]
+        return steps_to(target, self.records[0].at, [mean(some) for some in zip(*losses, strict=True)])
 
 
 def compared(problem: Problem, loss: float) -> float:
     """Return a loss above the known minimum, and not below what is rounding."""
     return loss if problem.signed else max(loss - problem.minimum, problem.floor)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean; ∞ where one is."""
-    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
-
-
-def spread(values: Sequence[float]) -> float:
-    """Return the standard deviation of a sample."""
-    middle = mean(values)
-    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
-
-
-def geometric(values: Sequence[float]) -> float:
-    """Return the geometric mean."""
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 class Results:
@@ -161,8 +139,8 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
         f"workloads of many kinds: equal samples, {REPLICAS} replicas on one rank, one thread, {seeds} seeds.",
         "    make bench-workloads\n    python -m benchmarks.workloads table --output docs/workloads.md",
         "A peer is run with seed 0 at constant rate and along a cosine after a warm-up of 5% (Schedule-Free: constant, "
-        f"its own warm-up of 5%), each at {tuning.GRID} rates half a decade apart around where it is commonly used; as "
-        f"long as the best is at an edge, one more beyond it, up to {tuning.MORE} more. The better schedule at its "
+        f"its own warm-up of 5%), each at {GRID} rates half a decade apart around where it is commonly used; as "
+        f"long as the best is at an edge, one more beyond it, up to {MORE} more. The better schedule at its "
         "best rate then has the other seeds: seed 0 is in the mean, which favours the peers. No weight decay anywhere. "
         "Training loss: the mean of the last 5% of the steps; of Schedule-Free at its average, which is what it hands "
         "out. ± is the standard deviation over the seeds; bold is the lowest of a row.",
@@ -199,7 +177,7 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
         "## CPU milliseconds a step",
         table(results, lambda cell: f"{cell.cpu_ms:.3g}" if cell.timings else NONE),
         "## Versions",
-        versions(results),
+        versions(record for cell in results.cells.values() for record in cell.records),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -345,27 +323,6 @@ def rates(results: Results) -> str:
         return f"{rate}{schedule} ({cell.runs})".strip()
 
     return table(results, text)
-
-
-def versions(results: Results) -> str:
-    """Return the versions of the packages that the runs were done with."""
-    found: dict[str, set[str]] = {}
-    for cell in results.cells.values():
-        for record in cell.records:
-            for name, version in record.versions.items():
-                found.setdefault(name, set()).add(version)
-    return ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in sorted(found)) + "."
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float) -> str:
-    """Return a number to a few digits."""
-    return "∞" if math.isinf(value) else f"{value:.4g}"
 
 
 def _names(group: str) -> str:

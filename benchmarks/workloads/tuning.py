@@ -10,39 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from benchmarks.grid import grid
 from benchmarks.workloads.optimizers import CONSTANT, COSINE, PEERS
 from benchmarks.workloads.running import Key, Record
 
-GRID, MORE = 4, 4
 TIMED = 40  # steps of a trial
-
-
-def rate(half_decades: int) -> float:
-    """Return 10^(half_decades / 2), to three digits."""
-    return float(f"{10 ** (half_decades / 2):.3g}")
-
-
-def grid(lowest: int, loss: Callable[[float], float | None]) -> tuple[list[float], float | None]:
-    """Return the rates that are to be run now, and the best one where there are none.
-
-    Parameters
-    ----------
-    lowest : int
-        Of the first four, in half decades.
-    loss : callable
-        Of a rate: what it came to; None, where it was not run yet.
-    """
-    places = list(range(lowest, lowest + GRID))
-    while True:
-        losses = {place: loss(rate(place)) for place in places}
-        missing = [rate(place) for place, found in losses.items() if found is None]
-        if missing:
-            return missing, None
-        # All without an end: the lowest rate, so that lower ones are tried.
-        best = min(places, key=lambda place: (losses[place], place))
-        if best not in (places[0], places[-1]) or len(places) == GRID + MORE:
-            return [], rate(best)
-        places = [best - 1, *places] if best == places[0] else [*places, best + 1]
 
 
 def chosen(records: Mapping[Key, Record], workload: str, optimizer: str, steps: int) -> tuple[list[Key], Key | None]:
@@ -74,6 +46,14 @@ def wanted(records: Mapping[Key, Record], workload: str, optimizer: str, steps: 
     schedules = [best.schedule] if optimizer in PEERS else [CONSTANT, COSINE]
     keys = [Key(workload, optimizer, best.lr, schedule, seed, steps) for schedule in schedules for seed in range(seeds)]
     return [key for key in keys if key not in records]
+
+
+def missing(
+    records: Mapping[Key, Record], workload: str, optimizer: str, steps: int, seeds: int, device: str
+) -> list[Key]:
+    """Return what is `wanted` and, on the CPU, where nothing is, the run that times those of a GPU."""
+    keys = wanted(records, workload, optimizer, steps, seeds)
+    return keys or (untimed(records, workload, optimizer, steps) if device == "cpu" else [])
 
 
 def untimed(records: Mapping[Key, Record], workload: str, optimizer: str, steps: int) -> list[Key]:
