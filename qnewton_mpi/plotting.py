@@ -21,7 +21,7 @@ from qnewton_mpi.training.runfile import Run
 MANY = 8  # lines in one picture
 LONGEST = 60  # characters of a label
 # Okabe and Ito's, which the colour-blind tell apart, but for the yellow, which white swallows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C7A00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C7A00", "#999999")
 LABEL_GAP = 0.055  # between the labels of lines, of the height of the axes
 T = TypeVar("T")
 
@@ -112,7 +112,6 @@ def apart(heights: Iterable[float], least: float = LABEL_GAP) -> list[float]:
 
 def label_ends(axes: Any, ends: Iterable[tuple[float, str, str]]) -> None:
     """Write texts beside the right edge of axes, at or near heights (of the data), each in its colour. Local."""
-    axes.autoscale_view()
     low, high = axes.get_ylim()
     scale = np.log if axes.get_yscale() == "log" else np.asarray
 

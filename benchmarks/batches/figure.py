@@ -8,9 +8,8 @@ from pathlib import Path
 
 from benchmarks.batches.study import BATCHES
 from benchmarks.batches.tables import Results
-from benchmarks.drawing import COLOURS, apart
 from benchmarks.workloads.optimizers import PEERS
-from qnewton_mpi.plotting import label_decades, plain, pyplot, save
+from qnewton_mpi.plotting import COLOURS, label_decades, label_ends, pyplot, save
 
 
 def draw(results: Results, target: Path) -> bool:
@@ -37,7 +36,6 @@ def draw(results: Results, target: Path) -> bool:
     figure, axes = plt.subplots(1, len(shown), figsize=(6.5 * len(shown), 5), layout="constrained", squeeze=False)
     for place, workload in zip(axes.flat, shown, strict=True):
         every = [steps for of in results.series for _, steps in lines[workload.name, of.title]]
-        low, high = math.log(min(every) / 1.3), math.log(max(every) * 1.2)
         ends = []
         for of, colour in zip(results.series, COLOURS * len(results.series), strict=False):
             points = lines[workload.name, of.title]
@@ -53,25 +51,15 @@ def draw(results: Results, target: Path) -> bool:
             if bound is not None and not bound.beyond:
                 height = _between(bound.batch, points)
                 place.plot(bound.batch, height, "o", color=colour, markersize=9, markerfacecolor="none")
-            ends.append(((math.log(steps[-1]) - low) / (high - low), of.title, colour))
-        ends.sort()
-        for height, (_, title, colour) in zip(apart([end[0] for end in ends]), ends, strict=True):
-            place.annotate(
-                plain(title),
-                (1.0, height),
-                (4, 0),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                color=colour,
-                va="center",
-            )
+            ends.append((steps[-1], of.title, colour))
         place.set(xscale="log", yscale="log", xlim=(BATCHES[0] / 1.1, BATCHES[-1] * 1.1))
-        place.set(ylim=(math.exp(low), math.exp(high)), title=f"{workload.name}: to {workload.target:g} nats")
+        place.set(ylim=(min(every) / 1.3, max(every) * 1.2), title=f"{workload.name}: to {workload.target:g} nats")
         place.set(xlabel="batch, samples", ylabel="steps to the target")
         place.set_xticks(BATCHES, [f"{batch:,}" for batch in BATCHES])
         place.set_xticks([], minor=True)
         label_decades(place)
         place.grid(alpha=0.3, which="both")
+        label_ends(place, ends)
     save(plt, figure, target, dpi=100)
     return True
 

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.drawing import COLOURS, apart
 from benchmarks.workloads.optimizers import PEERS
 from benchmarks.workloads.tables import Results, Summary, goals
-from qnewton_mpi.plotting import label_ends, pyplot, save
+from qnewton_mpi.plotting import COLOURS, label_ends, pyplot, save
 
 WIDEST = 16.0  # τ
 Cost = Callable[[Summary, float], float]
