@@ -34,6 +34,7 @@ from qnewton_mpi.parallel.log import LOG
 
 ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter
 QUALITIES = ("train_nll", "test_nll", "test_accuracy")
+NOISE_SCALES = ("noise_scale", "noise_scale_preconditioned")  # files of earlier versions have none
 EPOCH_FIGURES = (
     "epoch",
     "step",
@@ -43,6 +44,7 @@ EPOCH_FIGURES = (
     "evaluation_seconds",
     "bytes_sent",
     "bytes_sent_by_replicas",
+    *NOISE_SCALES,
 )
 WRITE_SECONDS = 5.0  # between writes without an evaluation
 WRITE_SHARE, WRITE_CREDIT = 0.01, 1.0  # of a run's time that goes into writing, and seconds besides
@@ -245,7 +247,9 @@ class Run:
         if status not in (RUNNING, FINISHED) and not status.startswith(FAILED.rstrip()):
             raise ValueError(f"status {printable(status)}")
         _check(self.attributes, kinds)
-        self.epochs = _columns(group, "epochs", EPOCH_FIGURES)
+        lacking = set(NOISE_SCALES).difference(subgroup(group, "epochs"))
+        columns = _columns(group, "epochs", [figure for figure in EPOCH_FIGURES if figure not in lacking])
+        self.epochs = columns | dict.fromkeys(lacking, np.full(len(columns["step"]), np.nan))
 
     @property
     def state(self) -> str:
@@ -285,6 +289,12 @@ class Run:
         """Return a figure of the last evaluation; NaN before any."""
         values = self.epochs[figure]
         return float(values[-1]) if len(values) else math.nan
+
+    @property
+    def noise_scale(self) -> float:
+        """How many samples a batch is worth at the last evaluation, preconditioned if the method is; NaN if unknown."""
+        plain, preconditioned = map(self.last, NOISE_SCALES)
+        return plain if math.isnan(preconditioned) else preconditioned
 
 
 def _check(attributes: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
@@ -352,19 +362,24 @@ def table(runs: list[Run]) -> str:
 
     A last column says what became of them, unless all are finished.
     """
-    columns: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
-        ("epochs", ".4g", lambda run: run.last("epoch")),
-        ("train NLL", ".4f", lambda run: run.last("train_nll")),
-        ("test NLL", ".4f", lambda run: run.last("test_nll")),
-        ("accuracy", ".2%", lambda run: run.last("test_accuracy")),
-        ("seconds", ".1f", lambda run: run.last("wall_seconds")),
-        ("samples/s", ",.0f", lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)),
+    columns: tuple[tuple[str, Callable[[float], str], Callable[[Run], float]], ...] = (
+        ("epochs", "{:.4g}".format, lambda run: run.last("epoch")),
+        ("train NLL", "{:.4f}".format, lambda run: run.last("train_nll")),
+        ("test NLL", "{:.4f}".format, lambda run: run.last("test_nll")),
+        ("accuracy", "{:.2%}".format, lambda run: run.last("test_accuracy")),
+        ("noise scale", two_digits, lambda run: run.noise_scale),
+        ("seconds", "{:.1f}".format, lambda run: run.last("wall_seconds")),
+        (
+            "samples/s",
+            "{:,.0f}".format,
+            lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9),
+        ),
     )
     states = {run: run.state.partition(":")[0] for run in runs}
     with_states = set(states.values()) != {FINISHED}
     rows = [("run", "runs", *(name for name, _, _ in columns), *(["status"] if with_states else []))]
     for label, group in by_label(runs).items():
-        cells = [mean_and_spread([figure(run) for run in group], layout) for _, layout, figure in columns]
+        cells = [mean_and_spread([figure(run) for run in group], text) for _, text, figure in columns]
         if with_states:
             counts = Counter(states[run] for run in group)
             cells.append(", ".join(f"{n} {state}" if len(group) > 1 else state for state, n in counts.items()))
@@ -374,14 +389,27 @@ def table(runs: list[Run]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def mean_and_spread(values: list[float], layout: str) -> str:
-    """Return the mean, and ± the standard deviation where the values differ.
+def mean_and_spread(values: list[float], text: Callable[[float], str]) -> str:
+    """Return the mean as text, and ± the standard deviation where the values differ.
 
     Examples
     --------
-    >>> mean_and_spread([1.0, 2.0], ".2f"), mean_and_spread([1.0, 1.0], ".2f"), mean_and_spread([math.nan], ".2f")
-    ('1.50 ± 0.71', '1.00', 'nan')
+    >>> [mean_and_spread(values, "{:.2f}".format) for values in ([1.0, 2.0], [1.0, 1.0], [math.nan])]
+    ['1.50 ± 0.71', '1.00', 'nan']
     """
     with np.errstate(all="ignore"):
-        spread = f" ± {np.std(values, ddof=1):{layout}}" if len(set(values)) > 1 else ""
-        return f"{np.mean(values):{layout}}{spread}"
+        spread = np.std(values, ddof=1) if len(set(values)) > 1 else math.nan
+        return text(float(np.mean(values))) + (f" ± {text(float(spread))}" if math.isfinite(spread) else "")
+
+
+def two_digits(value: float) -> str:
+    """Return a number of samples of which no more than two digits are known; a dash where nothing is.
+
+    Examples
+    --------
+    >>> [two_digits(value) for value in (4321.0, 1.06e6, 7.36, math.inf, math.nan)]
+    ['4,300', '1,100,000', '7.4', '∞', '–']
+    """
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞"
+    return f"{float(f'{value:.1e}'):,.15g}"
