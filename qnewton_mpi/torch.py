@@ -107,7 +107,7 @@ class QuasiNewton(torch.optim.Optimizer):
     ----------
     core : qnewton_mpi.core.optimizers.Optimizer
     figures : dict
-        Of the last step, as `core.step` returns them.
+        Of the last step, as `core.step` returns them, `noise_scale`, how many samples a batch is worth, among them.
 
     Raises
     ------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qnewton_mpi.training.runfile import PERHAPS_DEAD, RUNNING, Run, qualities_text
+from qnewton_mpi.training.runfile import PERHAPS_DEAD, RUNNING, Run, qualities_text, two_digits
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -31,28 +31,49 @@ def watch(path: Path, every: float, once: bool) -> None:
         word = run.state.partition(":")[0]
         news = len(run.epochs["step"]), word
         if sys.stdout.isatty():
-            clear = "\x1b[1A\x1b[2K" * 3 if shown else ""
             width = max(1, shutil.get_terminal_size().columns)
-            print(clear + "\n".join(line[:width] for line in summary(run, width)), flush=True)
+            lines = summary(run, width)
+            clear = "\x1b[1A\x1b[2K" * len(lines) if shown else ""
+            print(clear + "\n".join(line[:width] for line in lines), flush=True)
         elif news != shown:
-            print("  ".join(summary(run, 80)), flush=True)
+            print("  ".join(filter(None, summary(run, 80))), flush=True)
         shown = news
         if once or word not in (RUNNING, PERHAPS_DEAD):
             return
         time.sleep(every)
 
 
-def summary(run: Run, width: int) -> tuple[str, str, str]:
-    """Return three lines: what and how far, the last figures, the training NLL of all evaluations as a curve."""
+def summary(run: Run, width: int) -> tuple[str, str, str, str]:
+    """Return four lines: what and how far, the last figures, what batch is worth while, the training NLL as a curve."""
     steps = run.steps["step"]
     phases = [values[-50:] for name, values in run.steps.items() if name.startswith("seconds_")]
     seconds = float(np.sum(phases))
     rate = f", {run.attributes['batch'] * len(steps[-50:]) / seconds:,.0f} samples/s" if seconds > 0 else ""
     head = f"{run.label}: {run.state}, step {int(steps[-1]) if len(steps) else 0}{rate}"
     if not len(run.epochs["step"]):
-        return head, "no evaluation yet", ""
+        return head, "no evaluation yet", "", ""
     last = f"epoch {run.last('epoch'):.4g}: {qualities_text(run.last, run.held_out)}"
-    return head, last, curve(list(run.epochs["train_nll"]), width)
+    advice = worth_while(run.noise_scale, run.attributes["batch"])
+    return head, last, advice, curve(list(run.epochs["train_nll"]), width)
+
+
+def worth_while(noise_scale: float, batch: int) -> str:
+    """Say up to which size a larger batch would take fewer steps; nothing where that is not known.
+
+    Examples
+    --------
+    >>> worth_while(4321.0, 256)
+    'a larger batch would help up to about 4,300 samples'
+    >>> worth_while(60.3, 256)
+    'a larger batch would hardly help: about 60 samples would do'
+    """
+    if math.isnan(noise_scale):
+        return ""
+    if math.isinf(noise_scale):
+        return "a larger batch would help: no signal is seen above the noise"
+    if noise_scale > batch:
+        return f"a larger batch would help up to about {two_digits(noise_scale)} samples"
+    return f"a larger batch would hardly help: about {two_digits(noise_scale)} samples would do"
 
 
 def curve(values: list[float], width: int) -> str:

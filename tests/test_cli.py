@@ -54,6 +54,10 @@ def test_train_writes_its_file_and_a_table(qnewton, tmp_path, ranks):
     assert (np.diff(run.epochs["wall_seconds"]) > 0).all()
     assert len(run.steps["loss"]) == 78
     assert np.isfinite(run.steps["cosine"]).all()
+    assert "noise scale" in finished.stdout
+    for scale in ("noise_scale", "noise_scale_preconditioned"):
+        assert np.isnan(run.epochs[scale]).tolist() == [True, False, False]
+        np.testing.assert_array_equal(run.epochs[scale][1:], run.steps[scale][[38, 77]])
     phases = sum(run.steps[f"seconds_{phase}"] for phase in ("gradient", "communication", "algebra"))
     assert phases.sum() == pytest.approx(run.epochs["wall_seconds"][-1])
     with h5py.File(path) as file:

@@ -87,6 +87,17 @@ def test_the_unit_of_the_loss(plain, factor):
         np.testing.assert_allclose(ours, theirs, atol=1e-7)
 
 
+@pytest.mark.parametrize("change", [{"factor": 1e3}, {"constant": 10.0}])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_noise_scale(method, change):
+    scales = []
+    for network in (Network(), Network(**change)):
+        figures = run(network, method, steps=12)[1]
+        scales.append([value for name, value in figures.items() if name.startswith("noise_scale")])
+    assert np.isfinite(scales).all()
+    np.testing.assert_allclose(*scales, rtol=1e-5)
+
+
 def test_the_order_of_layers():
     expected, _ = run(Network(), "kronecker")
     found, _ = run(Network(order=(2, 3, 0, 1)), "kronecker")

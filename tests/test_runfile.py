@@ -16,8 +16,8 @@ from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.results.rows import table
 from qnewton_mpi.training import runfile
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run, RunFile
-from qnewton_mpi.watching import watch
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, NOISE_SCALES, Run, RunFile
+from qnewton_mpi.watching import summary, watch
 
 ATTRIBUTES = {"method": "sgd", "data": "none", "activation": "tanh", "replicas": 2, "batch": 8, "seed": 0, "lr": 0.1}
 EVALUATION = dict.fromkeys(EPOCH_FIGURES, 1.0)
@@ -153,6 +153,40 @@ def test_a_run_goes_on_with_its_rows(tmp_path):
     assert run.epochs["step"].tolist() == [0]
 
 
+def test_a_run_of_an_earlier_version_has_no_noise_scale(tmp_path, sound):
+    """It is read, and gone on with."""
+    path = tmp_path / "run.h5"
+    write_image(path, "run", filled(sound, lambda file: [file.__delitem__(f"epochs/{name}") for name in NOISE_SCALES]))
+    run = Run(path)
+    assert all(np.isnan(run.epochs[name]).tolist() == [True, True] for name in NOISE_SCALES)
+    assert "  –  " in table([run])
+    assert "batch" not in summary(run, 80)[2]
+    with run_file(path, resumed=2) as file:
+        file.add_epoch(EVALUATION, np.zeros(3))
+    np.testing.assert_array_equal(Run(path).epochs["noise_scale"], [np.nan, np.nan, 1])
+
+
+@pytest.mark.parametrize(
+    ("plain", "preconditioned", "cell", "told"),
+    [
+        (4321.0, np.nan, "4,300", "a larger batch would help up to about 4,300 samples"),
+        (4321.0, 1e5, "100,000", "a larger batch would help up to about 100,000 samples"),
+        (4321.0, 3.0, "3", "a larger batch would hardly help: about 3 samples would do"),
+        (np.inf, np.nan, "∞", "a larger batch would help: no signal is seen above the noise"),
+        (np.nan, np.nan, "–", ""),
+    ],
+)
+def test_what_a_batch_is_worth_is_told(tmp_path, plain, preconditioned, cell, told):
+    """By the method's own noise scale, at the last evaluation."""
+    with run_file(tmp_path / "run.h5") as file:
+        for scales in ((1.0, 1.0), (plain, preconditioned)):
+            file.add_epoch({**EVALUATION, **dict(zip(NOISE_SCALES, scales, strict=True))}, np.zeros(3))
+    run = Run(tmp_path / "run.h5")
+    header, _, row = (re.split(r"  +", line.strip()) for line in table([run]).splitlines())
+    assert row[header.index("noise scale")] == cell
+    assert summary(run, 80)[2] == told
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -284,6 +318,7 @@ DAMAGES = {
     "soft link": link("steps/step", h5py.SoftLink("/epochs/step")),
     "loop": link("steps/step", h5py.SoftLink("/steps/step")),
     "external link": link("steps", h5py.ExternalLink("/dev/zero", "/steps")),
+    "external link to what earlier versions lack": link("epochs/noise_scale", h5py.ExternalLink("/dev/zero", "/x")),
     "virtual": virtual,
     "external": put("steps/step", np.zeros(2), external=[("/dev/zero", 0, 16)]),
     "huge": huge,
@@ -411,5 +446,5 @@ def test_watch_in_a_narrow_terminal(tmp_path, monkeypatch, capsys, columns):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 2)))
     lines = watched(tmp_path / "run.h5", capsys).splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert max(map(len, lines)) <= max(1, columns)

@@ -33,6 +33,8 @@ def test_same_run_on_any_number_of_ranks(trajectories, variant, exchange, ranks)
     # Secants with σ down to 10⁻⁴ σ_max amplify rounding by up to the square of that.
     rtol = 1e-7 if VARIANTS[variant][0] == "multisecant" else 1e-10
     assert np.abs(actual - expected).max() < rtol * np.abs(expected).max()
+    scales = (trajectories[n][f"{name}/{variant}/noise"] for n, name in ((ranks, exchange), (1, "allgather")))
+    np.testing.assert_allclose(*scales, rtol=1e-8)
 
 
 def test_sgd_curves_are_the_same_for_every_number_of_replicas(qnewton, tmp_path):

@@ -42,6 +42,7 @@ def main(output):
                 loss.step = step
                 figures = optimizer.step(loss)
             results[f"{exchange}/{variant}"] = np.append(optimizer.parameters, figures["loss"])
+            results[f"{exchange}/{variant}/noise"] = list(optimizer.noise_scales.values())
     if communicator.rank == 0:
         np.savez(output, **results)
 

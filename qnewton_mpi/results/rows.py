@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.data.datasets import short_name
 from qnewton_mpi.data.parts import TEST, VALIDATION
-from qnewton_mpi.training.runfile import FINISHED, Run
+from qnewton_mpi.training.runfile import FINISHED, Run, two_digits
 from qnewton_mpi.training.whose import DIGEST, FREE
 
 # The options that a run may have otherwise and come to the same end but for rounding; two change how long it takes.
@@ -114,25 +115,30 @@ def table(runs: list[Run]) -> str:
     are finished.
     """
     held_out = [part for part in (VALIDATION, TEST) if any(part in run.held_out for run in runs)]
-    columns = [("epochs", ".4g", "epoch"), ("train NLL", ".4f", "train_nll")]
+    columns: dict[str, tuple[Callable[[float], str], Callable[[Run], float]]] = {
+        "epochs": ("{:.4g}".format, lambda run: run.last("epoch")),
+        "train NLL": ("{:.4f}".format, lambda run: run.last("train_nll")),
+    }
     for part in held_out:
         accuracy = f"{part} accuracy" if len(held_out) > 1 else "accuracy"
-        columns += [(f"{part} NLL", ".4f", f"{part}_nll"), (accuracy, ".2%", f"{part}_accuracy")]
-    columns += [("seconds", ".1f", "wall_seconds"), ("samples/s", ",.0f", "")]
+        columns[f"{part} NLL"] = ("{:.4f}".format, lambda run, part=part: run.last(f"{part}_nll"))  # type: ignore[misc]
+        columns[accuracy] = ("{:.2%}".format, lambda run, part=part: run.last(f"{part}_accuracy"))  # type: ignore[misc]
+    columns |= {
+        "noise scale": (two_digits, lambda run: run.noise_scale),
+        "seconds": ("{:.1f}".format, lambda run: run.last("wall_seconds")),
+        "samples/s": (
+            "{:,.0f}".format,
+            lambda run: run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9),
+        ),
+    }
     states = {run: run.state.partition(":")[0] for run in runs}
     with_states = set(states.values()) != {FINISHED}
-
-    def shown(run: Run, figure: str) -> float:
-        return run.last(figure) if figure else run.last("sample_gradients") / max(run.last("wall_seconds"), 1e-9)
-
-    lines = [("run", "runs", *(name for name, _, _ in columns), *(["status"] if with_states else []))]
+    lines = [("run", "runs", *columns, *(["status"] if with_states else []))]
     for label, group in rows(runs).items():
-        lacking = {part for part in held_out if not any(part in run.held_out for run in group)}
+        lacking = [part for part in held_out if not any(part in run.held_out for run in group)]
         cells = [
-            "–"
-            if figure.partition("_")[0] in lacking
-            else mean_and_spread([shown(run, figure) for run in group], layout)
-            for _, layout, figure in columns
+            "–" if name.partition(" ")[0] in lacking else mean_and_spread([figure(run) for run in group], text)
+            for name, (text, figure) in columns.items()
         ]
         if with_states:
             counts = Counter(states[run] for run in group)
@@ -143,14 +149,14 @@ def table(runs: list[Run]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def mean_and_spread(values: list[float], layout: str) -> str:
-    """Return the mean, and ± the standard deviation where the values differ.
+def mean_and_spread(values: list[float], text: Callable[[float], str]) -> str:
+    """Return the mean as text, and ± the standard deviation where the values differ.
 
     Examples
     --------
-    >>> mean_and_spread([1.0, 2.0], ".2f"), mean_and_spread([1.0, 1.0], ".2f"), mean_and_spread([math.nan], ".2f")
-    ('1.50 ± 0.71', '1.00', 'nan')
+    >>> [mean_and_spread(values, "{:.2f}".format) for values in ([1.0, 2.0], [1.0, 1.0], [math.nan])]
+    ['1.50 ± 0.71', '1.00', 'nan']
     """
     with np.errstate(all="ignore"):
-        spread = f" ± {np.std(values, ddof=1):{layout}}" if len(set(values)) > 1 else ""
-        return f"{np.mean(values):{layout}}{spread}"
+        spread = np.std(values, ddof=1) if len(set(values)) > 1 else math.nan
+        return text(float(np.mean(values))) + (f" ± {text(float(spread))}" if math.isfinite(spread) else "")

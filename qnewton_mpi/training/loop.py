@@ -357,6 +357,7 @@ class Run:
         figures = {
             **dict.fromkeys(EPOCH_FIGURES, math.nan),
             **quality,
+            **optimizer.noise_scales,
             "epoch": position.step / self.order.steps_per_epoch,
             "step": position.step,
             "sample_gradients": optimizer.evaluations * self.order.share,

@@ -36,6 +36,7 @@ Parameters = dict[str, NDArray[Any]]
 
 ITERATES = ("", "ema_", "tail_")  # the last, the exponential mean, the mean of the last quarter
 QUALITIES = ("train_nll", "validation_nll", "validation_accuracy", "test_nll", "test_accuracy")  # NaN without the part
+NOISE_SCALES = ("noise_scale", "noise_scale_preconditioned")
 EPOCH_FIGURES = (
     "epoch",
     "step",
@@ -45,7 +46,9 @@ EPOCH_FIGURES = (
     "evaluation_seconds",
     "bytes_sent",
     "bytes_sent_by_replicas",
+    *NOISE_SCALES,
 )
+LATER = {*NOISE_SCALES, *(name for name in EPOCH_FIGURES if VALIDATION in name)}  # which earlier files have not
 WRITE_SECONDS = 5.0  # between writes without an evaluation
 WRITE_SHARE, WRITE_CREDIT = 0.01, 1.0  # of a run's time that goes into writing, and seconds besides
 SILENT_SECONDS = 30.0  # without a write, after which the process may be gone
@@ -257,7 +260,7 @@ class Run:
             raise ValueError(f"status {printable(status)}")
         _check(self.attributes, kinds)
         there = subgroup(group, "epochs")
-        figures = [name for name in EPOCH_FIGURES if VALIDATION not in name or name in there]  # earlier files have none
+        figures = [name for name in EPOCH_FIGURES if name not in LATER or name in there]
         self.epochs = _columns(group, "epochs", figures)
 
     @property
@@ -305,6 +308,12 @@ class Run:
         """Return a figure of the last evaluation; NaN before any."""
         values = self.epochs.get(figure, np.zeros(0))
         return float(values[-1]) if len(values) else math.nan
+
+    @property
+    def noise_scale(self) -> float:
+        """How many samples a batch is worth at the last evaluation, preconditioned if the method is; NaN if unknown."""
+        plain, preconditioned = map(self.last, NOISE_SCALES)
+        return plain if math.isnan(preconditioned) else preconditioned
 
 
 def _check(attributes: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
@@ -382,3 +391,16 @@ def qualities_text(figure: Callable[[str], float], held_out: Iterable[str]) -> s
     """
     told = [f"{part} NLL {figure(f'{part}_nll'):.4f}, accuracy {figure(f'{part}_accuracy'):.2%}" for part in held_out]
     return ", ".join([f"train NLL {figure('train_nll'):.4f}", *told])
+
+
+def two_digits(value: float) -> str:
+    """Return a number of samples of which no more than two digits are known; a dash where nothing is.
+
+    Examples
+    --------
+    >>> [two_digits(value) for value in (4321.0, 1.06e6, 7.36, math.inf, math.nan)]
+    ['4,300', '1,100,000', '7.4', '∞', '–']
+    """
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞"
+    return f"{float(f'{value:.1e}'):,.15g}"

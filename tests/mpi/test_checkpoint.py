@@ -72,6 +72,7 @@ def test_goes_on_bitwise(communicator, folder, variant, exchange):
     again = restored(folder, start(variant, communicator, exchange))
     np.testing.assert_array_equal(go(again), expected)
     assert (again.steps, again.evaluations) == (optimizer.steps, optimizer.evaluations)
+    np.testing.assert_equal(again.noise_scales, optimizer.noise_scales)
 
 
 @pytest.mark.parametrize("exchange", ["allgather", "sliced"])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
+from qnewton_mpi.core.noise_scale import NoiseScale
 from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind, Memory, objects
@@ -80,6 +81,8 @@ class Step:
         Those that only the method has, and the loss.
     norms : tuple of float, optional
         ḡᵀḡ, dᵀd and ḡᵀd, where they are known.
+    batch : Batch, optional
+        Of which ḡ is the mean, where all replicas stood at w: their differences are noise. Its rows may hold others.
     """
 
     mean: Array
@@ -87,6 +90,7 @@ class Step:
     rate: float
     figures: Figures
     norms: tuple[float, float, float] | None = None
+    batch: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class Optimizer(ABC, Generic[S]):
         "evaluations": Kind.SHARED,
         "trials": Kind.SHARED,
     }
-    figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate")
+    figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate", "noise_scale")
 
     def __init__(
         self,
@@ -212,6 +216,7 @@ class Optimizer(ABC, Generic[S]):
             [Group(slice(0, exchange.size), 1.0, settings.shrinkage)] if settings.shrinkage else []
         )
         self.trend = LossTrend()
+        self.noise_scale = NoiseScale()
         self.gradient_seconds = 0.0
         self.evaluations = 0
         self.trials = 0
@@ -257,7 +262,7 @@ class Optimizer(ABC, Generic[S]):
 
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Local."""
-        return {"trend": self.trend}
+        return {"trend": self.trend, "noise_scale": self.noise_scale}
 
     def start(self) -> None:
         """Create the state that the method carries from step to step. Collective."""
@@ -275,7 +280,7 @@ class Optimizer(ABC, Generic[S]):
         -------
         dict
             A float for each name in `figures`: the mean loss of the replicas before the step, ‖ḡ‖, ‖Δw‖,
-            cos(Δw, −ḡ), α, and those of the method. The same on every rank.
+            cos(Δw, −ḡ), α, the noise scale, and those of the method. The same on every rank.
 
         Raises
         ------
@@ -319,14 +324,31 @@ class Optimizer(ABC, Generic[S]):
         pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
         gg, dd, gd = self.exchange.dots(*pairs) if direction is not step.direction or step.norms is None else step.norms
         self.exchange.communicator.halfway(False)
+        if step.batch is not None and self.exchange.replicas > 1:
+            noise = step.batch.noise(gg)
+            self.noise_scale.add(self.batch * noise, gg - noise)
         norms = math.sqrt(gg * dd)
         return {
             "gradient_norm": math.sqrt(gg),
             "step_norm": self.rate * math.sqrt(dd),
             "cosine": gd / norms if norms > 0 else math.nan,
             "rate": self.rate,
+            **self.noise_scales,
             **step.figures,
         }
+
+    @property
+    def noise_scales(self) -> Figures:
+        """The figures that tell how many samples a batch is worth. Local.
+
+        Not a number where there is one replica, or where the replicas stand apart.
+        """
+        return {"noise_scale": self.noise_scale.value}
+
+    @property
+    def batch(self) -> int:
+        """Samples a step."""
+        return self.samples * self.exchange.replicas
 
     def shared_out(self, direction: Array) -> Array:
         """Return s d, (held,), s the shares of the groups; d itself where all are 1. Local."""

@@ -88,4 +88,4 @@ class Deflated(Probing[DeflatedSettings]):
             "smallest_eigenvalue": float(values[0]),
             "residual": float(ritz.residuals[-1]),
         }
-        return Step(mean, d, rate, figures)
+        return Step(mean, d, rate, figures, batch=batch)

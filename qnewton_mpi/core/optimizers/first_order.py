@@ -44,7 +44,7 @@ class SGD(Probing[SGDSettings]):
         batch = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(batch.rows)
         rate = self.probed_rate(loss_and_gradient, batch, mean) if self.adaptive else self.chosen_rate()
-        return Step(mean, mean, rate, {"loss": batch.loss})
+        return Step(mean, mean, rate, {"loss": batch.loss}, batch=batch)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Momentum(Probing[MomentumSettings]):
         rate = self.probed_rate(loss_and_gradient, batch, mean, beta) if self.adaptive else self.chosen_rate()
         self.velocity, self.spare = combination(beta, self.velocity, 1.0, mean, out=self.spare), self.velocity
         d = combination(1.0, mean, beta, self.velocity) if self.settings.nesterov else self.velocity
-        return Step(mean, d, rate, {"loss": batch.loss})
+        return Step(mean, d, rate, {"loss": batch.loss}, batch=batch)
 
 
 @dataclass(frozen=True)
@@ -147,4 +147,4 @@ class Adam(Optimizer[AdamSettings]):
             moment = coming / (1 - self.product * coming) * self.first + (1 - now) / (1 - self.product) * mean
         else:
             moment = self.first / (1 - s.beta1**t)
-        return Step(mean, moment / scale, self.chosen_rate(), {"loss": batch.loss})
+        return Step(mean, moment / scale, self.chosen_rate(), {"loss": batch.loss}, batch=batch)

@@ -10,7 +10,7 @@ import numpy as np
 
 from qnewton_mpi.core.optimizers.base import Batch, Figures
 from qnewton_mpi.core.optimizers.natural_gradient import NaturalGradient, NaturalGradientSettings
-from qnewton_mpi.core.secants import leading_eigenpairs
+from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.cost import Traffic
@@ -87,20 +87,24 @@ class Fisher(NaturalGradient[FisherSettings]):
         mean, G = self.exchange.centred(batch.rows)
         weight = self.weight
         G = math.sqrt(weight) * self.scale * G
-        columns = self.xp.concat([math.sqrt(1 - weight) * self.factor, G])
-        kept, n = len(self.eigenvalues), columns.shape[0]
-        S = np.zeros((n, n))
+        columns = self.xp.concat([self.factor, G, mean[None, :]])
+        kept, n = len(self.eigenvalues), columns.shape[0] - 1
+        # Their precision will do: what is below n ε λ_max is dropped.
+        products = self.exchange.gram(columns[kept:, :], columns, precise=False)
+        if kept:
+            squares = self.preconditioned_squares(np.diag(products[:, kept:]), products[:, :kept])
+            self.compare_noise(float(squares[:-1].sum()) / weight, float(squares[-1]))
+        S, left = np.zeros((n, n)), np.append(np.full(kept, math.sqrt(1 - weight)), np.ones(n - kept))
         # The kept rows are eigenvectors, orthogonal to rounding: their block of the Gram matrix is known.
         S[:kept, :kept] = np.diag((1 - weight) * self.eigenvalues)
-        # Their precision will do: what is below n ε λ_max is dropped.
-        S[kept:] = self.exchange.gram(G, columns, precise=False)
+        S[kept:] = left * products[:-1, :n]
         S[:kept, kept:] = S[kept:, :kept].T
         self.trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
         values, vectors = leading_eigenpairs(S, self.settings.rank)
         rounding = max(float(self.xp.finfo(G.dtype).eps) * values[0], self.rounding(batch))
         values = values[values > n * rounding]
         self.eigenvalues = values
-        self.factor = to_device(vectors[:, : len(values)].T, G) @ columns
+        self.factor = to_device(vectors[:, : len(values)].T * left, G) @ columns[:n, :]
         rest = max(0.0, self.trace - float(values.sum()))  # what the rank cuts off, in the bulk
         self.known = float((values / (values + self.damping)).sum()) + rest / self.damping
         return mean
@@ -110,6 +114,11 @@ class Fisher(NaturalGradient[FisherSettings]):
         projections = self.exchange.gram(self.factor, z[None, :], precise=False)[:, 0]
         coefficients = to_device(projections / (self.eigenvalues + damping), z)
         return (z - coefficients @ self.factor) / damping
+
+    def preconditioned_squares(self, squares: Matrix, projections: Matrix) -> Matrix:
+        """Return xᵀ (F + ε I)⁻¹ x of vectors, from ‖x‖², (n,), and their products with L's rows, (n, rank). Local."""
+        along = projections**2 @ (1 / (self.eigenvalues + self.damping))
+        return (squares - along) / self.damping
 
     def spectrum(self) -> Figures:
         values = self.eigenvalues

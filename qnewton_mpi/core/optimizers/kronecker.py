@@ -130,22 +130,25 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     def update(self, batch: Batch) -> Array:
         mean, combined = self.exchange.combined(batch.rows, self.coefficients())
+        seen = []
         for layer in self.layers:
-            layer.add(combined[:, layer.span], self.weight)
+            seen.append(layer.add(combined[:, layer.span], mean[layer.span], self.weight))
             if self.updates <= FIRST_UPDATES or self.updates % self.settings.basis_every == 0:
                 layer.renew_bases()
         self.rounded += self.weight * (self.rounding(batch) / self.exchange.size - self.rounded)
         least = max(self.rounded, self.tiny)
         both = [self.scales(layer, least) for layer in self.layers]
         figures = [self.held[:0]]
-        for layer, (newton, flattened) in zip(self.layers, both, strict=True):
+        for layer, (newton, flattened), before in zip(self.layers, both, seen, strict=True):
             V = layer.variances
             sums = [layer.sum(table) for table in (V, V * newton, V * flattened)]
-            figures.append(self.xp.stack([*sums, self.xp.max(V)]))
-        own = to_host(self.xp.concat(figures)).astype(np.float64).reshape(-1, 4)
-        everyone = self.exchange.gathered(np.concatenate([own[:, :3].sum(axis=0), own[:, 3].max(initial=0.0)[None]]))
-        self.trace, self.known, noise = everyone[:, :3].sum(axis=0).tolist()
-        self.largest = float(everyone[:, 3].max())
+            figures.append(self.xp.stack([*sums, *before, self.xp.max(V)]))
+        own = to_host(self.xp.concat(figures)).astype(np.float64).reshape(-1, 6)
+        everyone = self.exchange.gathered(np.concatenate([own[:, :5].sum(axis=0), own[:, 5].max(initial=0.0)[None]]))
+        self.trace, self.known, noise, *before = everyone[:, :5].sum(axis=0).tolist()
+        self.largest = float(everyone[:, 5].max())
+        if self.updates > 1:
+            self.compare_noise(*before)
         for layer, (newton, flattened) in zip(self.layers, both, strict=True):
             layer.scales = flattened * (self.known / noise) if noise > 0 else newton
         return mean
@@ -368,13 +371,19 @@ class Layer:
         """Return vectors, (n, length of the span), in the layer's directions."""
         return View(self.matrices(flat), self)
 
-    def add(self, flat: Array, weight: float) -> None:
-        """Take scaled gradients, (k, length of the span), into A, B and V: s ← s + weight (new − s)."""
+    def add(self, flat: Array, mean: Array, weight: float) -> tuple[Array, Array]:
+        """Take scaled gradients, (k, length of the span), into A, B and V: s ← s + weight (new − s).
+
+        Return Σ_k x_kᵀ P⁻¹ x_k of them, and ḡᵀ P⁻¹ ḡ of the mean gradient, (length of the span,), with P as it was.
+        """
         view = self.view(flat)
-        self.variances = self.variances + weight * (view.squares() - self.variances)
+        squares = view.squares()
+        seen = self.sum(self.scales * squares), self.sum(self.scales * self.view(mean[None, :]).squares())
+        self.variances = self.variances + weight * (squares - self.variances)
         self.right.add(self.xp.reshape(view.whole, (-1, self.right.length)), weight)
         by_output = self.xp.permute_dims(view.whole, (0, 2, 1))
         self.left.add(self.xp.reshape(by_output, (-1, self.left.length)), weight)
+        return seen
 
     def renew_bases(self) -> None:
         """Renew both bases, and carry V, S and N over."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qnewton_mpi.core.layers import layer_shapes
+from qnewton_mpi.core.noise_scale import NoiseScale
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.optimizers.rules import (
     FIRST_TRIALS,
@@ -63,8 +63,8 @@ class NaturalStep(Step):
 
     Attributes
     ----------
-    losses : (M,)
-        Before the step.
+    batch : Batch
+        Of w, before the step.
     z : (held,)
     dz : float
         dᵀz.
@@ -76,7 +76,7 @@ class NaturalStep(Step):
         ς + ν.
     """
 
-    losses: NDArray[np.float64]
+    batch: Batch
     z: Array
     dz: float
     change: float
@@ -115,7 +115,7 @@ class NaturalGradient(Optimizer[S]):
         "largest_loss": Kind.SHARED,
     }
 
-    figures = (*Optimizer.figures, "clip", "shrink", "noise_share", "curvature", "limit")
+    figures = (*Optimizer.figures, "noise_scale_preconditioned", "clip", "shrink", "noise_share", "curvature", "limit")
 
     def start(self) -> None:
         if self.adaptive and not any(
@@ -127,6 +127,7 @@ class NaturalGradient(Optimizer[S]):
         s, spans = self.settings, [slice(layer.start, layer.stop) for layer in layer_shapes(self.shapes)]
         self.momentum = Momentum(s.momentum, self.held)
         self.noise_share = NoiseShare()
+        self.noise_scale_preconditioned = NoiseScale()
         self.curvature = Curvature(bound_of(s.curvature))
         self.successive = SuccessiveGradients(self.exchange, self.held)
         self.change = RelativeChange(bound_of(s.relative_change), self.exchange, spans, self.held)
@@ -142,11 +143,23 @@ class NaturalGradient(Optimizer[S]):
         own = {
             "momentum": self.momentum,
             "noise_share": self.noise_share,
+            "noise_scale_preconditioned": self.noise_scale_preconditioned,
             "curvature": self.curvature,
             "successive": self.successive,
             "change": self.change,
         }
         return {**super().parts(), **own}
+
+    @property
+    def noise_scales(self) -> Figures:
+        return {**super().noise_scales, "noise_scale_preconditioned": self.noise_scale_preconditioned.value}
+
+    def compare_noise(self, noise: float, square: float) -> None:
+        """Take tr P⁻¹C₁ and ḡᵀ P⁻¹ ḡ of a batch that P has not seen into the noise scale. Local.
+
+        Of a batch that is in P already, the noise would seem less than it is where P has it for more than it is.
+        """
+        self.noise_scale_preconditioned.add(noise, square - noise / self.batch)
 
     def propose(self, loss_and_gradient: LossAndGradient) -> NaturalStep:
         batch = self.evaluate(loss_and_gradient)
@@ -175,7 +188,7 @@ class NaturalGradient(Optimizer[S]):
             rate,
             figures,
             (gg, dd, gd),
-            losses=batch.losses,
+            batch=batch,
             z=z,
             dz=dz,
             change=self.change.squared(d, self.held),
@@ -211,7 +224,7 @@ class NaturalGradient(Optimizer[S]):
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
         self.note_shortening(shrink)
         figures = {"shrink": shrink, "curvature": self.curvature.value, "limit": float(np.argmin(limits))}
-        return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms)
+        return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms, step.batch)
 
     def follow(self, step: NaturalStep, rate: float) -> None:
         """Have the next gradient tell the curvature along the step of a rate, as the groups take it. Collective."""
@@ -272,7 +285,7 @@ class NaturalGradient(Optimizer[S]):
         gradient where no rate allows itself. A schedule's factor plays no part.
         """
         again, rate = self.losses_at(loss_and_gradient, 0.0 * step.direction), 1.0
-        self.repeats = np.allclose(again, step.losses, rtol=1e-6, atol=0)
+        self.repeats = np.allclose(again, step.batch.losses, rtol=1e-6, atol=0)
         for _ in range(FIRST_TRIALS if self.repeats else 0):
             there = -rate * step.direction
             once = self.losses_at(loss_and_gradient, there)
@@ -332,7 +345,7 @@ class NaturalGradient(Optimizer[S]):
         """Tell whether the loss changes along a step as its gradient says, to an eighth, given log χ there. Local."""
         slope, predicted = self.along(step, rate)
         if math.isnan(logarithm):
-            logarithm = self.rounding_of(np.abs(step.losses).mean(), predicted)
+            logarithm = self.rounding_of(np.abs(step.batch.losses).mean(), predicted)
         return math.isfinite(logarithm) and math.exp(min(logarithm, 700.0)) * predicted < abs(slope) / 4
 
     def stop_measuring(self, step: NaturalStep) -> None:
@@ -357,13 +370,13 @@ class NaturalGradient(Optimizer[S]):
         """
         slope, predicted = self.along(step, rate)
         losses = self.losses_at(loss_and_gradient, -rate * step.direction)
-        curvature = abs(2 * (float(losses.mean() - step.losses.mean()) - slope))
+        curvature = abs(2 * (float(losses.mean() - step.batch.losses.mean()) - slope))
         if not math.isfinite(curvature):
             return math.inf
         ratio = curvature / predicted if predicted > 0 else 0.0
         if ratio == 0:
             return math.nan
-        logarithm, rounding = math.log(ratio), self.rounding_of(np.abs(step.losses).mean(), predicted)
+        logarithm, rounding = math.log(ratio), self.rounding_of(np.abs(step.batch.losses).mean(), predicted)
         return logarithm if logarithm > rounding else math.nan
 
     def rounding_of(self, loss: float, predicted: float) -> float:
@@ -389,11 +402,6 @@ class NaturalGradient(Optimizer[S]):
         return float(batch.squares.sum()) * (10 * self.scale * float(self.xp.finfo(self.held.dtype).eps)) ** 2
 
     @property
-    def batch(self) -> int:
-        """Samples a step."""
-        return self.samples * self.exchange.replicas
-
-    @property
     def weight(self) -> float:
         """γ = (1 − β)/(1 − βᵗ) of the t-th update, F ← (1 − γ) F + γ new: unbiased from the first on."""
         return (1 - self.settings.decay) / (1 - self.settings.decay**self.updates)
@@ -409,7 +417,10 @@ class NaturalGradient(Optimizer[S]):
 
     @abstractmethod
     def update(self, batch: Batch) -> Array:
-        """Take the gradients into F, set `trace` and `known`; return ḡ, (held,). Collective."""
+        """Compare noise with P⁻¹ as it is, take the gradients into F, set `trace` and `known`; return ḡ, (held,).
+
+        Collective.
+        """
 
     @abstractmethod
     def apply_inverse(self, z: Array) -> Array:
