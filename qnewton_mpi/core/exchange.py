@@ -133,6 +133,11 @@ class Exchange(ABC):
         """Return the held coordinates whose products this rank adds: over the ranks, each of the N once."""
 
     @property
+    def whole(self) -> slice:
+        """All N coordinates, as a span."""
+        return slice(0, self.size)
+
+    @property
     def first(self) -> bool:
         """Whether no rank before this one holds the same coordinates."""
         return True
@@ -192,19 +197,22 @@ class Exchange(ABC):
 
     def dots(self, *pairs: tuple[Array, Array]) -> list[float]:
         """Return Σ x·y over all coordinates (and columns) of each pair of held arrays, the same on all ranks."""
-        return [float(value) for value in self.dots_of_parts([slice(0, self.size)], *pairs)[:, 0]]
+        return [float(sums[0]) for sums in self.dots_of_parts(*((x, y, [self.whole]) for x, y in pairs))]
 
-    def dots_of_parts(self, spans: Sequence[slice], *pairs: tuple[Array, Array]) -> Matrix:
-        """Return Σ x·y over the coordinates of each span, and columns, of each pair of held arrays: (pairs, spans)."""
+    def dots_of_parts(self, *products: tuple[Array, Array, Sequence[slice]]) -> list[Matrix]:
+        """Return for each x, y, spans the Σ x·y over the coordinates of each span (and columns), (spans,).
+
+        All cross the network at once.
+        """
         part, first = self.summed(), self.held.start
-        parts = [
-            slice(max(part.start, span.start - first), max(part.start, min(part.stop, span.stop - first)))
-            for span in spans
-        ]
+
+        def own(span: slice) -> slice:
+            return slice(max(part.start, span.start - first), max(part.start, min(part.stop, span.stop - first)))
+
         # One array of all sums, so that a GPU is waited for once.
-        sums = [inner(x[..., own], y[..., own]) for x, y in pairs for own in parts]
-        partial = to_host(array_namespace(pairs[0][0]).stack(sums)).reshape(len(pairs), len(spans))
-        return self._added(partial[None])
+        sums = [inner(x[..., own(span)], y[..., own(span)]) for x, y, spans in products for span in spans]
+        everyone = self._added(to_host(array_namespace(products[0][0]).stack(sums))[None])
+        return np.split(everyone, np.cumsum([len(spans) for *_, spans in products])[:-1])
 
     def share(self, figures: Matrix, note: NDArray[np.int64], step: int) -> tuple[Matrix, NDArray[np.int64]]:
         """Return every replica's row of figures, (M, p), from this rank's (R, p), and every rank's note, (n, k).

@@ -7,6 +7,7 @@ import pytest
 from mpi4py import MPI
 from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
@@ -202,6 +203,26 @@ def test_a_step_pickles_nothing(communicator, variant, name, monkeypatch):
         communicator.mpi.allgather(0)
     for _ in range(4):
         optimizer.step(problem)
+
+
+class Repeated(Quadratic):
+    """One whose losses can be had without gradients, as those of the default's networks."""
+
+    def losses(self, w, replicas):
+        return np.array([self(w, replica)[0] for replica in replicas])
+
+
+@pytest.mark.parametrize("replicas_per_rank", [1, 4])
+def test_a_step_of_the_default_is_five_collectives_at_most(communicator, name, replicas_per_rank):
+    replicas, first, last = max(2, replicas_per_rank * communicator.size), 20, 120
+    problem = Repeated(SIZE, replicas)
+    optimizer = create("kronecker", problem.start, replicas, exchange=name, communicator=communicator)
+    for step in range(last):
+        if step == first:
+            before, trials = communicator.collectives.total(), optimizer.trials
+        optimizer.step(problem)
+    assert optimizer.trials >= trials + 10 * replicas  # χ is measured in these steps
+    assert (communicator.collectives.total() - before) / (last - first) <= 5
 
 
 def test_one_bad_replica_is_told_on_every_rank(communicator):

@@ -36,6 +36,22 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
+class Piggyback:
+    """What else the ranks tell each other where they evaluate gradients: it travels with their losses.
+
+    Attributes
+    ----------
+    send : callable
+        Returns the words of this rank (k,), as many on every rank, once its gradients are there. Local.
+    receive : callable
+        Takes in those of all ranks, (n, k). Collective: what it raises, it raises on every rank.
+    """
+
+    send: Callable[[], NDArray[np.int64]]
+    receive: Callable[[NDArray[np.int64]], None]
+
+
+@dataclass(frozen=True)
 class Batch:
     """What all replicas have evaluated, each on its own samples.
 
@@ -143,6 +159,8 @@ class Optimizer(ABC, Generic[S]):
         Gradients that all replicas together have evaluated, those of probes included.
     trials : int
         Losses that they have evaluated without the gradients.
+    piggyback : Piggyback or None
+        None at first.
     alike : int
         Steps up to the last one in which all replicas had the same loss and gradient norm, so the same batch.
     most_alike : float
@@ -182,6 +200,7 @@ class Optimizer(ABC, Generic[S]):
         self.gradient_seconds = 0.0
         self.evaluations = 0
         self.trials = 0
+        self.piggyback: Piggyback | None = None
         self.alike = 0
         self.most_alike = math.inf
         self.xp = array_namespace(parameters)
@@ -334,7 +353,7 @@ class Optimizer(ABC, Generic[S]):
                     if gradient is not self.rows[r]:
                         self.gradients[r, :] = gradient
             squares = to_host(square_norms(self.gradients))
-        everyone = self.shared(losses, squares)
+        everyone = self.shared(losses, squares, piggyback=self.piggyback)
         finite = np.logical_and.reduce(np.isfinite(everyone), axis=1)
         if trial:
             everyone[~finite] = np.inf, 0
@@ -379,11 +398,14 @@ class Optimizer(ABC, Generic[S]):
         self.gradient_seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
 
-    def shared(self, *figures: Array) -> NDArray[np.float64]:
+    def shared(self, *figures: Array, piggyback: Piggyback | None = None) -> NDArray[np.float64]:
         """Return the figures (R,) of this rank's replicas for all, (M, figures), and compare the ranks' notes."""
         own = np.stack([to_host(figure) for figure in figures], axis=1, dtype=np.float64)
-        everyone, notes = self.exchange.share(own, self.note, self.steps)
-        self.compare(notes)
+        words = self.note if piggyback is None else np.concatenate([self.note, piggyback.send()])
+        everyone, words = self.exchange.share(own, words, self.steps)
+        if piggyback is not None:
+            piggyback.receive(words[:, len(self.note) :])
+        self.compare(words[:, : len(self.note)])
         self.exchange.communicator.halfway(True)
         return everyone
 
