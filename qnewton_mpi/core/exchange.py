@@ -13,7 +13,7 @@ exchange      held by a rank           words received per rank: the mean and the
               nothing elsewhere
 ============  =======================  ========================================================================
 
-Where the columns have crossed, `sliced` and `server` take the mean from them instead. K combinations of the columns,
+Where the columns have crossed, the mean is taken from them instead. K combinations of the columns,
 where those will do, cross as K + 1 means, the mean among them, or as columns, whichever are fewer words.
 """
 
@@ -152,7 +152,7 @@ class Exchange(ABC):
             Rows that add up to zero.
         """
         if self.fewer_as_columns(len(coefficients)):
-            mean, columns = self._centred_columns(rows)
+            mean, columns = self.centred(rows)
             return mean, to_device(coefficients, columns) @ columns
         weights = np.concatenate([np.full((1, self.replicas), 1 / self.replicas), coefficients])
         sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
@@ -172,7 +172,8 @@ class Exchange(ABC):
 
     def centred(self, rows: Array) -> tuple[Array, Array]:
         """Return the mean z̄ (held,) and the centred columns [z_i − z̄], (M, held)."""
-        mean, columns = self.mean(rows), self.columns(rows)
+        columns = self.columns(rows)
+        mean = array_namespace(columns).mean(columns, axis=0)
         columns -= mean
         return mean, columns
 
@@ -251,13 +252,6 @@ class Exchange(ABC):
         """Count a collective that makes n ranks together send sent(n) bytes."""
         self.bytes_sent += round(sent(self.communicator.size))
         self.bytes_sent_by_replicas += round(sent(self.replicas))
-
-    def _centred_columns(self, rows: Array) -> tuple[Array, Array]:
-        """Return the mean and the centred columns, (held,) and (M, held), from the columns alone."""
-        columns = self.columns(rows)
-        mean = array_namespace(columns).mean(columns, axis=0)
-        columns -= mean
-        return mean, columns
 
     def _everyone(self, own: Matrix) -> Matrix:
         """Return the ranks' arrays (1, …) in rank order, (n, …)."""
@@ -374,9 +368,6 @@ class SlicedExchange(Exchange):
 
     def summed(self) -> slice:
         return slice(0, self.words[self.communicator.rank])
-
-    def centred(self, rows: Array) -> tuple[Array, Array]:
-        return self._centred_columns(rows)
 
     def _pack(self, rows: Array) -> Array:
         """Return rows (k, N) as the slices of each rank one after the other, (k · N,); a single row is that already."""

@@ -96,6 +96,8 @@ class Step:
         Those that only the method has, and the loss.
     norms : tuple of float, optional
         ḡᵀḡ, dᵀd and ḡᵀd, where they are known.
+    everywhere : (N,), optional
+        d, where it has been collected.
     """
 
     mean: Array
@@ -103,6 +105,7 @@ class Step:
     rate: float
     figures: Figures
     norms: tuple[float, float, float] | None = None
+    everywhere: Array | None = None
 
 
 AUTO: tuple[str, ...] = ("auto",)
@@ -297,7 +300,10 @@ class Optimizer(ABC, Generic[S]):
         direction = self.rested(step.direction) if self.resting else step.direction
         self.rate = self.rate_factor * step.rate
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
-        self.parameters = self.exchange.collect(self.held)
+        if step.everywhere is None or self.resting:
+            self.parameters = self.exchange.collect(self.held)
+        elif self.parameters is not self.held:  # what the others do to theirs: nothing has to cross again
+            combination(1.0, self.parameters, -self.rate, step.everywhere, out=self.parameters)
         pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
         gg, dd, gd = self.exchange.dots(*pairs) if step.norms is None or self.resting else step.norms
         self.exchange.communicator.halfway(False)
@@ -366,12 +372,12 @@ class Optimizer(ABC, Generic[S]):
             self.look_for_differences(everyone)
         return Batch(self.gradients, everyone[:, 0], everyone[:, 1])
 
-    def losses_at(self, loss_and_gradient: LossAndGradient, change: Array) -> NDArray[np.float64]:
-        """Return all replicas' losses (M,) at w + change, a held vector; ∞ for what is not finite. Collective.
+    def losses_at(self, loss_and_gradient: LossAndGradient, rate: float, direction: Array) -> NDArray[np.float64]:
+        """Return all replicas' losses (M,) at w − α d, d of all coordinates; ∞ for what is not finite. Collective.
 
         Where `loss_and_gradient` has no `losses`, its gradients are evaluated and lost, `gradients` among them.
         """
-        local, point = self.exchange.local, self.exchange.collect(self.held + change, "trial")
+        local, point = self.exchange.local, combination(1.0, self.parameters, -rate, direction)
         losses_of = getattr(loss_and_gradient, "losses", None)
         if losses_of:
             self.trials += self.exchange.replicas

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -197,12 +197,14 @@ class NaturalGradient(Optimizer[S]):
         assert isinstance(step, NaturalStep)
         assert step.norms is not None
         if self.measures and step.dz > 0:
-            if not self.curvature.measured:
-                self.measure_first(step, loss_and_gradient)
-            elif self.curvature.due(
-                self.steps, self.interval(loss_and_gradient), self.promise(step, self.rate_of(step))
-            ):
-                self.measure(step, loss_and_gradient, self.rate_of(step), self.rate_factor)
+            first = not self.curvature.measured
+            promise = self.promise(step, self.rate_of(step))
+            if first or self.curvature.due(self.steps, self.interval(loss_and_gradient), promise):
+                step = replace(step, everywhere=self.exchange.collect(step.direction, "direction"))
+                if first:
+                    self.measure_first(step, loss_and_gradient)
+                else:
+                    self.measure(step, loss_and_gradient, self.rate_of(step), self.rate_factor)
         limits = self.limits(step)
         rate = min(limits)
         if not math.isfinite(rate):
@@ -219,7 +221,7 @@ class NaturalGradient(Optimizer[S]):
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
         self.note_shortening(shrink)
         figures = {"shrink": shrink, "curvature": self.curvature.value, "limit": float(np.argmin(limits))}
-        return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms)
+        return replace(step, rate=rate, figures={**step.figures, **figures})
 
     def limits(self, step: NaturalStep) -> tuple[float, float, float]:
         """Return the largest rates by noise or the settings, by curvature, and by the change. Local.
@@ -269,13 +271,12 @@ class NaturalGradient(Optimizer[S]):
         They cannot where they are others at the same point, or the same wherever the step leads; nor are they of the
         gradient where no rate allows itself. A schedule's factor plays no part.
         """
-        again, rate = self.losses_at(loss_and_gradient, 0.0 * step.direction), 1.0
+        again, rate = self.losses_at(loss_and_gradient, 0.0, step.everywhere), 1.0
         self.repeats = np.allclose(again, step.losses, rtol=1e-6, atol=0)
         for _ in range(FIRST_TRIALS if self.repeats else 0):
-            there = -rate * step.direction
-            once = self.losses_at(loss_and_gradient, there)
+            once = self.losses_at(loss_and_gradient, rate, step.everywhere)
             if not (once == again).all():
-                self.repeats = bool((once == self.losses_at(loss_and_gradient, there)).all())
+                self.repeats = bool((once == self.losses_at(loss_and_gradient, rate, step.everywhere)).all())
                 break
             rate *= FARTHER
         else:
@@ -354,7 +355,7 @@ class NaturalGradient(Optimizer[S]):
         Not a number where the loss's curvature is rounding.
         """
         slope, predicted = self.along(step, rate)
-        losses = self.losses_at(loss_and_gradient, -rate * step.direction)
+        losses = self.losses_at(loss_and_gradient, rate, step.everywhere)
         curvature = abs(2 * (float(losses.mean() - step.losses.mean()) - slope))
         if not math.isfinite(curvature):
             return math.inf
