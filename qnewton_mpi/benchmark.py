@@ -122,6 +122,7 @@ def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Commun
             "communication/Allreduce",
             "received/Allreduce",
             "received MB",
+            "collectives",
             "peak MB",
         ),
     )
@@ -153,6 +154,7 @@ def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Commun
                     case.communication_seconds / plain if n > 1 else 0.0,
                     received / vector if n > 1 else 0.0,
                     received / 1e6,
+                    case.collectives_per_step,
                     case.peak_bytes / 1e6,
                 )
             )
@@ -215,15 +217,17 @@ class StepCase(Case):
             self.optimizer.step(loss_and_gradient)
         self.peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        self.count = self.communicated = self.computed = 0.0
+        self.count = self.collectives = self.communicated = self.computed = 0.0
         self.bytes_before = self.optimizer.exchange.bytes_sent
 
     def steps(self, count: int) -> None:
         """Do steps, in multiples of the 20 after which `kronecker` has done each kind of work as often as it does."""
+        collectives = self.communicator.collectives.total()
         communicated, computed = self.communicator.seconds, self.optimizer.gradient_seconds
         for _ in range(count):
             self.optimizer.step(self.loss_and_gradient)
         self.count += count
+        self.collectives += self.communicator.collectives.total() - collectives
         self.communicated += self.communicator.seconds - communicated
         self.computed += self.optimizer.gradient_seconds - computed
 
@@ -231,6 +235,10 @@ class StepCase(Case):
     def bytes_per_step(self) -> float:
         """By all ranks together."""
         return (self.optimizer.exchange.bytes_sent - self.bytes_before) / self.count
+
+    @property
+    def collectives_per_step(self) -> float:
+        return self.collectives / self.count
 
     @property
     def communication_seconds(self) -> float:

@@ -30,7 +30,7 @@ from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
-from qnewton_mpi.core.optimizers.base import Group, Optimizer
+from qnewton_mpi.core.optimizers.base import Group, Optimizer, Piggyback
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
@@ -203,6 +203,7 @@ class QuasiNewton(torch.optim.Optimizer):
                 f"{self._method} evaluates gradients more than once a step: pass module=model, so that running "
                 "statistics are left alone"
             )
+        core.piggyback = Piggyback(self._flags, self._agree_on_step)
         self.core, self._parameters, self._surroundings = core, tensors, surroundings
         self._tensors = tensors.moved
         self.figures: dict[str, float] = {}
@@ -431,7 +432,6 @@ class QuasiNewton(torch.optim.Optimizer):
             self._parameters.note_gradients()
             self._attempt(self._follow)
             self._attempt(self._parameters.check_present, (~self._found).tolist())
-            self._agree_on_step()
         return loss, self.core.rows[own]
 
     def _losses_and_gradients(self, points: Array, replicas: range) -> tuple[NDArray[np.float64], Array]:
@@ -442,7 +442,6 @@ class QuasiNewton(torch.optim.Optimizer):
             if found is not None:
                 self._attempt(self._follow)
                 self._attempt(self._parameters.check_present, (~self._found).tolist())
-                self._agree_on_step()
                 return found, core.gradients
         to_be_seen = here and self._way == TO_BE_SEEN
         losses = np.empty(len(replicas))
@@ -493,7 +492,7 @@ class QuasiNewton(torch.optim.Optimizer):
         return found.double().cpu().numpy()
 
     def _go_on_one_by_one(self, error: Exception) -> None:
-        """Evaluate the replicas one after the other from now on, on all ranks from the next step. Local."""
+        """Evaluate the replicas one after the other from now on, and on all ranks from the next step. Local."""
         self._way = ONE_BY_ONE
         kind = "" if isinstance(error, NotAtOnceError) else f"{type(error).__name__}: "
         self._reason = f"{kind}{printable(str(error)):.200}"
@@ -611,7 +610,12 @@ class QuasiNewton(torch.optim.Optimizer):
             raise UserError("with several replicas a rank the closure must take its samples by optimizer.share(…)")
         return loss
 
-    def _agree_on_step(self) -> None:
+    def _flags(self) -> NDArray[np.int64]:
+        """Return what each tensor of this rank has: a gradient, or none for good; and what befell the rank. Local."""
+        told = [groups.digest(self._groups), self._reason is not None, self._failure is not None]
+        return np.concatenate([self._found, self._frozen, told]).astype(np.int64)
+
+    def _agree_on_step(self, words: NDArray[np.int64]) -> None:
         """Settle with all ranks what rests in this step: what has a gradient on none. Collective.
 
         Raises
@@ -619,16 +623,11 @@ class QuasiNewton(torch.optim.Optimizer):
         UserError
             On all ranks, where one has failed, or not all have the same groups or frozen parameters.
         """
-        known, size = len(self._tensors), self.communicator.size
-        own = np.empty(2 * known + 3, np.int64)
-        own[:known], own[known:-3] = self._found, self._frozen
-        own[-3:] = groups.digest(self._groups), self._reason is not None, self._failure is not None
-        everyone = self.communicator.meet(own, [len(own)] * size, f"step {self.core.steps}").reshape(size, -1)
-        counts = everyone.sum(axis=0)
+        known, size, counts = len(self._tensors), len(words), words.sum(axis=0)
         found, frozen, one_by_one, failed = counts[:known], counts[known:-3], counts[-2], counts[-1]
         if failed:
             self.communicator.together(self._fail)
-        if others := np.flatnonzero(everyone[:, -3] != everyone[0, -3]).tolist():
+        if others := np.flatnonzero(words[:, -3] != words[0, -3]).tolist():
             raise UserError(
                 f"the groups of rank(s) {', '.join(map(str, others))} have other lr or weight_decay than those of rank "
                 "0: let all ranks set the same"
@@ -636,8 +635,7 @@ class QuasiNewton(torch.optim.Optimizer):
         if one_by_one:
             self._tell_one_by_one()
         for k in np.flatnonzero((frozen > 0) & (frozen < size)):
-            frozen_there = everyone[:, known + k]
-            ranks = ", ".join(map(str, np.flatnonzero(frozen_there)))
+            ranks = ", ".join(map(str, np.flatnonzero(words[:, known + k])))
             raise UserError(
                 f"{self._parameters.name(self._tensors[k])} is frozen on rank(s) {ranks} alone: freeze it on all"
             )

@@ -13,7 +13,7 @@ exchange      held by a rank           words received per rank: the mean and the
               nothing elsewhere
 ============  =======================  ========================================================================
 
-Where the columns have crossed, `sliced` and `server` take the mean from them instead. K combinations of the columns,
+Where the columns have crossed, the mean is taken from them instead. K combinations of the columns,
 where those will do, cross as K + 1 means, the mean among them, or as columns, whichever are fewer words.
 """
 
@@ -133,6 +133,11 @@ class Exchange(ABC):
         """Return the held coordinates whose products this rank adds: over the ranks, each of the N once."""
 
     @property
+    def whole(self) -> slice:
+        """All N coordinates, as a span."""
+        return slice(0, self.size)
+
+    @property
     def first(self) -> bool:
         """Whether no rank before this one holds the same coordinates."""
         return True
@@ -147,7 +152,7 @@ class Exchange(ABC):
             Rows that add up to zero.
         """
         if self.fewer_as_columns(len(coefficients)):
-            mean, columns = self._centred_columns(rows)
+            mean, columns = self.centred(rows)
             return mean, to_device(coefficients, columns) @ columns
         weights = np.concatenate([np.full((1, self.replicas), 1 / self.replicas), coefficients])
         sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
@@ -167,7 +172,8 @@ class Exchange(ABC):
 
     def centred(self, rows: Array) -> tuple[Array, Array]:
         """Return the mean z̄ (held,) and the centred columns [z_i − z̄], (M, held)."""
-        mean, columns = self.mean(rows), self.columns(rows)
+        columns = self.columns(rows)
+        mean = array_namespace(columns).mean(columns, axis=0)
         columns -= mean
         return mean, columns
 
@@ -192,19 +198,22 @@ class Exchange(ABC):
 
     def dots(self, *pairs: tuple[Array, Array]) -> list[float]:
         """Return Σ x·y over all coordinates (and columns) of each pair of held arrays, the same on all ranks."""
-        return [float(value) for value in self.dots_of_parts([slice(0, self.size)], *pairs)[:, 0]]
+        return [float(sums[0]) for sums in self.dots_of_parts(*((x, y, [self.whole]) for x, y in pairs))]
 
-    def dots_of_parts(self, spans: Sequence[slice], *pairs: tuple[Array, Array]) -> Matrix:
-        """Return Σ x·y over the coordinates of each span, and columns, of each pair of held arrays: (pairs, spans)."""
+    def dots_of_parts(self, *products: tuple[Array, Array, Sequence[slice]]) -> list[Matrix]:
+        """Return for each x, y, spans the Σ x·y over the coordinates of each span (and columns), (spans,).
+
+        All cross the network at once.
+        """
         part, first = self.summed(), self.held.start
-        parts = [
-            slice(max(part.start, span.start - first), max(part.start, min(part.stop, span.stop - first)))
-            for span in spans
-        ]
+
+        def own(span: slice) -> slice:
+            return slice(max(part.start, span.start - first), max(part.start, min(part.stop, span.stop - first)))
+
         # One array of all sums, so that a GPU is waited for once.
-        sums = [inner(x[..., own], y[..., own]) for x, y in pairs for own in parts]
-        partial = to_host(array_namespace(pairs[0][0]).stack(sums)).reshape(len(pairs), len(spans))
-        return self._added(partial[None])
+        sums = [inner(x[..., own(span)], y[..., own(span)]) for x, y, spans in products for span in spans]
+        everyone = self._added(to_host(array_namespace(products[0][0]).stack(sums))[None])
+        return np.split(everyone, np.cumsum([len(spans) for *_, spans in products])[:-1])
 
     def share(self, figures: Matrix, note: NDArray[np.int64], step: int) -> tuple[Matrix, NDArray[np.int64]]:
         """Return every replica's row of figures, (M, p), from this rank's (R, p), and every rank's note, (n, k).
@@ -243,13 +252,6 @@ class Exchange(ABC):
         """Count a collective that makes n ranks together send sent(n) bytes."""
         self.bytes_sent += round(sent(self.communicator.size))
         self.bytes_sent_by_replicas += round(sent(self.replicas))
-
-    def _centred_columns(self, rows: Array) -> tuple[Array, Array]:
-        """Return the mean and the centred columns, (held,) and (M, held), from the columns alone."""
-        columns = self.columns(rows)
-        mean = array_namespace(columns).mean(columns, axis=0)
-        columns -= mean
-        return mean, columns
 
     def _everyone(self, own: Matrix) -> Matrix:
         """Return the ranks' arrays (1, …) in rank order, (n, …)."""
@@ -366,9 +368,6 @@ class SlicedExchange(Exchange):
 
     def summed(self) -> slice:
         return slice(0, self.words[self.communicator.rank])
-
-    def centred(self, rows: Array) -> tuple[Array, Array]:
-        return self._centred_columns(rows)
 
     def _pack(self, rows: Array) -> Array:
         """Return rows (k, N) as the slices of each rank one after the other, (k · N,); a single row is that already."""

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -78,8 +79,10 @@ class Communicator:
     rank, size : int
     node_rank : int
         Position among the ranks that share this node's memory.
+    collectives : Counter
+        How many of each kind this rank has done on buffers.
     seconds : float
-        Time spent in collectives on buffers, waiting included.
+        Time spent in them, waiting included.
     notes : (2,) float64, optional
         Where this rank notes when it began its present phase, and which, for `Watchdog`.
 
@@ -104,6 +107,7 @@ class Communicator:
         duplicate = self._gates.duplicate
         self.mpi, self.node_rank = duplicate.mpi, duplicate.node_rank
         self.rank, self.size = duplicate.rank, duplicate.size
+        self.collectives: Counter[str] = Counter()
         self.seconds = 0.0
         self.notes: NDArray[np.float64] | None = None
 
@@ -137,15 +141,15 @@ class Communicator:
     def allreduce(self, array: HostArray, total: HostArray | None = None) -> HostArray:
         """Return the sum of the ranks' arrays, same shape and dtype; in `total`, if given."""
         total = np.empty_like(array) if total is None else total
-        self._time(self.mpi.Allreduce, array, total)
+        self._do("Allreduce", array, total)
         return total
 
     def reduce_scatter(self, array: HostArray, counts: Sequence[int], share: HostArray) -> HostArray:
         """Fill `share` with this rank's part, `counts` words a rank, of the sum of the ranks' arrays; return it."""
         if counts[0] == len(array):  # all of it to rank 0
-            self._time(self.mpi.Reduce, array, share if self.rank == 0 else None)
+            self._do("Reduce", array, share if self.rank == 0 else None)
         else:
-            self._time(self.mpi.Reduce_scatter, array, share, counts)
+            self._do("Reduce_scatter", array, share, counts)
         return share
 
     def allgather(self, rows: HostArray, counts: Sequence[int], everyone: HostArray | None = None) -> HostArray:
@@ -155,20 +159,20 @@ class Communicator:
         if counts[0] == len(everyone):  # all of it from rank 0
             if self.rank == 0:
                 everyone[...] = rows
-            self._time(self.mpi.Bcast, everyone)
+            self._do("Bcast", everyone)
         else:
             words = math.prod(everyone.shape[1:])
-            self._time(self.mpi.Allgatherv, rows, [everyone, [count * words for count in counts]])
+            self._do("Allgatherv", rows, [everyone, [count * words for count in counts]])
         return everyone
 
     def alltoall(self, send: HostArray, sent: Sequence[int], receive: HostArray, received: Sequence[int]) -> HostArray:
         """Send each rank its part of `send`, `sent` words a rank; return `receive`, filled with `received` a rank."""
-        self._time(self.mpi.Alltoallv, [send, sent], [receive, received])
+        self._do("Alltoallv", [send, sent], [receive, received])
         return receive
 
     def broadcast(self, array: HostArray) -> None:
         """Fill the array with that of rank 0."""
-        self._time(self.mpi.Bcast, array)
+        self._do("Bcast", array)
 
     def meet(self, numbers: HostArray, counts: Sequence[int], purpose: str) -> HostArray:
         """Return the numbers of all ranks one after the other, `counts` of each, from where a program may be late.
@@ -183,7 +187,7 @@ class Communicator:
         if self.size == 1:
             return numbers
         everyone = np.empty(sum(counts), numbers.dtype)
-        with self.timed():
+        with self.timed("Allgatherv"):
             self._gates.enter(lambda: self.mpi.Iallgatherv(numbers, [everyone, counts]), purpose)
         return everyone
 
@@ -250,16 +254,17 @@ class Communicator:
         abort(text, code)
 
     @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Count the time that the context lasts as communication, in which this rank may wait for others. Local."""
+    def timed(self, kind: str) -> Iterator[None]:
+        """Count a collective of a kind, and the time that the context lasts, in which this rank may wait. Local."""
+        self.collectives[kind] += 1
         started = time.perf_counter()
         with self.waiting():
             yield
         self.seconds += time.perf_counter() - started
 
-    def _time(self, collective: Callable[..., None], *buffers: Any) -> None:
-        with self.timed():
-            collective(*buffers)
+    def _do(self, kind: str, *buffers: Any) -> None:
+        with self.timed(kind):
+            getattr(self.mpi, kind)(*buffers)
 
     def _of_all(self, mine: T) -> list[T]:
         """Return what each rank has, pickled."""

@@ -56,7 +56,7 @@ class Traffic:
     columns : float
         How often all replicas' columns cross to where they are combined.
     means : float
-        How often the mean gradient crosses where it can also be had from the columns.
+        How often the mean gradient crosses by itself, and is not had from the columns.
     combinations : int or None
         Of the columns, of which the sums over the ranks, and the mean with them, do in place of columns.
     rows : float
@@ -83,18 +83,15 @@ def seconds(exchange: str, network: Network, traffic: Traffic, ranks: int, repli
     if ranks == 1:
         return 0.0
     size = WORD * parameters
-    small = 3 * _rounds(ranks) * network.latency  # losses and scalar products
+    small = 2 * _rounds(ranks) * network.latency  # losses and scalar products
     gathers = exchange == "allgather"
     columns = network.allgather(ranks, replicas * size) if gathers else network.alltoall(ranks, replicas / ranks * size)
     added_up = network.allreduce if gathers else network.reduce_scatter
-    means = traffic.means
-    if traffic.combinations is not None:
-        if replicas > (2 if gathers else ranks) * (traffic.combinations + 1):  # as the exchanges choose
-            columns = added_up(ranks, (traffic.combinations + 1) * size)
-    elif gathers:
-        means = 1.0  # they are not taken from the columns
+    combinations = traffic.combinations
+    if combinations is not None and replicas > (2 if gathers else ranks) * (combinations + 1):  # as exchanges choose
+        columns = added_up(ranks, (combinations + 1) * size)
     back = 0.0 if gathers else network.allgather(ranks, size) + traffic.rows * columns
-    return small + means * added_up(ranks, size) + traffic.columns * columns + back
+    return small + traffic.means * added_up(ranks, size) + traffic.columns * columns + back
 
 
 def choose(traffic: Traffic, ranks: int, replicas: int, parameters: int, network: Network | None = None) -> str:

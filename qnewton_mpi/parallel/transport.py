@@ -149,14 +149,14 @@ class NcclTransport(Transport):
 
     def allreduce(self, array: Array, total: Array) -> Array:
         send, stream = self._ready(array)
-        with self._timed(stream):
+        with self._timed("Allreduce", stream):
             pointers = send.data.ptr, total.data.ptr
             self.ranks.allReduce(*pointers, total.size, self._type(total), self.nccl.NCCL_SUM, stream.ptr)
         return total
 
     def reduce_scatter(self, array: Array, counts: Sequence[int], share: Array) -> Array:
         send, stream = self._ready(array)
-        with self._timed(stream), self._group():
+        with self._timed("Reduce_scatter", stream), self._group():
             for rank, (first, count) in enumerate(_parts(counts)):
                 pointers = send.data.ptr + first * send.itemsize, share.data.ptr
                 self.ranks.reduce(*pointers, count, self._type(send), self.nccl.NCCL_SUM, rank, stream.ptr)
@@ -165,7 +165,7 @@ class NcclTransport(Transport):
     def allgather(self, rows: Array, counts: Sequence[int], everyone: Array) -> Array:
         send, stream = self._ready(rows)
         words = int(np.prod(everyone.shape[1:]))
-        with self._timed(stream), self._group():
+        with self._timed("Allgatherv", stream), self._group():
             for rank, (first, count) in enumerate(_parts([count * words for count in counts])):
                 pointers = send.data.ptr, everyone.data.ptr + first * everyone.itemsize
                 self.ranks.broadcast(*pointers, count, self._type(everyone), rank, stream.ptr)
@@ -174,7 +174,7 @@ class NcclTransport(Transport):
     def alltoall(self, send: Array, sent: Sequence[int], receive: Array, received: Sequence[int]) -> Array:
         outgoing, stream = self._ready(send)
         kind, size = self._type(receive), receive.itemsize
-        with self._timed(stream), self._group():
+        with self._timed("Alltoallv", stream), self._group():
             for peer, (out, into) in enumerate(zip(_parts(sent), _parts(received), strict=True)):
                 self.ranks.send(outgoing.data.ptr + out[0] * size, out[1], kind, peer, stream.ptr)
                 self.ranks.recv(receive.data.ptr + into[0] * size, into[1], kind, peer, stream.ptr)
@@ -195,9 +195,9 @@ class NcclTransport(Transport):
         self.nccl.groupEnd()
 
     @contextlib.contextmanager
-    def _timed(self, stream: Any) -> Iterator[None]:
-        """Count the time until the data is there as communication, and tell the watchdog."""
-        with self.communicator.timed():
+    def _timed(self, kind: str, stream: Any) -> Iterator[None]:
+        """Count the collective, and the time until the data is there, and tell the watchdog."""
+        with self.communicator.timed(kind):
             yield
             stream.synchronize()
 

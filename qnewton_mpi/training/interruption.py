@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
-from qnewton_mpi.errors import INTERRUPTED, USAGE_ERROR, InterruptedRunError, TooLateError, UserError, raised_by_all
+from qnewton_mpi.errors import INTERRUPTED, USAGE_ERROR, InterruptedRunError, TooLateError, UserError
 from qnewton_mpi.parallel.communicator import GRACE, Communicator
 from qnewton_mpi.parallel.environment import HELD
 from qnewton_mpi.parallel.log import LOG
@@ -34,7 +35,7 @@ class Interruption:
 
     The first signal is noted, and so is a limit of time that is over; a signal that comes more than a second after the
     first ends the process at once. A thread takes them, so that they count while the main thread waits in MPI. The
-    ranks' notes travel by a non-blocking Allreduce during the next step, so that agreeing costs no waiting; a stop is
+    ranks' notes travel with the losses of the next step (`Piggyback`), so that agreeing costs no collective; a stop is
     a step late for it.
 
     Before the first step there is nothing to save: `begin` ends the run, or the thread does where the ranks do not get
@@ -68,8 +69,7 @@ class Interruption:
             self._limit, self._end = TIME_LIMIT, now + time_limit
         self._told = 0
         self._begun = False
-        self._sent, self._any = np.zeros(1, "i4"), np.zeros(1, "i4")
-        self._request = MPI.REQUEST_NULL
+        self._noted = self._any = 0  # why this rank was to stop after the last step; why one was, as heard since
 
     def __enter__(self) -> Interruption:
         self._reader, self._writer = os.pipe()
@@ -85,10 +85,7 @@ class Interruption:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if raised_by_all(kind):
-            with self._communicator.waiting():
-                self._request.Wait()
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -117,14 +114,21 @@ class Interruption:
         self.check()
         self._begun = True
 
+    def sent(self) -> NDArray[np.int64]:
+        """Return why this rank was to stop after the last step. Local."""
+        return np.array([self._noted])
+
+    def received(self, words: NDArray[np.int64]) -> None:
+        """Take in why the others were. Local."""
+        self._any = int(words.max())
+
     def agreed(self) -> str:
-        """Return why any rank was to stop when this was last called; nothing where none was. Collective."""
-        with self._communicator.waiting():
-            self._request.Wait()
-        cause = int(self._any[0])
-        self._sent[0] = self._cause()  # a copy: a signal must not change what MPI is sending
-        self._request = self._communicator.mpi.Iallreduce(self._sent, self._any, MPI.MAX)
-        return _name(cause, self._left()) if cause else ""
+        """Return why any rank was to stop after the step before this one; nothing where none was. Local.
+
+        All ranks have the same. After a step without losses, which is passed over, there is nothing new.
+        """
+        self._noted = self._cause()
+        return _name(self._any, self._left()) if self._any else ""
 
     def _cause(self) -> int:
         return self._told or self._limit * (time.monotonic() > self._end) or HALTED * self._halted()

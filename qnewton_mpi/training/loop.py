@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.config import RunConfig, TrainSettings
 from qnewton_mpi.core.create import create
+from qnewton_mpi.core.optimizers.base import Piggyback
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
@@ -144,6 +145,7 @@ class Run:
             seed=training.seed,
             **asdict(config.optimizer),
         )
+        self.optimizer.piggyback = Piggyback(interruption.sent, interruption.received)
         self.exchange = self.optimizer.exchange
         self.averages = Averages(self.optimizer.parameters, self.steps, training.ema)
         drawn = communicator.from_root(lambda: secrets.token_bytes(8))

@@ -7,6 +7,7 @@ import pytest
 from mpi4py import MPI
 from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
@@ -128,24 +129,42 @@ def test_counted_traffic_is_the_formula(communicator):
             assert sent(literal, lambda: literal.combined(rows, combinations)) == tuple(words)  # noqa: B023
 
 
-@pytest.mark.parametrize("exchange", ["allgather", "sliced"])
-@pytest.mark.parametrize("method", ["sgd", "multisecant", "fisher", "kronecker", "deflated"])
-def test_counted_traffic_of_a_step_is_that_of_the_model(communicator, method, exchange):
-    """Which `--exchange auto` goes by; with as many bytes a second as words crossed, and messages for free."""
-    size, replicas = 4000, 2 * communicator.size
+class Noisy:
+    """½ |w|² + c·w, c of the step and the replica."""
+
+    def __init__(self, size):
+        self.size, self.step = size, 0
+        self.numbers = np.random.default_rng(0).standard_normal(size + 4096, np.float32)
+
+    def __call__(self, w, replica):
+        first = (1021 * self.step + 101 * replica) % 4096
+        noise = self.numbers[first : first + self.size]
+        return float(w @ w) / 2 + float(noise @ w), w + noise
+
+    def losses(self, w, replicas):
+        return np.array([self(w, replica)[0] for replica in replicas])
+
+
+@pytest.mark.parametrize("replicas_per_rank", [1, 5])
+@pytest.mark.parametrize("variant", ["sgd", "nesterov-auto", "adam", "multisecant", "deflated", "fisher", "kronecker"])
+def test_counted_traffic_of_a_step_is_that_of_the_model(communicator, variant, name, replicas_per_rank):
+    """Which `--exchange auto` goes by; with as many bytes a second as words crossed, and messages for free.
+
+    All ranks together send by `server` what they do by `sliced`.
+    """
+    size, replicas, first, last = 40_000, max(2, replicas_per_rank * communicator.size), 12, 32
+    method, options = VARIANTS[variant]
     kind = OPTIMIZERS[method]
-    # A loss without slope bounds no rate: one is given.
-    options = {"fisher": {"rank": 3, "lr": 1e-3}, "kronecker": {"lr": 1e-3}}
-    settings = build(kind.settings_type, options.get(method, {}))
-    chosen = EXCHANGES[exchange](communicator, replicas, size)
-    optimizer = kind(settings, np.zeros(size, np.float32), chosen, samples=1)
-    random = np.random.default_rng(communicator.rank)
-    for step in range(60):
-        if step == 20:
-            before = chosen.bytes_sent
-        optimizer.step(lambda w, replica: (1.0, random.standard_normal(size, np.float32)))
-    per_rank = (chosen.bytes_sent - before) / 40 / communicator.size
-    model = seconds(exchange, Network(0.0, 1.0), kind.traffic(settings), communicator.size, replicas, size)
+    settings = build(kind.settings_type, options | ({"rank": 3} if method == "fisher" else {}))
+    exchange, problem = EXCHANGES[name](communicator, replicas, size), Noisy(size)
+    optimizer = kind(settings, np.ones(size, np.float32), exchange)
+    for problem.step in range(last):
+        if problem.step == first:
+            before = exchange.bytes_sent
+        optimizer.step(problem)
+    per_rank = (exchange.bytes_sent - before) / (last - first) / communicator.size
+    like, only_bytes = "allgather" if name == "allgather" else "sliced", Network(0.0, 1.0)
+    model = seconds(like, only_bytes, kind.traffic(settings), communicator.size, replicas, size)
     assert per_rank == pytest.approx(model, rel=0.05, abs=1e-9)  # the model leaves out the small ones
 
 
@@ -202,6 +221,26 @@ def test_a_step_pickles_nothing(communicator, variant, name, monkeypatch):
         communicator.mpi.allgather(0)
     for _ in range(4):
         optimizer.step(problem)
+
+
+class Repeated(Quadratic):
+    """One whose losses can be had without gradients, as those of the default's networks."""
+
+    def losses(self, w, replicas):
+        return np.array([self(w, replica)[0] for replica in replicas])
+
+
+@pytest.mark.parametrize("replicas_per_rank", [1, 4])
+def test_a_step_of_the_default_is_five_collectives_at_most(communicator, name, replicas_per_rank):
+    replicas, first, last = max(2, replicas_per_rank * communicator.size), 20, 120
+    problem = Repeated(SIZE, replicas)
+    optimizer = create("kronecker", problem.start, replicas, exchange=name, communicator=communicator)
+    for step in range(last):
+        if step == first:
+            before, trials = communicator.collectives.total(), optimizer.trials
+        optimizer.step(problem)
+    assert optimizer.trials >= trials + 10 * replicas  # χ is measured in these steps
+    assert (communicator.collectives.total() - before) / (last - first) <= 5
 
 
 def test_one_bad_replica_is_told_on_every_rank(communicator):

@@ -37,6 +37,22 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
+class Piggyback:
+    """What else the ranks tell each other where they evaluate gradients: it travels with their losses.
+
+    Attributes
+    ----------
+    send : callable
+        Returns the words of this rank (k,), as many on every rank, once its gradients are there. Local.
+    receive : callable
+        Takes in those of all ranks, (n, k). Collective: what it raises, it raises on every rank.
+    """
+
+    send: Callable[[], NDArray[np.int64]]
+    receive: Callable[[NDArray[np.int64]], None]
+
+
+@dataclass(frozen=True)
 class Batch:
     """What all replicas have evaluated, each on its own samples.
 
@@ -83,6 +99,8 @@ class Step:
         ḡᵀḡ, dᵀd and ḡᵀd, where they are known.
     batch : Batch, optional
         Of which ḡ is the mean, where all replicas stood at w: their differences are noise. Its rows may hold others.
+    everywhere : (N,), optional
+        d, where it has been collected.
     """
 
     mean: Array
@@ -91,6 +109,7 @@ class Step:
     figures: Figures
     norms: tuple[float, float, float] | None = None
     batch: Batch | None = None
+    everywhere: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +197,8 @@ class Optimizer(ABC, Generic[S]):
         Gradients that all replicas together have evaluated, those of probes included.
     trials : int
         Losses that they have evaluated without the gradients.
+    piggyback : Piggyback or None
+        None at first.
     alike : int
         Steps up to the last one in which all replicas had the same loss and gradient norm, so the same batch.
     most_alike : float
@@ -220,6 +241,7 @@ class Optimizer(ABC, Generic[S]):
         self.gradient_seconds = 0.0
         self.evaluations = 0
         self.trials = 0
+        self.piggyback: Piggyback | None = None
         self.alike = 0
         self.most_alike = math.inf
         self.xp = array_namespace(parameters)
@@ -320,7 +342,11 @@ class Optimizer(ABC, Generic[S]):
         self.rate = self.rate_factor * step.rate
         self.decay()
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
-        self.parameters = self.exchange.collect(self.held)
+        whole = direction is step.direction and not any(group.decay for group in self.groups)
+        if step.everywhere is None or not whole:
+            self.parameters = self.exchange.collect(self.held)
+        elif self.parameters is not self.held:  # what the others do to theirs: nothing has to cross again
+            combination(1.0, self.parameters, -self.rate, step.everywhere, out=self.parameters)
         pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
         gg, dd, gd = self.exchange.dots(*pairs) if direction is not step.direction or step.norms is None else step.norms
         self.exchange.communicator.halfway(False)
@@ -407,7 +433,7 @@ class Optimizer(ABC, Generic[S]):
                     if gradient is not self.rows[r]:
                         self.gradients[r, :] = gradient
             squares = to_host(square_norms(self.gradients))
-        everyone = self.shared(losses, squares)
+        everyone = self.shared(losses, squares, piggyback=self.piggyback)
         finite = np.logical_and.reduce(np.isfinite(everyone), axis=1)
         if trial:
             everyone[~finite] = np.inf, 0
@@ -420,12 +446,12 @@ class Optimizer(ABC, Generic[S]):
             self.look_for_differences(everyone)
         return Batch(self.gradients, everyone[:, 0], everyone[:, 1])
 
-    def losses_at(self, loss_and_gradient: LossAndGradient, change: Array) -> NDArray[np.float64]:
-        """Return all replicas' losses (M,) at w + change, a held vector; ∞ for what is not finite. Collective.
+    def losses_at(self, loss_and_gradient: LossAndGradient, rate: float, direction: Array) -> NDArray[np.float64]:
+        """Return all replicas' losses (M,) at w − α d, d of all coordinates; ∞ for what is not finite. Collective.
 
         Where `loss_and_gradient` has no `losses`, its gradients are evaluated and lost, `gradients` among them.
         """
-        local, point = self.exchange.local, self.exchange.collect(self.held + change, "trial")
+        local, point = self.exchange.local, combination(1.0, self.parameters, -rate, direction)
         losses_of = getattr(loss_and_gradient, "losses", None)
         if losses_of:
             self.trials += self.exchange.replicas
@@ -452,11 +478,14 @@ class Optimizer(ABC, Generic[S]):
         self.gradient_seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
 
-    def shared(self, *figures: Array) -> NDArray[np.float64]:
+    def shared(self, *figures: Array, piggyback: Piggyback | None = None) -> NDArray[np.float64]:
         """Return the figures (R,) of this rank's replicas for all, (M, figures), and compare the ranks' notes."""
         own = np.stack([to_host(figure) for figure in figures], axis=1, dtype=np.float64)
-        everyone, notes = self.exchange.share(own, self.note, self.steps)
-        self.compare(notes)
+        words = self.note if piggyback is None else np.concatenate([self.note, piggyback.send()])
+        everyone, words = self.exchange.share(own, words, self.steps)
+        if piggyback is not None:
+            piggyback.receive(words[:, len(self.note) :])
+        self.compare(words[:, : len(self.note)])
         self.exchange.communicator.halfway(True)
         return everyone
 

@@ -12,7 +12,6 @@ from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, S
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.cost import Traffic
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,6 @@ class Deflated(Probing[DeflatedSettings]):
     always_probes = True
     state: ClassVar = {**Probing.state, "velocity": Kind.HELD}
     figures = (*Optimizer.figures, "largest_eigenvalue", "smallest_eigenvalue", "residual")
-
-    @classmethod
-    def traffic(cls, settings: DeflatedSettings) -> Traffic:
-        return Traffic(columns=1 / settings.probe_every, rows=1 / settings.probe_every)
 
     def start(self) -> None:
         super().start()

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -129,8 +129,8 @@ class NaturalGradient(Optimizer[S]):
         self.noise_share = NoiseShare()
         self.noise_scale_preconditioned = NoiseScale()
         self.curvature = Curvature(bound_of(s.curvature))
-        self.successive = SuccessiveGradients(self.exchange, self.held)
-        self.change = RelativeChange(bound_of(s.relative_change), self.exchange, spans, self.held)
+        self.successive = SuccessiveGradients(self.held)
+        self.change = RelativeChange(bound_of(s.relative_change), spans, self.held)
         self.updates = 0
         self.trace = 0.0  # of F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
@@ -171,14 +171,13 @@ class NaturalGradient(Optimizer[S]):
         else:
             mean = self.exchange.mean(batch.rows)
 
-        if not self.repeats:
-            self.successive.add(mean)
-            self.curvature.logarithm = self.successive.logarithm
-        t, gg = self.steps, self.exchange.dots((mean, mean))[0]
-        clip = self.clip(batch, gg)
+        t, clip = self.steps, self.clip(batch, mean)
         z = self.momentum.add(clip * mean if clip < 1 else mean, t)
         d = self.apply_inverse(z)
-        dz, dd, gd = self.exchange.dots((d, z), (d, d), (mean, d))
+        (gg, dz, dd, gd, *after), change = self.products(mean, z, d)
+        for slope in after:
+            self.successive.add(slope)
+            self.curvature.logarithm = self.successive.logarithm
         self.noise_share.add(self.known / self.batch * self.momentum.noise(t), dz)
         figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
         rate = self.noise_limited() if self.adaptive else self.chosen_rate()
@@ -191,10 +190,19 @@ class NaturalGradient(Optimizer[S]):
             batch=batch,
             z=z,
             dz=dz,
-            change=self.change.squared(d, self.held),
+            change=change,
             noise=(noise := self.noise_share.unbiased),
             reach=(min(1.0, max(0.0, gd / dz)) if dz > 0 else 1.0) + noise,
         )
+
+    def products(self, mean: Array, z: Array, d: Array) -> tuple[list[float], float]:
+        """Return ḡᵀḡ, dᵀz, dᵀd, ḡᵀd, and ḡᵀΔw of the last step where that is looked at; and r². Collective."""
+        pairs = [(mean, mean), (d, z), (d, d), (mean, d)]
+        if not self.repeats:
+            pairs.append((mean, self.successive.change))
+        whole = [(x, y, [self.exchange.whole]) for x, y in pairs]
+        sums = self.exchange.dots_of_parts(*whole, *self.change.products(d, self.held))
+        return [float(of_all[0]) for of_all in sums[: len(pairs)]], self.change.squared(*sums[len(pairs) :])
 
     def noise_limited(self) -> float:
         """Return the rate auto. The noise counts as far as the steps are noise, of which there is no less than seen."""
@@ -205,12 +213,14 @@ class NaturalGradient(Optimizer[S]):
         assert isinstance(step, NaturalStep)
         assert step.norms is not None
         if self.measures and step.dz > 0:
-            if not self.curvature.measured:
-                self.measure_first(step, loss_and_gradient)
-            elif self.curvature.due(
-                self.steps, self.interval(loss_and_gradient), self.promise(step, self.rate_of(step))
-            ):
-                self.measure(step, loss_and_gradient, self.rate_of(step), self.rate_factor)
+            first = not self.curvature.measured
+            promise = self.promise(step, self.rate_of(step))
+            if first or self.curvature.due(self.steps, self.interval(loss_and_gradient), promise):
+                step = replace(step, everywhere=self.exchange.collect(step.direction, "direction"))
+                if first:
+                    self.measure_first(step, loss_and_gradient)
+                else:
+                    self.measure(step, loss_and_gradient, self.rate_of(step), self.rate_factor)
         limits = self.limits(step)
         rate = min(limits)
         if not math.isfinite(rate):
@@ -224,7 +234,7 @@ class NaturalGradient(Optimizer[S]):
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
         self.note_shortening(shrink)
         figures = {"shrink": shrink, "curvature": self.curvature.value, "limit": float(np.argmin(limits))}
-        return Step(step.mean, step.direction, rate, {**step.figures, **figures}, step.norms, step.batch)
+        return replace(step, rate=rate, figures={**step.figures, **figures})
 
     def follow(self, step: NaturalStep, rate: float) -> None:
         """Have the next gradient tell the curvature along the step of a rate, as the groups take it. Collective."""
@@ -284,13 +294,12 @@ class NaturalGradient(Optimizer[S]):
         They cannot where they are others at the same point, or the same wherever the step leads; nor are they of the
         gradient where no rate allows itself. A schedule's factor plays no part.
         """
-        again, rate = self.losses_at(loss_and_gradient, 0.0 * step.direction), 1.0
+        again, rate = self.losses_at(loss_and_gradient, 0.0, step.everywhere), 1.0
         self.repeats = np.allclose(again, step.batch.losses, rtol=1e-6, atol=0)
         for _ in range(FIRST_TRIALS if self.repeats else 0):
-            there = -rate * step.direction
-            once = self.losses_at(loss_and_gradient, there)
+            once = self.losses_at(loss_and_gradient, rate, step.everywhere)
             if not (once == again).all():
-                self.repeats = bool((once == self.losses_at(loss_and_gradient, there)).all())
+                self.repeats = bool((once == self.losses_at(loss_and_gradient, rate, step.everywhere)).all())
                 break
             rate *= FARTHER
         else:
@@ -369,7 +378,7 @@ class NaturalGradient(Optimizer[S]):
         Not a number where the loss's curvature is rounding.
         """
         slope, predicted = self.along(step, rate)
-        losses = self.losses_at(loss_and_gradient, -rate * step.direction)
+        losses = self.losses_at(loss_and_gradient, rate, step.everywhere)
         curvature = abs(2 * (float(losses.mean() - step.batch.losses.mean()) - slope))
         if not math.isfinite(curvature):
             return math.inf
@@ -385,17 +394,19 @@ class NaturalGradient(Optimizer[S]):
         ratio = rounding / predicted if predicted > 0 else 0.0
         return math.log(ratio) if ratio > 0 else -math.inf
 
-    def clip(self, batch: Batch, gg: float) -> float:
+    def clip(self, batch: Batch, mean: Array) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
 
         F is a mean over the past. Where nearly all samples are learnt, it is far below the gradient of a batch with one
-        that is not, and a step along that would be as much too long, and those of the momentum after it. Local.
+        that is not, and a step along that would be as much too long, and those of the momentum after it. Collective:
+        where the gradients are so small that it is 1 whatever ḡᵀḡ, nothing crosses the network.
         """
-        noise = batch.noise(gg)
-        rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * batch.square
-        if self.trace == 0 or noise <= rounding:
+        most = bound_of(self.settings.outlier) * self.trace / self.batch if self.trace > 0 else math.inf
+        if batch.noise(0.0) <= most:
             return 1.0
-        return min(1.0, math.sqrt(bound_of(self.settings.outlier) * self.trace / (self.batch * noise)))
+        noise = batch.noise(self.exchange.dots((mean, mean))[0])
+        rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * batch.square
+        return 1.0 if noise <= rounding else min(1.0, math.sqrt(most / noise))
 
     def rounding(self, batch: Batch) -> float:
         """Return the trace that F has of equal gradients, whose differences are rounding: some ten units. Local."""

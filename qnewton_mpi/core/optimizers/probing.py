@@ -13,6 +13,7 @@ from qnewton_mpi.core.rate import GAIN_SHARE, noise_limited_rate
 from qnewton_mpi.core.ritz import RitzPairs
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
+from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array
 
 FIRST_PROBES = 6
@@ -44,6 +45,11 @@ class Probing(Optimizer[S]):
     always_probes: ClassVar[bool] = False
     gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
     curvature_factor: ClassVar[float] = 1.0  # times 1/|λ| is the largest rate "auto"
+
+    @classmethod
+    def traffic(cls, settings: S) -> Traffic:
+        probes = (cls.always_probes or settings.lr == "auto") / settings.probe_every
+        return Traffic(columns=probes, rows=probes)
 
     @property
     def probes(self) -> bool:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 from array_api_compat import array_namespace
 
-from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import combination
+from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel.device import Array
 
@@ -160,16 +160,16 @@ class SuccessiveGradients:
         ("count", "before", "expected", "predicted", "curvature", "metric"), Kind.SHARED
     )
 
-    def __init__(self, exchange: Exchange, held: Array) -> None:
-        self.exchange, self.change = exchange, array_namespace(held).zeros_like(held)
+    def __init__(self, held: Array) -> None:
+        self.change = array_namespace(held).zeros_like(held)
         self.count = 0
         self.before = self.expected = self.predicted = 0.0  # ḡᵀΔw, the mean noise and ΔwᵀPΔw of the last step
         self.curvature = self.metric = 0.0  # running means
 
-    def add(self, mean: Array) -> None:
-        """Take in the gradient after the last step. Collective."""
+    def add(self, after: float) -> None:
+        """Take in ḡᵀΔw of the gradient after the last step. Local."""
         if self.predicted > 0:
-            curvature = self.exchange.dots((mean, self.change))[0] - self.before - self.expected
+            curvature = after - self.before - self.expected
             self.count += 1
             weight = max(1 / self.count, RUNNING)
             self.curvature += weight * (curvature - self.curvature)
@@ -242,16 +242,18 @@ class RelativeChange:
 
     state: ClassVar = {"start": Kind.HELD}
 
-    def __init__(self, eta: float, exchange: Exchange, spans: Sequence[slice], held: Array) -> None:
+    def __init__(self, eta: float, spans: Sequence[slice], held: Array) -> None:
         self.xp = array_namespace(held)
-        self.eta, self.exchange, self.spans = eta, exchange, spans
+        self.eta, self.spans = eta, spans
         self.start = self.xp.asarray(held, copy=True)
 
-    def squared(self, d: Array, held: Array) -> float:
-        """Return r², 0 where no layer has a scale. Collective."""
+    def products(self, d: Array, held: Array) -> list[tuple[Array, Array, Sequence[slice]]]:
+        """Return that whose sums, as of `Exchange.dots_of_parts`, `squared` takes. Local."""
         scaled = self.xp.astype(self.start != 0, held.dtype)
-        pairs = (d * scaled, d), (held * scaled, held), (self.start, self.start)
-        changes, sizes, before = self.exchange.dots_of_parts(self.spans, *pairs)
+        return [(x, y, self.spans) for x, y in ((d * scaled, d), (held * scaled, held), (self.start, self.start))]
+
+    def squared(self, changes: Matrix, sizes: Matrix, before: Matrix) -> float:
+        """Return r², 0 where no layer has a scale. Local."""
         known = before > 0
         return float(np.mean(changes[known] / np.maximum(sizes, before)[known])) if known.any() else 0.0
 
