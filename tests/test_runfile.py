@@ -162,7 +162,7 @@ def test_a_run_of_an_earlier_version_has_no_noise_scale(tmp_path, sound):
     assert "  –  " in table([run])
     assert "batch" not in summary(run, 80)[2]
     with run_file(path, resumed=2) as file:
-        file.add_epoch(EVALUATION, np.zeros(3))
+        file.add_epoch(EVALUATION, ITERATES)
     np.testing.assert_array_equal(Run(path).epochs["noise_scale"], [np.nan, np.nan, 1])
 
 
