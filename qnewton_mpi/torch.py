@@ -75,7 +75,8 @@ class QuasiNewton(torch.optim.Optimizer):
     params : iterable of Parameter, or of dict
         As for any optimizer, the same on all ranks, float32 or float64, on the CPU or one GPU. Those that are frozen
         now, or have no elements, are left out. A group may have an lr and a weight_decay of its own: each step takes
-        lr·weight_decay of its parameters off, and where lr is "auto" it takes lr times its part of the step.
+        lr·weight_decay of its parameters off. Where lr is "auto", a group's lr is its part of the step, and the step's
+        root mean square stands in for lr in the decay.
     samples : int
         b, how many independent predictions each replica's loss is the mean of: for a language model, tokens.
     method : str

@@ -123,7 +123,7 @@ class Group:
     share : float
         Of their part of a step that they take; 0: they rest.
     decay : float
-        The part of w that a step takes off where a schedule's factor is 1.
+        lr·λ; λ, where the rate is "auto".
     """
 
     span: slice
@@ -138,17 +138,20 @@ AUTO: tuple[str, ...] = ("auto",)
 class Settings:
     """What every optimizer has: the learning rate α of w ← w − α d, and a decay of w beside it.
 
-    The decay is decoupled from the step (Loshchilov and Hutter 2019, arXiv 1711.05101): w ← (1 − c α λ) w − c α d, c
-    the factor of a schedule, as in PyTorch's AdamW. With the rate "auto" it is theirs as printed, w ← (1 − c λ) w − c α
-    d: what is measured anew at each step bounds the step alone, and λ is the same in any unit of the loss.
+    The decay is decoupled from the step (Loshchilov and Hutter 2019, arXiv 1711.05101), as in PyTorch's AdamW, with c the
+    factor of a schedule: w ← (1 − c α λ) w − c α d. There α is about what a step changes each parameter by. A measured
+    rate has another meaning, and another size in another unit of the loss. So with "auto" ‖Δw‖/√N takes its place: w ←
+    (1 − λ ‖Δw‖/√N) w + Δw, and λ has the size that it has for AdamW.
     """
 
     lr: float | str = setting(0.3, "learning rate", POSITIVE)
-    weight_decay: float = setting(0.0, "decoupled λ: a step takes lr·λ of w off, at lr auto λ; 0 is off", NOT_NEGATIVE)
+    weight_decay: float = setting(
+        0.0, "decoupled λ: a step takes lr·λ of w off, at lr auto ‖Δw‖/√N·λ; 0 is off", NOT_NEGATIVE
+    )
 
     @property
     def shrinkage(self) -> float:
-        """The part of w that a step takes off where a schedule's factor is 1."""
+        """lr·λ; λ, where the rate is "auto"."""
         return self.weight_decay * (1.0 if isinstance(self.lr, str) else self.lr)
 
 
@@ -334,21 +337,21 @@ class Optimizer(ABC, Generic[S]):
         return step
 
     def move(self, step: Step) -> Figures:
-        """Do w ← (1 − c λ) w − c α s d, c the factor of a schedule, s and λ the share and decay of a group. Collective.
+        """Do w ← (1 − u) w − c α s d, c a schedule's factor, s a group's share, u what it decays by. Collective.
 
         Return the figures, which are of the step without the decay.
         """
         direction = self.shared_out(step.direction)
         self.rate = self.rate_factor * step.rate
-        self.decay()
+        pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
+        gg, dd, gd = self.exchange.dots(*pairs) if direction is not step.direction or step.norms is None else step.norms
+        self.decay(self.rate * math.sqrt(dd / self.exchange.size) if self.adaptive else self.rate_factor)
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         whole = direction is step.direction and not any(group.decay for group in self.groups)
         if step.everywhere is None or not whole:
             self.parameters = self.exchange.collect(self.held)
         elif self.parameters is not self.held:  # what the others do to theirs: nothing has to cross again
             combination(1.0, self.parameters, -self.rate, step.everywhere, out=self.parameters)
-        pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
-        gg, dd, gd = self.exchange.dots(*pairs) if direction is not step.direction or step.norms is None else step.norms
         self.exchange.communicator.halfway(False)
         if step.batch is not None and self.exchange.replicas > 1:
             noise = step.batch.noise(gg)
@@ -386,11 +389,11 @@ class Optimizer(ABC, Generic[S]):
             direction[own] = group.share * direction[own] if group.share else 0
         return direction
 
-    def decay(self) -> None:
-        """Do w ← (1 − c λ) w. Local."""
+    def decay(self, unit: float) -> None:
+        """Do w ← (1 − u) w, u the decays of the groups in a unit, but no more than w. Local."""
         for group in self.groups:
             if group.decay:
-                self.held[self.held_part(group.span)] *= 1 - self.rate_factor * group.decay
+                self.held[self.held_part(group.span)] *= max(0.0, 1 - unit * group.decay)
 
     def held_part(self, span: slice) -> slice:
         """Return where a span of the N coordinates is among those held. Local."""

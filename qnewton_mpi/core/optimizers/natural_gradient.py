@@ -99,7 +99,7 @@ class NaturalGradient(Optimizer[S]):
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
                                 C (ς + ν)/χ                                             what curvature allows
                                 η/√(ν mean_l (‖d_l‖/‖w_l‖)²)                            what the noise may change
-        w        (1 − λ) w − α d                                                    λ the weight decay
+        w        w − α d, and the weight decay of `Settings`
 
     Nothing of it changes where a constant is added to the loss, or the loss multiplied by one.
     """
