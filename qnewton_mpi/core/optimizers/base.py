@@ -138,10 +138,10 @@ AUTO: tuple[str, ...] = ("auto",)
 class Settings:
     """What every optimizer has: the learning rate α of w ← w − α d, and a decay of w beside it.
 
-    The decay is decoupled from the step (Loshchilov and Hutter 2019, arXiv 1711.05101), as in PyTorch's AdamW, with c the
-    factor of a schedule: w ← (1 − c α λ) w − c α d. There α is about what a step changes each parameter by. A measured
-    rate has another meaning, and another size in another unit of the loss. So with "auto" ‖Δw‖/√N takes its place: w ←
-    (1 − λ ‖Δw‖/√N) w + Δw, and λ has the size that it has for AdamW.
+    The decay is decoupled from the step (Loshchilov and Hutter 2019, arXiv 1711.05101), as in PyTorch's AdamW, with c
+    the factor of a schedule: w ← (1 − c α λ) w − c α d. There α is about what a step changes each parameter by. A
+    measured rate has another meaning, and another size in another unit of the loss. So with "auto" ‖Δw‖/√N takes its
+    place: w ← (1 − λ ‖Δw‖/√N) w + Δw, and λ has the size that it has for AdamW.
     """
 
     lr: float | str = setting(0.3, "learning rate", POSITIVE)
