@@ -360,7 +360,7 @@ def algebra(xp: ModuleType, size: int, clock: Clock, replicas: int = 8, rank: in
         turned = 4 * s * s * (2 * layer.leading if layer.corner else s)  # flops into the bases, and as many back
         words = 2 * s * s + 2 * s * s  # of X, read and written, and of the bases
         cases[f"A, B and V of a layer {s}×{s}, a combination"] = (
-            lambda layer=layer, gradients=gradients: layer.add(gradients[:1, :], 0.1),  # type: ignore[misc]
+            lambda layer=layer, gradients=gradients: layer.add(gradients[:1, :], gradients[0, :], 0.1),  # type: ignore[misc]
             4 * (words + 4 * s * s),
             turned + 4 * s**3,
         )

@@ -180,7 +180,7 @@ def test_what_a_batch_is_worth_is_told(tmp_path, plain, preconditioned, cell, to
     """By the method's own noise scale, at the last evaluation."""
     with run_file(tmp_path / "run.h5") as file:
         for scales in ((1.0, 1.0), (plain, preconditioned)):
-            file.add_epoch({**EVALUATION, **dict(zip(NOISE_SCALES, scales, strict=True))}, np.zeros(3))
+            file.add_epoch({**EVALUATION, **dict(zip(NOISE_SCALES, scales, strict=True))}, ITERATES)
     run = Run(tmp_path / "run.h5")
     header, _, row = (re.split(r"  +", line.strip()) for line in table([run]).splitlines())
     assert row[header.index("noise scale")] == cell
