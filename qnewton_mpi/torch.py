@@ -75,8 +75,8 @@ class QuasiNewton(torch.optim.Optimizer):
     params : iterable of Parameter, or of dict
         As for any optimizer, the same on all ranks, float32 or float64, on the CPU or one GPU. Those that are frozen
         now, or have no elements, are left out. A group may have an lr and a weight_decay of its own: each step takes
-        lr·weight_decay of its parameters off. Where lr is "auto", a group's lr is its part of the step, and the step's
-        root mean square stands in for lr in the decay.
+        lr·weight_decay of its parameters off. Where lr is "auto", the groups' rates count relative to the largest of
+        them, and the step's root mean square stands in for lr in the decay.
     samples : int
         b, how many independent predictions each replica's loss is the mean of: for a language model, tokens.
     method : str
@@ -102,7 +102,7 @@ class QuasiNewton(torch.optim.Optimizer):
         Seconds that a rank may wait for another's program, in a step or here, before the job is ended.
     **settings
         Of the method, as lr, damping: `OPTIMIZERS[method].settings_type`. Where lr is "auto", the groups have lr = 1
-        and a scheduler scales the rate that the method finds.
+        and a scheduler scales the rate that the method finds, one with a max_lr by its share of that.
 
     Attributes
     ----------
@@ -159,6 +159,7 @@ class QuasiNewton(torch.optim.Optimizer):
             if module is not None and not isinstance(module, torch.nn.Module):
                 raise UserError(f"module={module!r:.60}: must be the model, a torch.nn.Module")
             chosen = method_settings(method, **settings)
+            self._adaptive = isinstance(chosen.lr, str)
             self._lr = 1.0 if isinstance(chosen.lr, str) else float(chosen.lr)
             return self._gather(params, module, chosen.weight_decay)
 
@@ -320,8 +321,7 @@ class QuasiNewton(torch.optim.Optimizer):
                 super(QuasiNewton, self).add_param_group(param_group)
             except (TypeError, ValueError) as error:
                 raise UserError(f"the parameters cannot be used: {error}") from error
-            groups.check(self.param_groups)
-            return Tensors(self.param_groups, self._module)
+            return self._checked(self._module)
 
         before = list(self.param_groups)
         try:
@@ -381,7 +381,12 @@ class QuasiNewton(torch.optim.Optimizer):
             super().__init__(params, {"lr": self._lr, "weight_decay": weight_decay})
         except (TypeError, ValueError) as error:
             raise UserError(f"the parameters cannot be used: {error}") from error
+        return self._checked(module)
+
+    def _checked(self, module: torch.nn.Module | None) -> Tensors:
+        """Take the tensors of the groups, and the rate of theirs that is the optimizer's."""
         groups.check(self.param_groups)
+        self._unit = groups.unit_of(self.param_groups) if self._adaptive else self._lr
         return Tensors(self.param_groups, module)
 
     def _bind(self) -> None:
@@ -401,7 +406,7 @@ class QuasiNewton(torch.optim.Optimizer):
         groups.check(self.param_groups)
         self._follow()
         self._frozen = self._parameters.frozen()
-        self.core.rate_factor = groups.rate_factor(self.param_groups, self._lr)
+        self.core.rate_factor = groups.rate_factor(self.param_groups, self._unit, self._adaptive)
         self._groups = groups.parts(self.param_groups, self._lr, self._tensors, self._parameters.spans)
         if self.core.steps == 0 and self._probes:
             self._try()

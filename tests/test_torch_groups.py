@@ -112,6 +112,33 @@ def test_at_the_rate_auto_a_groups_rate_is_its_part_of_the_step():
         torch.testing.assert_close(found - before, (0.1 if before.ndim > 1 else 1) * (whole - before))
 
 
+def test_at_the_rate_auto_groups_of_another_script_keep_their_ratio():
+    """AdamW's rates: the larger is the whole step, whatever it is."""
+    _, parts = first_step({"lr": 0.1}, {"lr": 1.0})
+    _, rates = first_step({"lr": 3e-4}, {"lr": 3e-3})
+    for one, other in zip(parts, rates, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_at_the_rate_auto_one_cycle_ends_at_the_whole_step():
+    """Whatever its largest rate; it is saved with the groups."""
+
+    def rates(largest):
+        model = perceptron()
+        optimizer = QuasiNewton(model.parameters(), samples=16, replicas_per_rank=4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, largest, total_steps=10, cycle_momentum=False)
+        factors = []
+        for _ in range(10):
+            optimizer.step(squares(model), X, Y)
+            factors.append(optimizer.core.rate_factor)
+            schedule.step()
+        return factors
+
+    np.testing.assert_allclose(rates(3e-3), rates(1.0))
+    assert max(rates(3e-3)) == pytest.approx(1.0)
+    assert rates(3e-3)[0] == pytest.approx(1 / 25)
+
+
 def test_steps_whose_losses_cannot_be_had_again_are_followed_as_they_are():
     """The curvature by successive gradients is of the step that the groups take."""
     model, random = perceptron(), np.random.default_rng(0)

@@ -45,9 +45,25 @@ def size(group: Any) -> int:
     return len(parameters) if isinstance(parameters, list) else -1
 
 
-def rate_factor(groups: Sequence[Mapping[str, Any]], rate: float) -> float:
-    """Return the largest of the groups' rates as a multiple of the optimizer's."""
-    return max(float(group["lr"]) for group in groups) / rate
+def unit_of(groups: Sequence[Mapping[str, Any]]) -> float:
+    """Return the rate of the groups that is the whole step at the rate "auto": the largest, 1 where all have 0."""
+    return max(float(group["lr"]) for group in groups) or 1.0
+
+
+def rate_factor(groups: Sequence[Mapping[str, Any]], unit: float, adaptive: bool) -> float:
+    """Return the largest of the groups' rates as a multiple of the optimizer's.
+
+    Parameters
+    ----------
+    groups : sequence of mapping
+    unit : float
+        The optimizer's lr; at the rate "auto" `unit_of` the groups before any scheduler.
+    adaptive : bool
+        Whether the rate is "auto". Then a scheduler that goes up to a `max_lr`, as OneCycleLR, means the whole step
+        there.
+    """
+    peaks = [float(group["max_lr"]) for group in groups if "max_lr" in group] if adaptive else []
+    return max(float(group["lr"]) for group in groups) / (max(peaks, default=0.0) or unit)
 
 
 def parts(
