@@ -17,7 +17,7 @@ from qnewton_mpi.errors import NoReaderError, UserError
 # What stands for the characters that the program prints, where an encoding has none of them; "?" for any other.
 PLAIN = {
     **dict(zip("▁▂▃▄▅▆▇█", "_.-~=+*#", strict=True)),
-    **{"±": "+-", "·": "*", "×": "x", "…": "...", "–": "-", "≤": "<=", "√": "sqrt ", "∇": "grad "},
+    **{"±": "+-", "·": "*", "×": "x", "…": "...", "–": "-", "≤": "<=", "√": "sqrt ", "∇": "grad ", "Δ": "d", "‖": "|"},
     **{"⁻": "^-", "¹": "1", "²": "^2", "ᵀ": "^T", "ᵗ": "^t"},
     **{
         "α": "alpha",
