@@ -728,7 +728,7 @@ def test_a_step_that_raises_changes_nothing(communicator, variant, step):
 
 
 def test_what_the_noise_may_change(communicator):
-    """α √ν r ≤ η over what was not zero at the start; no bound where nothing has a scale, or nothing is noise."""
+    """α √ν r ≤ η max(1, 5/√t) over what was not zero at the start; no bound where nothing has a scale, or is noise."""
     start = np.array([3.0, 4.0, 0.0, 0.0, 2.0, 0.0])
     exchange, spans = EXCHANGES["allgather"](communicator, REPLICAS, 6), [slice(0, 3), slice(3, 4), slice(4, 6)]
     change = RelativeChange(0.02, spans, start)
@@ -740,9 +740,10 @@ def test_what_the_noise_may_change(communicator):
     assert squared(change, d, w) == pytest.approx((0.2**2 + 2**2) / 2)
     assert squared(change, d, w / 10) == pytest.approx((0.2**2 + 2**2) / 2)  # smaller than at the start
     assert squared(change, d, 10 * w) == pytest.approx((0.2**2 + 2**2) / 200)
-    assert change.limit(0.04, 1.0) == pytest.approx(0.1)
-    assert change.limit(0.04, 0.25) == pytest.approx(0.2)
-    assert change.limit(0.04, 0.0) == change.limit(0.0, 1.0) == np.inf
+    assert change.limit(0.04, 1.0, 100) == change.limit(0.04, 1.0, 25) == pytest.approx(0.1)
+    assert [change.limit(0.04, 1.0, step) for step in (1, 4)] == pytest.approx([0.5, 0.25])
+    assert change.limit(0.04, 0.25, 100) == pytest.approx(0.2)
+    assert change.limit(0.04, 0.0, 1) == change.limit(0.0, 1.0, 1) == np.inf
     assert squared(RelativeChange(0.02, spans, 0 * start), d, w) == 0
 
 
@@ -788,7 +789,7 @@ def test_rules_that_are_off_change_nothing(communicator):
     for step in (1, 2, 3):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
     change = RelativeChange(np.inf, [slice(0, SIZE)], w)
-    assert change.limit(1.0, 1.0) == np.inf
+    assert change.limit(1.0, 1.0, 1) == np.inf
     assert Curvature(np.inf).limit(0.5) == np.inf
     problem = Quadratic(SIZE, REPLICAS)
     options = {"flattening": 0, "least_share": 1, "damping": 1e-3, **UNBOUNDED, "lr": 1e-3}

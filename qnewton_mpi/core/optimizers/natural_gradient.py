@@ -49,7 +49,9 @@ class NaturalGradientSettings(Settings):
     decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
     curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
-    relative_change: float = setting(0.02, "η, of a layer, that noise may make in a step; 0: no bound", NOT_NEGATIVE)
+    relative_change: float = setting(
+        0.02, "η, of a layer, by a step's noise, at first 5 times that; 0: no bound", NOT_NEGATIVE
+    )
     outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
     gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
 
@@ -98,7 +100,7 @@ class NaturalGradient(Optimizer[S]):
         χ        2 [f_B(w − α d) − f_B(w) + α ḡᵀd]/(α² dᵀz), a running mean, measured every few steps
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
                                 C (ς + ν)/χ                                             what curvature allows
-                                η/√(ν mean_l (‖d_l‖/‖w_l‖)²)                            what the noise may change
+                                η max(1, 5/√t)/√(ν mean_l (‖d_l‖/‖w_l‖)²)               what the noise may change
         w        w − α d, and the weight decay of `Settings`
 
     Nothing of it changes where a constant is added to the loss, or the loss multiplied by one.
@@ -251,11 +253,12 @@ class NaturalGradient(Optimizer[S]):
 
         The figure `limit` is the place of the least of them.
 
-        Where no curvature is measured, all of a step may change what else its noise may.
+        Where no curvature is measured, all of a step may change what else its noise may, the first steps no more.
         """
         now = self.curvature.measured == self.steps
         along = min(self.curvature.limit(step.reach), self.curvature.newest if now else math.inf)
-        return step.rate, along, self.change.limit(step.change, step.noise if self.repeats else 1.0)
+        noise, t = (step.noise, self.steps) if self.repeats else (1.0, math.inf)
+        return step.rate, along, self.change.limit(step.change, noise, t)
 
     def rate_of(self, step: NaturalStep) -> float:
         return min(self.limits(step))

@@ -21,6 +21,7 @@ CURVATURE_WEIGHT = 0.3  # of a measurement in the running mean of log χ
 FIRST_TRIALS = 12  # of the first step at most
 FIRST_STEPS = 10  # in which χ is measured at each step
 MORE = 2.0  # times what the step that was measured promised is as far as a measurement holds
+FIRST_CHANGE = 5.0  # times as much may noise change a layer in the first step
 DOWN = 100.0  # χ is taken to fall by no more from one measurement to the next
 
 
@@ -232,7 +233,10 @@ def fixed_point(allowed: Callable[[float], float], tolerance: float) -> float | 
 class RelativeChange:
     """The noise of a step may change a layer by η, relatively, in the root mean square over the layers. Off: ∞.
 
-        α √ν r ≤ η,    r² = mean over l of (‖d_l‖/‖w_l‖)²
+        α √ν r ≤ η max(1, 5/√t),    r² = mean over l of (‖d_l‖/‖w_l‖)²
+
+    In the first 25 steps it may change it by more: a random walk from random parameters, of which there is little to be
+    lost, shorter as they become worth more.
 
     over the coordinates that were not zero at the start: those have no scale. ‖w_l‖ counts as no less than at the
     start, so that a layer may pass through zero. √ν is the noise's part of the length of a step. A relative change of
@@ -257,6 +261,7 @@ class RelativeChange:
         known = before > 0
         return float(np.mean(changes[known] / np.maximum(sizes, before)[known])) if known.any() else 0.0
 
-    def limit(self, squared: float, noise: float) -> float:
-        """Return the largest rate, given r² and ν. Local."""
-        return self.eta / math.sqrt(squared * noise) if squared * noise > 0 else math.inf
+    def limit(self, squared: float, noise: float, step: float) -> float:
+        """Return the largest rate, given r², ν and the step, from 1. Local."""
+        eta = self.eta * max(1.0, FIRST_CHANGE / math.sqrt(step))
+        return eta / math.sqrt(squared * noise) if squared * noise > 0 else math.inf
