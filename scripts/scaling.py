@@ -1,4 +1,4 @@
-"""Fit the α-β model of `qnewton_mpi.parallel.cost` to measured collectives, check it, and predict large machines.
+"""Fit the α-β model of `qnewton_mpi.core.exchange.cost` to measured collectives, check it, and predict large machines.
 
 Usage: mpiexec -n RANKS python scripts/scaling.py measure FILE.json     the collectives on these ranks
        python scripts/scaling.py fit FILE.json … [--check FILE.json …]  α and β; their error on files not in the fit
@@ -27,8 +27,9 @@ prepare()
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
+from qnewton_mpi.core.exchange import EXCHANGES  # noqa: E402
+from qnewton_mpi.core.exchange.cost import Network  # noqa: E402
 from qnewton_mpi.core.optimizers import OPTIMIZERS  # noqa: E402
-from qnewton_mpi.parallel.cost import Network, seconds  # noqa: E402
 from qnewton_mpi.parallel.partition import bounds  # noqa: E402
 
 SIZES = [4 * 2**k for k in range(8, 23, 2)]  # bytes: 1 KiB to 16 MiB
@@ -131,7 +132,9 @@ def predict(network: Network) -> None:
         traffic = kind.traffic(kind.settings_type())
         for size in (10**4, 10**6, 10**9):
             for ranks in (8, 64, 1024):
-                times = (seconds(name, network, traffic, ranks, ranks, size) for name in ("allgather", "sliced"))
+                times = (
+                    EXCHANGES[name].seconds(network, traffic, ranks, ranks, size) for name in ("allgather", "sliced")
+                )
                 cells = " | ".join(f"{1e3 * t:.4g}" for t in (network.allreduce(ranks, 4 * size), *times))
                 print(f"| {method} | {size:.0e} | {ranks} | {cells} |")
     print("\n| method | ranks | sliced is faster from N = |\n|---|---|---|")
@@ -143,8 +146,8 @@ def predict(network: Network) -> None:
             faster = (
                 s
                 for s in sizes
-                if seconds("sliced", network, traffic, ranks, ranks, s)
-                < seconds("allgather", network, traffic, ranks, ranks, s) * (1 - 1e-9)
+                if EXCHANGES["sliced"].seconds(network, traffic, ranks, ranks, s)
+                < EXCHANGES["allgather"].seconds(network, traffic, ranks, ranks, s) * (1 - 1e-9)
             )
             first = next(faster, None)
             print(f"| {method} | {ranks} | {f'{first:.1e}' if first else 'never'} |")

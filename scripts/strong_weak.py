@@ -1,4 +1,4 @@
-"""Predict a step of the default on up to 1,024 ranks by the model of `qnewton_mpi.parallel.cost`; check what it counts.
+"""Predict a step of the default on up to 1,024 ranks by the exchanges' model of their cost; check what it counts.
 
 Usage: python scripts/strong_weak.py predict [FILE.png]           default: docs/scaling.png; the tables on stdout
        mpiexec -n RANKS python scripts/strong_weak.py check [--size N] [--latency S] [--bandwidth B/S]
@@ -23,11 +23,11 @@ prepare()
 import numpy as np  # noqa: E402
 
 from qnewton_mpi.core.create import create  # noqa: E402
-from qnewton_mpi.core.exchange import EXCHANGES  # noqa: E402
+from qnewton_mpi.core.exchange import EXCHANGES, choose  # noqa: E402
+from qnewton_mpi.core.exchange.cost import WORD, Network  # noqa: E402
 from qnewton_mpi.core.optimizers.kronecker import Kronecker, KroneckerSettings  # noqa: E402
 from qnewton_mpi.core.optimizers.natural_gradient import LOSSES_EVERY  # noqa: E402
 from qnewton_mpi.parallel.communicator import Communicator  # noqa: E402
-from qnewton_mpi.parallel.cost import WORD, Network, choose, seconds  # noqa: E402
 from qnewton_mpi.parallel.device import Array  # noqa: E402
 from qnewton_mpi.parallel.partition import bounds_of_pieces  # noqa: E402
 
@@ -96,7 +96,7 @@ class Workload:
             sum(layer.algebra for layer, start in zip(self.layers, starts, strict=False) if first <= start < last)
             for first, last in itertools.pairwise(limits)
         )
-        moved = seconds(exchange, NETWORK, traffic, ranks, replicas, self.size)
+        moved = EXCHANGES[exchange].seconds(NETWORK, traffic, ranks, replicas, self.size)
         return self.gradient(samples) * (1 + 1 / (3 * LOSSES_EVERY)) + busiest / FLOPS + moved
 
 
@@ -198,7 +198,7 @@ def check(size: int, network: Network, steps: int = 100, warm_up: int = 20) -> N
             took.append(communicator.seconds - before)
         received = (exchange.bytes_sent - sent) / steps / n
         like = "allgather" if name == "allgather" else "sliced"
-        bytes_, time = (seconds(like, w, traffic, n, replicas, size) for w in (Network(0.0, 1.0), network))
+        bytes_, time = (EXCHANGES[like].seconds(w, traffic, n, replicas, size) for w in (Network(0.0, 1.0), network))
         collectives = (communicator.collectives.total() - made) / steps
         if communicator.rank == 0 and n > 1:
             told = f"{statistics.mean(took[warm_up:]) / time:.2f}" if name != "server" else ""

@@ -2,8 +2,9 @@
 
 import pytest
 
+from qnewton_mpi.core.exchange import AllgatherExchange, SlicedExchange, choose
+from qnewton_mpi.core.exchange.cost import Network, Traffic
 from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.parallel.cost import Network, Traffic, choose, seconds
 
 
 def test_collectives():
@@ -20,8 +21,8 @@ def test_sliced_of_one_replica_a_rank_costs_the_bytes_of_one_allreduce():
     for name in ("sgd", "fisher", "kronecker"):
         kind = OPTIMIZERS[name]
         traffic = kind.traffic(kind.settings_type())
-        assert seconds("sliced", only_bytes, traffic, 16, 16, 1000) == pytest.approx(2 * 15 / 16 * 4000)
-    assert seconds("sliced", only_bytes, Traffic(columns=1, means=0, rows=1), 16, 16, 1000) == pytest.approx(
+        assert SlicedExchange.seconds(only_bytes, traffic, 16, 16, 1000) == pytest.approx(2 * 15 / 16 * 4000)
+    assert SlicedExchange.seconds(only_bytes, Traffic(columns=1, means=0, rows=1), 16, 16, 1000) == pytest.approx(
         3 * 15 / 16 * 4000
     )
 
@@ -37,6 +38,6 @@ def test_combinations_are_added_up_where_columns_are_more():
     only_bytes = Network(latency=0.0, seconds_per_byte=1.0)
     allreduce = 2 * 15 / 16 * 4000
     traffic = Traffic(columns=0.25, means=0.75, combinations=1)
-    assert seconds("sliced", only_bytes, traffic, 16, 16, 1000) == pytest.approx(allreduce)
-    assert seconds("sliced", only_bytes, traffic, 16, 128, 1000) == pytest.approx(1.125 * allreduce)
-    assert seconds("allgather", only_bytes, traffic, 16, 128, 1000) == pytest.approx(1.25 * allreduce)
+    assert SlicedExchange.seconds(only_bytes, traffic, 16, 16, 1000) == pytest.approx(allreduce)
+    assert SlicedExchange.seconds(only_bytes, traffic, 16, 128, 1000) == pytest.approx(1.125 * allreduce)
+    assert AllgatherExchange.seconds(only_bytes, traffic, 16, 128, 1000) == pytest.approx(1.25 * allreduce)

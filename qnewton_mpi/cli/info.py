@@ -8,9 +8,9 @@ import os
 from qnewton_mpi import __version__
 from qnewton_mpi.cli.arguments import Commands
 from qnewton_mpi.config import DEFAULT_REPLICAS, TrainSettings
+from qnewton_mpi.core.exchange import choose
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel import cost
 from qnewton_mpi.parallel.communicator import Communicator, load_mpi
 
 
@@ -55,7 +55,7 @@ def exchange_of(ranks: int) -> str:
     kind, replicas = OPTIMIZERS[TrainSettings().method], max(DEFAULT_REPLICAS, ranks)
     traffic = kind.traffic(kind.settings_type())
     sizes = [1000, 100_000, 10_000_000, 1_000_000_000]
-    names = [cost.choose(traffic, ranks, replicas, size) for size in sizes]
+    names = [choose(traffic, ranks, replicas, size) for size in sizes]
     text = ", ".join(f"{name} at N = {size:,}" for size, name in zip(sizes, names, strict=True))
     text = f"{names[0]} at any N" if len(set(names)) == 1 else text
     return f"auto, by predicted seconds, for {TrainSettings().method} with M = {replicas}: {text} (docs/scaling.md)"

@@ -12,11 +12,11 @@ from array_api_compat import is_cupy_array
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.exchange import EXCHANGES, choose
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
 from qnewton_mpi.core.settings import build, check_count
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel import cost, farewell
+from qnewton_mpi.parallel import farewell
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array, to_host
 from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
@@ -139,7 +139,7 @@ def create(
     )
     kind = OPTIMIZERS[method]
     if exchange == "auto":
-        exchange = cost.choose(kind.traffic(options), communicator.size, replicas, len(parameters))
+        exchange = choose(kind.traffic(options), communicator.size, replicas, len(parameters))
     mover = EXCHANGES[exchange](
         communicator, replicas, len(parameters), open_transport(transport, device, communicator)
     )

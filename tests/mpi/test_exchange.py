@@ -9,13 +9,13 @@ from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.exchange.cost import Network
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.cost import Network, seconds
 from qnewton_mpi.parallel.device import to_host
 
 SIZE = 23  # divisible by no number of ranks
@@ -164,7 +164,7 @@ def test_counted_traffic_of_a_step_is_that_of_the_model(communicator, variant, n
         optimizer.step(problem)
     per_rank = (exchange.bytes_sent - before) / (last - first) / communicator.size
     like, only_bytes = "allgather" if name == "allgather" else "sliced", Network(0.0, 1.0)
-    model = seconds(like, only_bytes, kind.traffic(settings), communicator.size, replicas, size)
+    model = EXCHANGES[like].seconds(only_bytes, kind.traffic(settings), communicator.size, replicas, size)
     assert per_rank == pytest.approx(model, rel=0.05, abs=1e-9)  # the model leaves out the small ones
 
 

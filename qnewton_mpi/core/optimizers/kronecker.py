@@ -11,13 +11,13 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
+from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.kernels import PIECE
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
 from qnewton_mpi.core.optimizers.base import Batch, Figures
 from qnewton_mpi.core.optimizers.natural_gradient import BATCH, NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.cost import Traffic
 from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 FIRST_UPDATES, FIRST_COMBINATIONS = 10, 8

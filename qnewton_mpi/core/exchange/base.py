@@ -1,21 +1,4 @@
-"""How the replicas' columns reach the ranks that combine them. MPI, no mathematics.
-
-Every rank evaluates R gradients, the rows of an array (R, N). The optimizers' algebra runs on what a rank *holds*: a
-range of the N coordinates, of every replica's column and of every vector. An exchange decides which range that is, and
-moves data between the two layouts; the algebra is the same for all of them.
-
-============  =======================  ========================================================================
-exchange      held by a rank           words received per rank: the mean and the new parameters / all columns
-============  =======================  ========================================================================
-`allgather`   everything               2N(n−1)/n, an Allreduce / (M−R)N
-`sliced`      N/n of the coordinates   2N(n−1)/n, a Reduce_scatter and an Allgather / (M−R)N/n, an Alltoall
-`server`      everything on rank 0,    rank 0: (n−1)N, others N; Reduce and Broadcast / rank 0: (M−R)N
-              nothing elsewhere
-============  =======================  ========================================================================
-
-Where the columns have crossed, the mean is taken from them instead. K combinations of the columns,
-where those will do, cross as K + 1 means, the mean among them, or as columns, whichever are fewer words.
-"""
+"""What every exchange has, and what those have in common."""
 
 from __future__ import annotations
 
@@ -28,6 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
+from qnewton_mpi.core.exchange.cost import WORD, Network, Traffic
 from qnewton_mpi.core.kernels import blockwise_products, double_products, inner
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
@@ -70,6 +54,7 @@ class Exchange(ABC):
     On one rank, whose rows are the replicas of all:
 
     >>> import numpy as np
+    >>> from qnewton_mpi.core.exchange import SlicedExchange
     >>> exchange = SlicedExchange(Communicator(), replicas=2, size=3)
     >>> rows = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
     >>> exchange.held, exchange.mean(rows).tolist()
@@ -151,20 +136,55 @@ class Exchange(ABC):
         coefficients : (K, M) host array
             Rows that add up to zero.
         """
-        if self.fewer_as_columns(len(coefficients)):
+        if self.fewer_as_columns(self.communicator.size, self.replicas, len(coefficients)):
             mean, columns = self.centred(rows)
             return mean, to_device(coefficients, columns) @ columns
         weights = np.concatenate([np.full((1, self.replicas), 1 / self.replicas), coefficients])
         sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
         return sums[0, :], sums[1:, :]
 
+    @classmethod
     @abstractmethod
-    def fewer_as_columns(self, combinations: int) -> bool:
-        """Tell whether all replicas' columns are fewer words than sums of the mean and so many combinations."""
+    def fewer_as_columns(cls, ranks: int, replicas: int, combinations: int) -> bool:
+        """Tell whether all replicas' columns are fewer words than sums of the mean and so many combinations. Local."""
 
     @abstractmethod
     def added_up(self, vectors: Array) -> Array:
         """Return the sums (k, held) over the ranks of vectors (k, N). Counted are the fewer words."""
+
+    @classmethod
+    def seconds(cls, network: Network, traffic: Traffic, ranks: int, replicas: int, parameters: int) -> float:
+        """Return the predicted seconds of communication in a step: n ranks, M replicas, N parameters, float32. Local.
+
+        That is small messages, twice, for losses and scalar products; the means; the columns or what takes their place;
+        and the way back.
+        """
+        if ranks == 1:
+            return 0.0
+        size, k = WORD * parameters, traffic.combinations
+        columns = cls.columns_seconds(network, ranks, replicas * size)
+        one = (
+            columns
+            if k is None or cls.fewer_as_columns(ranks, replicas, k)
+            else cls.sum_seconds(network, ranks, (k + 1) * size)
+        )
+        there = traffic.means * cls.sum_seconds(network, ranks, size) + traffic.columns * one
+        return 2 * network.allgather(ranks, 0) + there + cls.back_seconds(network, ranks, size, traffic.rows * columns)
+
+    @staticmethod
+    @abstractmethod
+    def columns_seconds(network: Network, ranks: int, size: float) -> float:
+        """Return the seconds in which all replicas' columns, of this many bytes, come to where they are held. Local."""
+
+    @staticmethod
+    @abstractmethod
+    def sum_seconds(network: Network, ranks: int, size: float) -> float:
+        """Return the seconds in which vectors of this many bytes are added up to where they are held. Local."""
+
+    @staticmethod
+    @abstractmethod
+    def back_seconds(network: Network, ranks: int, size: float, rows: float) -> float:
+        """Return the seconds of the new parameters' way back, given those of columns to their replicas. Local."""
 
     def gathered(self, values: Matrix) -> Matrix:
         """Return each rank's values (k,), (n, k), the same on all ranks; zero where a rank before it holds the same."""
@@ -261,142 +281,3 @@ class Exchange(ABC):
     def _added(self, partial: Matrix) -> Matrix:
         """Return the sum of the ranks' arrays (1, …) in rank order, without the first axis."""
         return self._everyone(partial).sum(axis=0)  # type: ignore[no-any-return]
-
-
-class AllgatherExchange(Exchange):
-    """Every rank holds everything: means by Allreduce, columns by Allgather. No server, no state that differs."""
-
-    name = "allgather"
-
-    def divide(self, pieces: Sequence[int]) -> None:
-        self.held = slice(0, self.size)
-
-    def mean(self, rows: Array) -> Array:
-        self._count(lambda n: 2 * (n - 1) * self._row_bytes(rows))
-        mean = self._buffer("mean", (self.size,), rows)
-        return self._divided(self.transport.allreduce(self._sum(rows), mean))
-
-    def combined(self, rows: Array, coefficients: Matrix) -> tuple[Array, Array]:
-        found = super().combined(rows, coefficients)
-        self._buffers.pop("columns", None)  # as large as all gradients together, and needed at few steps
-        return found
-
-    def fewer_as_columns(self, combinations: int) -> bool:
-        return self.communicator.size > 1 and self.replicas <= 2 * (combinations + 1)
-
-    def added_up(self, vectors: Array) -> Array:
-        self._count(lambda n: (n - 1) * min(2 * vectors.shape[0], self.replicas) * self._row_bytes(vectors))
-        return self.transport.allreduce(vectors, self._buffer("sums", vectors.shape, vectors))
-
-    def columns(self, rows: Array) -> Array:
-        self._count(lambda n: (n - 1) * self.replicas * self._row_bytes(rows))
-        everyone = self._buffer("columns", (self.replicas, self.size), rows)
-        return self.transport.allgather(rows, self.counts, everyone)
-
-    def rows(self, columns: Array) -> Array:
-        return columns[self.local.start : self.local.stop, :]
-
-    def collect(self, vector: Array, buffer: str = "whole") -> Array:
-        return vector
-
-    @property
-    def first(self) -> bool:
-        return self.communicator.rank == 0
-
-    def summed(self) -> slice:
-        return partition.share(self.size, self.communicator.size, self.communicator.rank)
-
-
-class SlicedExchange(Exchange):
-    """Each rank holds a slice of the coordinates: of all columns, and of all state.
-
-    Columns come by Alltoall, means by Reduce_scatter, the new parameters go out by Allgather. So a step receives what
-    one Allreduce does, and the state of the optimizers is N/n numbers where it is N elsewhere.
-    """
-
-    name = "sliced"
-
-    def divide(self, pieces: Sequence[int]) -> None:
-        self.bounds = self._bounds(pieces)
-        self.words = [last - first for first, last in itertools.pairwise(self.bounds)]
-        rank = self.communicator.rank
-        self.held = slice(self.bounds[rank], self.bounds[rank + 1])
-
-    def _bounds(self, pieces: Sequence[int]) -> list[int]:
-        """Return where the ranks' slices begin and end: at the bounds of pieces, if there are any."""
-        ranks = self.communicator.size
-        return partition.bounds_of_pieces(pieces, ranks) if pieces else partition.bounds(self.size, ranks)
-
-    def mean(self, rows: Array) -> Array:
-        self._count(lambda n: (n - 1) * self._row_bytes(rows))
-        mean = self._buffer("mean", (self.words[self.communicator.rank],), rows)
-        return self._divided(self.transport.reduce_scatter(self._sum(rows), self.words, mean))
-
-    def fewer_as_columns(self, combinations: int) -> bool:
-        return self.replicas <= self.communicator.size * (combinations + 1)
-
-    def added_up(self, vectors: Array) -> Array:
-        number = vectors.shape[0]
-        self._count(lambda n: (n - 1) * min(number, self.replicas / n) * self._row_bytes(vectors))
-        sums = self._buffer("sums", (number, self.words[self.communicator.rank]), vectors)
-        counts = [number * words for words in self.words]
-        return self.transport.reduce_scatter(self._pack(vectors), counts, sums)
-
-    def columns(self, rows: Array) -> Array:
-        own, mine = len(self.local), self.words[self.communicator.rank]
-        send = self._pack(rows)
-        columns = self._buffer("columns", (self.replicas, mine), rows)
-        self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(rows))
-        self.transport.alltoall(
-            send, [own * words for words in self.words], columns, [mine * count for count in self.counts]
-        )
-        return columns
-
-    def rows(self, columns: Array) -> Array:
-        own, mine = len(self.local), self.words[self.communicator.rank]
-        slices = self._buffer("slices", (own * self.size,), columns)
-        self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(columns))
-        self.transport.alltoall(
-            columns, [mine * count for count in self.counts], slices, [own * words for words in self.words]
-        )
-        return self._unpack(slices)
-
-    def collect(self, vector: Array, buffer: str = "whole") -> Array:
-        self._count(lambda n: (n - 1) * self._row_bytes(vector))
-        whole = self._buffer(buffer, (self.size,), vector)
-        return self.transport.allgather(vector, self.words, whole)
-
-    def summed(self) -> slice:
-        return slice(0, self.words[self.communicator.rank])
-
-    def _pack(self, rows: Array) -> Array:
-        """Return rows (k, N) as the slices of each rank one after the other, (k · N,); a single row is that already."""
-        own, reshape = rows.shape[0], array_namespace(rows).reshape
-        if own == 1:
-            return rows[0, :]
-        slices = self._buffer("slices", (own * self.size,), rows)
-        for first, last in itertools.pairwise(self.bounds):
-            slices[own * first : own * last] = reshape(rows[:, first:last], (-1,))
-        return slices
-
-    def _unpack(self, slices: Array) -> Array:
-        """Return the rows (R, N) of what `_pack` returns."""
-        own, reshape = len(self.local), array_namespace(slices).reshape
-        if own == 1:
-            return slices[None, :]
-        rows = self._buffer("rows", (own, self.size), slices)
-        for first, last in itertools.pairwise(self.bounds):
-            rows[:, first:last] = reshape(slices[own * first : own * last], (own, last - first))
-        return rows
-
-
-class ServerExchange(SlicedExchange):
-    """Rank 0 holds everything and sends back the result: the parameter-server layout, as a baseline only."""
-
-    name = "server"
-
-    def _bounds(self, pieces: Sequence[int]) -> list[int]:
-        return [0] + [self.size] * self.communicator.size
-
-
-EXCHANGES: dict[str, type[Exchange]] = {kind.name: kind for kind in (AllgatherExchange, SlicedExchange, ServerExchange)}

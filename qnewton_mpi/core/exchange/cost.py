@@ -1,4 +1,4 @@
-"""How long the collectives of a step take by the α-β model, from which `--exchange auto` chooses. Needs no MPI."""
+"""How long collectives take by the α-β model, and what a method moves in a step. Needs no MPI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 WORD = 4  # bytes, float32
-LEAST_SAVING = 0.9
 
 
 @dataclass(frozen=True)
@@ -67,42 +66,6 @@ class Traffic:
     means: float = 1.0
     combinations: int | None = None
     rows: float = 0.0
-
-
-def seconds(exchange: str, network: Network, traffic: Traffic, ranks: int, replicas: int, parameters: int) -> float:
-    """Return the predicted seconds of communication in a step.
-
-    Parameters
-    ----------
-    exchange : {"allgather", "sliced"}
-    network : Network
-    traffic : Traffic
-    ranks, replicas, parameters : int
-        n, M, N; float32.
-    """
-    if ranks == 1:
-        return 0.0
-    size = WORD * parameters
-    small = 2 * _rounds(ranks) * network.latency  # losses and scalar products
-    gathers = exchange == "allgather"
-    columns = network.allgather(ranks, replicas * size) if gathers else network.alltoall(ranks, replicas / ranks * size)
-    added_up = network.allreduce if gathers else network.reduce_scatter
-    combinations = traffic.combinations
-    if combinations is not None and replicas > (2 if gathers else ranks) * (combinations + 1):  # as exchanges choose
-        columns = added_up(ranks, (combinations + 1) * size)
-    back = 0.0 if gathers else network.allgather(ranks, size) + traffic.rows * columns
-    return small + traffic.means * added_up(ranks, size) + traffic.columns * columns + back
-
-
-def choose(traffic: Traffic, ranks: int, replicas: int, parameters: int, network: Network | None = None) -> str:
-    """Return `sliced`, which shares out state and algebra, unless `allgather` should save a tenth of the seconds."""
-    network = network or Network()
-    if ranks == 1:
-        return "allgather"
-    gathered, sliced = (
-        seconds(name, network, traffic, ranks, replicas, parameters) for name in ("allgather", "sliced")
-    )
-    return "allgather" if gathered < LEAST_SAVING * sliced else "sliced"
 
 
 def _rounds(ranks: int) -> int:
