@@ -108,6 +108,11 @@ class TrainSettings:
         None, "steps between comparisons of the parameters over the ranks (default: none)", POSITIVE
     )
     log_dir: str | None = setting(None, "folder for a log of each rank (default: none)")
+    log: str | None = setting(
+        None,
+        "tensorboard: events of steps and evaluations, in a folder beside the output, with its name and .tensorboard",
+        one_of("tensorboard"),
+    )
     progress: str = setting(
         "auto", "bar, lines or off; auto is a bar on a terminal, lines elsewhere", one_of("auto", "bar", "lines", "off")
     )

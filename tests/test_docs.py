@@ -26,10 +26,12 @@ DOCUMENTS = [(path.name, k) for path in sorted((ROOT / "docs").glob("*.md")) for
 def test_blocks_of_documents_run_on_two_ranks(mpiexec, qnewton, tmp_path, name, number):
     block, program = blocks_of(ROOT / "docs" / name)[number], tmp_path / "block.py"
     program.write_text(block)
-    if "import jax" in block and importlib.util.find_spec("jax") is None:
-        pytest.skip("needs jax")
-    if "runs/kronecker.h5" in block:  # of `make run`
+    for library in ("jax", "pandas", "xarray"):
+        if f"import {library}" in block and importlib.util.find_spec(library) is None:
+            pytest.skip(f"needs {library}")
+    if "runs/kronecker.h5" in block or "runs.csv" in block:  # of `make run`, and exported from it
         qnewton(1, "train", "--steps", "2", "--output", "runs/kronecker.h5", cwd=tmp_path)
+        qnewton(1, "export", "runs/kronecker.h5", "--output", "runs.csv", cwd=tmp_path)
     finished = mpiexec(2, program, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
 

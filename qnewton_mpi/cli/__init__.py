@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from qnewton_mpi import __version__
-from qnewton_mpi.cli import bench, compare, data, evaluate, info, plot, predict, report, spectrum, train, watch
+from qnewton_mpi.cli import bench, compare, data, evaluate, export, info, plot, predict, report, spectrum, train, watch
 from qnewton_mpi.cli.arguments import Parser
 from qnewton_mpi.errors import (
     ENDED_BY_CTRL_C,
@@ -32,7 +32,7 @@ from qnewton_mpi.files.whole import reason
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_descriptors, launched_tasks
 
-COMMANDS = (train, plot, watch, predict, evaluate, data, compare, report, bench, spectrum, info)
+COMMANDS = (train, plot, watch, export, predict, evaluate, data, compare, report, bench, spectrum, info)
 LONGEST_LINE = 1000  # characters of an error, whatever was given
 
 

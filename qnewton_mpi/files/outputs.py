@@ -21,6 +21,7 @@ BEGINNINGS = {
     "picture": tuple(set(PICTURES.values())),
     "table": (b"| row |",),
     "table of predictions": (b"sample,label,",),
+    "table of runs": (b"run,row,stage,",),
 }
 OLD_KINDS = {"run", "study"}
 
@@ -32,8 +33,8 @@ def check_output(path: Path, kind: str, overwrite: bool) -> None:
     ----------
     path : Path
     kind : str
-        "picture", "table", "table of predictions", or what an HDF5 image is: "run", "study", "spectrum", "benchmark",
-        "predictions".
+        "picture", "table", "table of predictions", "table of runs", or what an HDF5 image is: "run", "study",
+        "spectrum", "benchmark", "predictions".
     overwrite : bool
         Whether a file of this kind, or an empty one, may be replaced.
     """

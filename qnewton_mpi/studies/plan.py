@@ -48,6 +48,7 @@ OF_THE_STUDY = {
     "resume",
     "progress",
     "log_dir",
+    "log",
 }
 LONGEST_NAME, MOST_ROWS, MOST_EXTENSIONS = 100, 10_000, 100
 HEADER = re.compile(r"""\s*(\[\[?)\s*["']?([\w-]+)["']?\s*\]""")
