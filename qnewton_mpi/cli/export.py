@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qnewton_mpi.cli.arguments import Commands, file_path
+from qnewton_mpi.cli.arguments import Commands, add_command, file_path
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import replace_whole, writing
 
 TERMINAL = Path("-")
 
+EXAMPLES = (
+    "qnewton-mpi export runs/*.h5 --output runs.csv",
+    "qnewton-mpi export run.h5 --what steps --output steps.csv --overwrite",
+    "qnewton-mpi export study.h5 --output - | head",
+)
+
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("export", help="runs as one table in CSV, a line an evaluation or a step")
+    parser = add_command(commands, "export", "runs as one table in CSV, a line an evaluation or a step", EXAMPLES)
     parser.add_argument("runs", nargs="+", type=file_path, metavar="RUN.h5|STUDY.h5", help="files of runs, of studies")
     parser.add_argument(
         "--what", choices=("epochs", "steps"), default="epochs", help="a line an evaluation, or a step (default epochs)"
