@@ -79,7 +79,7 @@ def test_units_and_choices(parsers):
             assert action.help, (command, action.dest)
             if action.nargs != 0 and not action.choices:
                 assert action.metavar, (command, action.dest)
-                same = action.metavar == action.dest.upper()
+                same = action.option_strings and action.metavar == action.dest.upper()
                 assert not same or action.metavar in ("STEPS", "EPOCHS", "SAMPLES", "ROUNDS"), (command, action.dest)
     assert {*UNITS} <= options_of_train()
     lines = parsers["train"].format_help()

@@ -17,7 +17,21 @@ import sys
 from collections.abc import Sequence
 
 from qnewton_mpi import __version__
-from qnewton_mpi.cli import bench, compare, data, evaluate, export, info, plot, predict, report, spectrum, train, watch
+from qnewton_mpi.cli import (
+    bench,
+    compare,
+    data,
+    evaluate,
+    export,
+    info,
+    plot,
+    predict,
+    report,
+    slurm,
+    spectrum,
+    train,
+    watch,
+)
 from qnewton_mpi.cli.arguments import Parser
 from qnewton_mpi.errors import (
     ENDED_BY_CTRL_C,
@@ -32,7 +46,7 @@ from qnewton_mpi.files.whole import reason
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_descriptors, launched_tasks
 
-COMMANDS = (train, plot, watch, export, predict, evaluate, data, compare, report, bench, spectrum, info)
+COMMANDS = (train, plot, watch, export, predict, evaluate, data, compare, report, bench, spectrum, info, slurm)
 FIRST_STEPS = """\
 examples:
   mpiexec -n 4 qnewton-mpi train --output run.h5
