@@ -83,6 +83,16 @@ def test_on_two_ranks(mpiexec, tmp_path, given, fails):
     assert "the callback failed" in Run(tmp_path / "run.h5").attributes["status"]
 
 
+def test_a_callback_that_leaves(mpiexec, tmp_path):
+    """The other rank does not wait for ever."""
+    program = tmp_path / "program.py"
+    text = textwrap.dedent(PROGRAM).format(given="callback=callback", fails="sys.exit(3)", options=SHORT)
+    program.write_text(text)
+    finished = mpiexec(2, program, cwd=tmp_path, timeout=120)
+    assert finished.returncode == 2
+    assert "rank 0 has left after step 2" in finished.stderr
+
+
 def events(folder):
     """Return all events in the order in which TensorBoard reads them."""
     from tensorboardX.proto.event_pb2 import Event

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             like = did_you_mean(str(value), action.choices)
             choices = ", ".join(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"{value!r} is none of {choices}{like}")
+            raise argparse.ArgumentError(action, f"{value!r} must be one of {choices}{like}")
 
 
 def add_command(commands: Commands, name: str, says: str, examples: Sequence[str], usage: str | None = None) -> Parser:

@@ -111,7 +111,7 @@ def metavar(items: list[Field[Any]]) -> str:
     if check is not None and check.choices:
         return f"{{{','.join(check.choices)}}}"
     kind = base_type(_hint(item))
-    unit = UNITS.get(item.name) or ("FRACTION" if check is FRACTION or check == FRACTION else BY_TYPE[kind])
+    unit = UNITS.get(item.name) or ("FRACTION" if check == FRACTION else BY_TYPE[kind])
     words = dict.fromkeys(word for each in items for word in each.metadata["words"])
     return "|".join([unit, *words])
 

@@ -139,7 +139,8 @@ class Listeners:
         except UserError:
             raise
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            place = frames[min(1, len(frames) - 1)]  # in the callback itself, which this frame has called
             told = " ".join(str(error).split())
             raise UserError(
                 f"the callback failed at the {record.kind} of step {record.step}: {type(error).__name__}: "
