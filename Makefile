@@ -28,7 +28,7 @@ export MPIEXEC
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: help run test test-slurm lint docs bench bench-peers bench-workloads bench-batches clean
+.PHONY: help run test test-slurm lint docs reference bench bench-peers bench-workloads bench-batches clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ lint: $(VENV)/.installed-dev  ## Check style (ruff) and types (mypy, strict)
 
 docs: $(VENV)/.installed-docs  ## Build the documents as a site, docs/_build/html/index.html; a warning is an error
 	$(BIN)/python -m sphinx -E -n -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
+
+reference: $(VENV)/.installed  ## Write what the program itself tells: the tables of options and keys in docs/, slurm/
+	$(BIN)/python docs/reference.py
+	$(BIN)/qnewton-mpi slurm slurm --overwrite
 
 bench: $(VENV)/.installed-dev  ## Time steps against one Allreduce, the convnet's gradients beside PyTorch's
 	$(MPIEXEC) -n $(RANKS) $(BIN)/qnewton-mpi bench

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from qnewton_mpi.torch import QuasiNewton
     from qnewton_mpi.trained import Model, load
     from qnewton_mpi.training.call import train
+    from qnewton_mpi.training.listeners import Record
 
 __version__ = "0.1.0"
-__all__ = ["Communicator", "Model", "QuasiNewton", "__version__", "create", "load", "train"]
+__all__ = ["Communicator", "Model", "QuasiNewton", "Record", "__version__", "create", "load", "train"]
 
 _MODULES = {
     "Communicator": "parallel.communicator",
     "Model": "trained",
     "QuasiNewton": "torch",
+    "Record": "training.listeners",
     "create": "core.create",
     "load": "trained",
     "train": "training.call",

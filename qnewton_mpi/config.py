@@ -15,7 +15,7 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS, Settings
 from qnewton_mpi.core.schedules import SCHEDULES
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
 from qnewton_mpi.data import datasets, published
-from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.errors import UserError, did_you_mean, printable
 from qnewton_mpi.files.whole import read_whole, reason
 from qnewton_mpi.models.convnet import ACTIVATIONS
 from qnewton_mpi.parallel.transport import TRANSPORTS
@@ -37,7 +37,7 @@ def known_signals(names: str) -> bool:
 class TrainSettings:
     """What a training run needs besides the settings of its method."""
 
-    method: str = setting("kronecker", ", ".join(OPTIMIZERS), one_of(*OPTIMIZERS))
+    method: str = setting("kronecker", "how a step follows from the gradients", one_of(*OPTIMIZERS))
     data: str = setting(
         published.EMBEDDED,
         f"{', '.join(published.NAMES)}, or a path: of a .npz or HDF5 file, or a folder of pictures in class folders",
@@ -66,16 +66,16 @@ class TrainSettings:
     batch: int = setting(256, "global batch, over all replicas; a multiple of M", POSITIVE)
     epochs: int | None = setting(None, f"passes over the training set (default {DEFAULT_EPOCHS})", POSITIVE)
     steps: int | None = setting(None, "steps, instead of epochs", POSITIVE)
-    schedule: str = setting("constant", f"of the learning rate: {', '.join(SCHEDULES)}", one_of(*SCHEDULES))
+    schedule: str = setting("constant", "of the learning rate", one_of(*SCHEDULES))
     warmup: int = setting(0, "steps over which the rate grows linearly first", NOT_NEGATIVE)
     ema: float = setting(0.99, "decay of the exponential mean of the iterates that is evaluated too", FRACTION)
     evaluate_every: int | None = setting(None, "steps between evaluations (default: an epoch)", POSITIVE)
-    activation: str = setting("tanh", ", ".join(ACTIVATIONS), one_of(*ACTIVATIONS))
+    activation: str = setting("tanh", "of the network's layers", one_of(*ACTIVATIONS))
     seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
-    device: str = setting("cpu", "cpu, or cuda (CuPy)", one_of("cpu", "cuda"))
+    device: str = setting("cpu", "where arrays are; cuda needs CuPy", one_of("cpu", "cuda"))
     exchange: str = setting(
         "auto",
-        f"how columns cross the network: {', '.join(EXCHANGES)}; auto is what should take the least time",
+        "how columns cross the network; auto is what should take the least time",
         one_of("auto", *EXCHANGES),
     )
     transport: str = setting(
@@ -98,7 +98,7 @@ class TrainSettings:
     )
     on_nonfinite: str = setting(
         "abort",
-        f"what to do about a gradient that is not finite: {', '.join(POLICIES)} (to the last checkpoint)",
+        "what to do about a gradient that is not finite: end, leave the batch out, or go back to the last checkpoint",
         one_of(*POLICIES),
     )
     stall_timeout: float | None = setting(
@@ -108,8 +108,13 @@ class TrainSettings:
         None, "steps between comparisons of the parameters over the ranks (default: none)", POSITIVE
     )
     log_dir: str | None = setting(None, "folder for a log of each rank (default: none)")
+    log: str | None = setting(
+        None,
+        "tensorboard: events of steps and evaluations, in a folder beside the output, with its name and .tensorboard",
+        one_of("tensorboard"),
+    )
     progress: str = setting(
-        "auto", "bar, lines or off; auto is a bar on a terminal, lines elsewhere", one_of("auto", "bar", "lines", "off")
+        "auto", "auto is a bar on a terminal, lines elsewhere", one_of("auto", "bar", "lines", "off")
     )
 
 
@@ -194,7 +199,10 @@ def run_config(options: Mapping[str, Any]) -> RunConfig:
         owners = [m for m, o in OPTIMIZERS.items() if name in {item.name for item in fields(o.settings_type)}]
         if owners:
             raise UserError(f"{name} is an option of {', '.join(owners)}, not of {training.method}")
-        raise UserError(f"unknown option '{printable(name)}'; see `qnewton-mpi train --help`")
+        like = did_you_mean(
+            name, {*general, *(item.name for o in OPTIMIZERS.values() for item in fields(o.settings_type))}
+        )
+        raise UserError(f"unknown option '{printable(name)}'{like or '; see `qnewton-mpi train --help`'}")
     if training.epochs is not None and training.steps is not None:
         raise UserError("epochs and steps contradict each other: give one of them")
     return RunConfig(training, build(kind, {k: v for k, v in options.items() if k in own}))

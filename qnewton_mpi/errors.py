@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 USAGE_ERROR = 2
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+LONGEST_WORD, ALIKE = 100, 0.7  # characters that are compared with known words, and the share that has to agree
 ENDED_BY_CTRL_C = 130  # as shells have it: 128 + SIGINT
 
 
@@ -75,6 +78,20 @@ def printable(text: Path | str, most: int = 200) -> str:
     """
     text = "".join(c if c.isprintable() else _escape(c) for c in str(text))
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 3) :]}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about a word that is none of the known ones: the one that it resembles, if any.
+
+    Examples
+    --------
+    >>> did_you_mean("--epoch", ["--epochs", "--steps"]), did_you_mean("--fish", ["--epochs", "--steps"])
+    ('; did you mean --epochs?', '')
+    """
+    if len(word) > LONGEST_WORD:
+        return ""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=ALIKE)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _escape(character: str) -> str:

@@ -277,6 +277,8 @@ def test_memory_that_is_not_there(mpiexec, ranks):
         "train --help",
         "watch {} --once",
         "plot {} --output {}.png --overwrite",
+        "export {} --output -",
+        "slurm {}.jobs --overwrite",
         "predict {} --output {}.csv --overwrite",
         "evaluate {}",
     ],

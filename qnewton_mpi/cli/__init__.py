@@ -17,7 +17,21 @@ import sys
 from collections.abc import Sequence
 
 from qnewton_mpi import __version__
-from qnewton_mpi.cli import bench, compare, data, evaluate, info, plot, predict, report, spectrum, train, watch
+from qnewton_mpi.cli import (
+    bench,
+    compare,
+    data,
+    evaluate,
+    export,
+    info,
+    plot,
+    predict,
+    report,
+    slurm,
+    spectrum,
+    train,
+    watch,
+)
 from qnewton_mpi.cli.arguments import Parser
 from qnewton_mpi.errors import (
     ENDED_BY_CTRL_C,
@@ -32,7 +46,12 @@ from qnewton_mpi.files.whole import reason
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import check_descriptors, launched_tasks
 
-COMMANDS = (train, plot, watch, predict, evaluate, data, compare, report, bench, spectrum, info)
+COMMANDS = (train, plot, watch, export, predict, evaluate, data, compare, report, bench, spectrum, info, slurm)
+FIRST_STEPS = """\
+examples:
+  mpiexec -n 4 qnewton-mpi train --output run.h5
+  qnewton-mpi plot run.h5
+  qnewton-mpi train --help"""
 LONGEST_LINE = 1000  # characters of an error, whatever was given
 
 
@@ -87,7 +106,8 @@ def tell(text: str) -> None:
 
 def build_parser() -> Parser:
     """Return the parser of the command line. Local."""
-    parser = Parser(prog="qnewton-mpi", description="Data-parallel quasi-Newton training over MPI.")
+    says = "Data-parallel quasi-Newton training over MPI."
+    parser = Parser(prog="qnewton-mpi", description=says, epilog=FIRST_STEPS)
     parser.add_argument("--version", action="version", version=f"qnewton-mpi {__version__}")
     parser.set_defaults(check=None, alone=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.errors import UserError, did_you_mean, printable
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
+class Layout(argparse.RawDescriptionHelpFormatter):
+    """Help with room for long names, and examples that stay as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+
 class Parser(argparse.ArgumentParser):
-    """Takes options by their full names alone, and raises `UserError` where argparse would print its usage and exit."""
+    """Takes options by their full names alone, and raises `UserError` where argparse would print its usage and exit.
+
+    A word that resembles one that it knows is told with that.
+    """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)
+        super().__init__(**{"formatter_class": Layout, **settings}, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
+        raise UserError(f"{message}{' See' if message.endswith('?') else '; see'} `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Take no unknown ones: told here, by the command's own parser, they are compared with its options."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(word, self._option_string_actions)}")
+        return known, []
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            like = did_you_mean(str(value), action.choices)
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{value!r} must be one of {choices}{like}")
+
+
+def add_command(commands: Commands, name: str, says: str, examples: Sequence[str], usage: str | None = None) -> Parser:
+    """Return a new command's parser, whose help has examples. Local.
+
+    Parameters
+    ----------
+    commands : action of subparsers
+    name, says : str
+        What it is called, and what it does.
+    examples : sequence of str
+        Lines as one would type them.
+    usage : str, optional
+        In place of all options, where these are many.
+    """
+    epilog = "\n".join(["examples:", *(f"  {line}" for line in examples)])
+    description = f"{says[0].upper()}{says[1:]}."
+    return commands.add_parser(name, help=says, description=description, epilog=epilog, usage=usage)
 
 
 def number(text: str) -> int:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 
-from qnewton_mpi.cli.arguments import Commands, at_least_one, file_path, number
+from qnewton_mpi.cli.arguments import Commands, add_command, at_least_one, file_path, number
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.parallel.communicator import Communicator
 
+EXAMPLES = (
+    "mpiexec -n 4 qnewton-mpi bench",
+    "mpiexec -n 2 qnewton-mpi bench --quick",
+    "srun qnewton-mpi bench --sizes 1048576,16777216 --replicas 32 --output bench.h5",
+)
+
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("bench", help="what a step costs beside the gradients, against one Allreduce")
+    parser = add_command(commands, "bench", "what a step costs beside the gradients, against one Allreduce", EXAMPLES)
     parser.add_argument(
         "--sizes", type=sizes, default="16384,1048576", metavar="N,N,…", help="parameters (default %(default)s)"
     )
@@ -20,7 +26,7 @@ def add(commands: Commands) -> None:
         "--replicas", type=at_least_one("--replicas"), metavar="M", help="default: one a rank, at least 2"
     )
     parser.add_argument(
-        "--rounds", type=at_least_one("--rounds"), default=5, metavar="K", help="of timing, in turn (default 5)"
+        "--rounds", type=at_least_one("--rounds"), default=5, metavar="ROUNDS", help="of timing, in turn (default 5)"
     )
     parser.add_argument("--quick", action="store_true", help="one size, one round: to see that it works")
     parser.add_argument("--output", type=file_path, metavar="BENCH.h5", help="write the tables there too")

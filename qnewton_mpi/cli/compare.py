@@ -6,16 +6,22 @@ import argparse
 import fnmatch
 from pathlib import Path
 
-from qnewton_mpi.cli.arguments import Commands, at_least_one, file_path
+from qnewton_mpi.cli.arguments import Commands, add_command, at_least_one, file_path
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.studies.plan import read_study
 
+EXAMPLES = (
+    "mpiexec -n 2 qnewton-mpi compare study.toml --output study.h5",
+    "mpiexec -n 8 qnewton-mpi compare study.toml --output study.h5 --ranks-per-run 4",
+    "mpiexec -n 2 qnewton-mpi compare study.toml --output study.h5 --again 'kronecker*'",
+)
+
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("compare", help="run a study: many runs, tuned alike; resumable")
-    parser.add_argument("study", metavar="STUDY.toml")
+    parser = add_command(commands, "compare", "run a study: many runs, tuned alike; resumable", EXAMPLES)
+    parser.add_argument("study", metavar="STUDY.toml", help="rows, rates and seeds (docs/studies.md)")
     parser.add_argument(
         "--output", type=file_path, required=True, metavar="STUDY.h5", help="finished runs are kept in STUDY.runs/"
     )
@@ -23,7 +29,7 @@ def add(commands: Commands) -> None:
         "--ranks-per-run",
         type=at_least_one("--ranks-per-run"),
         default=1,
-        metavar="N",
+        metavar="RANKS",
         help="the ranks of each run (default 1)",
     )
     parser.add_argument(

@@ -5,21 +5,29 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from qnewton_mpi.cli.arguments import Commands
+from qnewton_mpi.cli.arguments import Commands, add_command
 from qnewton_mpi.errors import UserError, printable
 
 MOST_CLASSES = 20  # that are named
 
+EXAMPLES = (
+    "qnewton-mpi data fetch cifar10",
+    "qnewton-mpi data fetch mnist --data-dir /scratch/data",
+    "qnewton-mpi data info photos --image-size 32x32",
+)
+
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("data", help="fetch a published data set, or tell what is in one, also in your own")
+    parser = add_command(
+        commands, "data", "fetch a published data set, or tell what is in one, also in your own", EXAMPLES
+    )
     parser.add_argument(
         "action", choices=("fetch", "info"), help="fetch: download it, as on a login node; info: sizes, classes, digest"
     )
     parser.add_argument("data", metavar="NAME|PATH", help="as --data of train; to fetch, the name of a published one")
-    parser.add_argument("--data-dir", metavar="DIR", help="as for train; files are fetched to a folder in it")
-    parser.add_argument("--image-size", metavar="HxW", help="as for train, of info")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="as for train; files are fetched to a folder in it")
+    parser.add_argument("--image-size", metavar="HEIGHTxWIDTH", help="as for train, of info")
     parser.set_defaults(process=process, alone=True)
 
 

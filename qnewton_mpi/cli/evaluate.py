@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from qnewton_mpi.cli.arguments import Commands, file_path
+from qnewton_mpi.cli.arguments import Commands, add_command, file_path
 from qnewton_mpi.cli.predict import add_sources
 from qnewton_mpi.files.outputs import check_output
+
+EXAMPLES = (
+    "qnewton-mpi evaluate run.h5",
+    "qnewton-mpi evaluate run.h5 --which tail --output confusion.png",
+    "qnewton-mpi evaluate run.h5 --data photos --part train",
+)
 
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("evaluate", help="NLL and accuracy of a run's model, and what it confuses")
+    parser = add_command(commands, "evaluate", "NLL and accuracy of a run's model, and what it confuses", EXAMPLES)
     add_sources(parser)
     parser.add_argument("--output", type=file_path, metavar="FILE.png", help="draw the confusion matrix there")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing picture")

@@ -6,17 +6,23 @@ import argparse
 import os
 
 from qnewton_mpi import __version__
-from qnewton_mpi.cli.arguments import Commands
+from qnewton_mpi.cli.arguments import Commands, add_command
 from qnewton_mpi.config import DEFAULT_REPLICAS, TrainSettings
 from qnewton_mpi.core.exchange import choose
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator, load_mpi
 
+EXAMPLES = (
+    "qnewton-mpi info",
+    "mpiexec -n 4 qnewton-mpi info",
+    "srun --mpi=pmi2 --nodes=2 --ntasks-per-node=4 qnewton-mpi info",
+)
+
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("info", help="MPI library, ranks and nodes, threads, devices")
+    parser = add_command(commands, "info", "MPI library, ranks and nodes, threads, devices", EXAMPLES)
     parser.set_defaults(process=process)
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from qnewton_mpi.cli.arguments import Commands, file_path
+from qnewton_mpi.cli.arguments import Commands, add_command, file_path
 from qnewton_mpi.files.outputs import check_output
+
+EXAMPLES = (
+    "qnewton-mpi plot run.h5",
+    "qnewton-mpi plot runs/*.h5 --output nll.png",
+    "qnewton-mpi plot a.h5 b.h5 --output nll.pdf --overwrite",
+)
 
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("plot", help="draw NLL against epochs and print a table")
-    parser.add_argument("runs", nargs="+", type=file_path, metavar="RUN.h5")
+    parser = add_command(commands, "plot", "draw NLL against epochs and print a table", EXAMPLES)
+    parser.add_argument("runs", nargs="+", type=file_path, metavar="RUN.h5", help="files of runs")
     parser.add_argument(
         "--output", type=file_path, metavar="FILE.png", help="default: beside the first run, with its name and .png"
     )

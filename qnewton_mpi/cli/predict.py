@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from qnewton_mpi.cli.arguments import Commands, Parser, file_path
+from qnewton_mpi.cli.arguments import Commands, Parser, add_command, file_path
 from qnewton_mpi.files.outputs import check_output
+
+EXAMPLES = (
+    "qnewton-mpi predict run.h5 --output predictions.csv",
+    "qnewton-mpi predict run.h5 --data photos --output predictions.h5",
+    "qnewton-mpi predict saved --which ema --part train --output predictions.csv",
+)
 
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("predict", help="the classes that a run's model gives to images")
+    parser = add_command(commands, "predict", "the classes that a run's model gives to images", EXAMPLES)
     add_sources(parser)
     parser.add_argument(
         "--output", type=file_path, required=True, metavar="FILE.csv|FILE.h5", help="log-probabilities of all classes"
@@ -21,15 +27,15 @@ def add(commands: Commands) -> None:
 
 def add_sources(parser: Parser) -> None:
     """Add the arguments that say whose model is given which images."""
-    parser.add_argument("run", type=file_path, metavar="RUN.h5|CHECKPOINTS", help="a run's file, or its checkpoints")
+    parser.add_argument("run", type=file_path, metavar="RUN.h5|FOLDER", help="a run's file, or its checkpoints")
     parser.add_argument("--data", metavar="NAME|PATH", help="as for train (default: the run's own)")
-    parser.add_argument("--data-dir", metavar="DIR", help="as for train")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="as for train")
     parser.add_argument("--part", metavar="NAME", help="of the data: train, test, … (default: the one held out)")
     parser.add_argument(
         "--which",
         default="last",
-        metavar="ITERATE",
-        help="last, ema (the exponential mean) or tail (the mean of the last quarter); default %(default)s",
+        choices=("last", "ema", "tail"),
+        help="the last iterate, their exponential mean, or the mean of the last quarter (default %(default)s)",
     )
 
 

@@ -8,30 +8,36 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qnewton_mpi.cli.arguments import Commands, at_least_one, file_path
+from qnewton_mpi.cli.arguments import Commands, add_command, at_least_one, file_path
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.training.progress import LINE_SECONDS
 from qnewton_mpi.training.runfile import duration
 
+EXAMPLES = (
+    "mpiexec -n 4 qnewton-mpi spectrum run.h5",
+    "mpiexec -n 4 qnewton-mpi spectrum run.h5 --density --layers",
+    "mpiexec -n 4 qnewton-mpi spectrum saved --top 20 --samples 10000 --output saved.spectrum.h5",
+)
+
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("spectrum", help="eigenvalues of the Hessian at a run's parameters")
-    parser.add_argument("run", metavar="RUN.h5|CHECKPOINTS", help="a run's file, or a folder of checkpoints")
+    parser = add_command(commands, "spectrum", "eigenvalues of the Hessian at a run's parameters", EXAMPLES)
+    parser.add_argument("run", metavar="RUN.h5|FOLDER", help="a run's file, or a folder of checkpoints")
     parser.add_argument(
-        "--top", type=at_least_one("--top"), default=8, metavar="K", help="pairs of largest |λ| (default 8)"
+        "--top", type=at_least_one("--top"), default=8, metavar="PAIRS", help="pairs of largest |λ| (default 8)"
     )
     parser.add_argument(
         "--samples",
         type=at_least_one("--samples"),
-        metavar="N",
+        metavar="SAMPLES",
         help="the first N training samples (default: all)",
     )
     parser.add_argument("--layers", action="store_true", help="of each layer's diagonal block too")
     parser.add_argument("--density", action="store_true", help="the density of all eigenvalues too, and a picture")
-    parser.add_argument("--data-dir", metavar="DIR", help="as for train")
+    parser.add_argument("--data-dir", metavar="FOLDER", help="as for train")
     parser.add_argument(
         "--output", type=file_path, metavar="FILE.h5", help="default: beside the run, with its name and .spectrum.h5"
     )

@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
-from typing import Any, get_type_hints
 
-from qnewton_mpi.cli.arguments import Commands
-from qnewton_mpi.config import RunConfig, TrainSettings, configured
-from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.core.settings import base_type, describe
+from qnewton_mpi.cli.arguments import Commands, add_command
+from qnewton_mpi.cli.options import OPTIONS, add_options
+from qnewton_mpi.config import RunConfig, configured
 from qnewton_mpi.parallel.communicator import Communicator
 
-# Whose fields the options are, by the method.
-OWNERS: list[tuple[str, type]] = [
-    ("", TrainSettings),
-    *((name, kind.settings_type) for name, kind in OPTIMIZERS.items()),
-]
-OPTIONS = {item.name for _, kind in OWNERS for item in fields(kind)}
+EXAMPLES = (
+    "mpiexec -n 4 qnewton-mpi train --data fashion-mnist --epochs 20 --output run.h5",
+    "mpiexec -n 4 qnewton-mpi train --method sgd --lr auto --batch 512 --steps 1000",
+    "srun qnewton-mpi train run.toml --checkpoint saved --resume --time-limit 3500",
+)
 
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("train", help="train the convnet; run it under mpiexec or srun")
+    usage = "qnewton-mpi train [CONFIG.toml] [OPTIONS]"
+    says = "train the convnet; run it under mpiexec or srun"
+    parser = add_command(commands, "train", says, EXAMPLES, usage)
     parser.add_argument(
         "toml", nargs="?", metavar="CONFIG.toml", help="options as a flat table; those of the command line win"
     )
-    _add_options(parser.add_argument_group("run"), OWNERS[:1])
-    _add_options(parser.add_argument_group("method"), OWNERS[1:])
+    add_options(parser)
     parser.set_defaults(process=process, check=check)
-
-
-def _add_options(group: Any, owners: list[tuple[str, type]]) -> None:
-    """Add an option for each field of the owners' dataclasses; those that share a name share an option."""
-    texts: dict[str, dict[str, list[str]]] = {}
-    kinds: dict[str, type] = {}
-    for owner, kind in owners:
-        for item in fields(kind):
-            texts.setdefault(item.name, {}).setdefault(describe(item), []).append(owner)
-            kinds[item.name] = base_type(get_type_hints(kind)[item.name])
-    for name, parts in texts.items():
-        flag = f"--{name.replace('_', '-')}"
-        text = "; ".join(f"{', '.join(of)}: {said}" if any(of) else said for said, of in parts.items())
-        text = text.replace("%", "%%")
-        # Values stay strings here: `config` converts and checks them as it does those of a TOML file.
-        if kinds[name] is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text, metavar=name.rpartition("_")[2].upper())
 
 
 def check(command: argparse.Namespace, ranks: int) -> None:

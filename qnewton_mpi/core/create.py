@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.core.exchange import EXCHANGES, choose
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
 from qnewton_mpi.core.settings import build, check_count
-from qnewton_mpi.errors import UserError
+from qnewton_mpi.errors import UserError, did_you_mean
 from qnewton_mpi.parallel import farewell
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.device import Array, to_host
@@ -33,7 +33,8 @@ def method_settings(method: str, **settings: Any) -> Settings:
         For a method, a setting or a value that does not exist.
     """
     if method not in OPTIMIZERS:
-        raise UserError(f"method={method!r}: must be one of {', '.join(OPTIMIZERS)}")
+        like = did_you_mean(str(method), OPTIMIZERS)
+        raise UserError(f"method={method!r}: must be one of {', '.join(OPTIMIZERS)}{like}")
     return build(OPTIMIZERS[method].settings_type, settings)
 
 

@@ -8,31 +8,45 @@ import numbers
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
-from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.errors import UserError, did_you_mean, printable
 
 S = TypeVar("S")
-Check = tuple[Callable[[Any], bool], str]
+
+
+class Check(NamedTuple):
+    """Which values a setting may have, how to say so, and all of them where they are few words."""
+
+    accepts: Callable[[Any], bool]
+    says: str
+    choices: tuple[str, ...] = ()
+
 
 MOST = 2**63 - 1  # the largest integer that files and arrays keep
 
-POSITIVE: Check = (lambda v: v > 0, "must be greater than 0")
-NOT_NEGATIVE: Check = (lambda v: v >= 0, "must be at least 0")
-FRACTION: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+POSITIVE = Check(lambda v: v > 0, "must be greater than 0")
+NOT_NEGATIVE = Check(lambda v: v >= 0, "must be at least 0")
+FRACTION = Check(lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 
 
 def one_of(*choices: str) -> Check:
     """Return the check that a value is one of `choices`."""
-    return (lambda v: v in choices, f"must be one of {', '.join(choices)}")
+    return Check(lambda v: v in choices, f"must be one of {', '.join(choices)}", choices)
 
 
-def setting(default: Any, text: str, check: Check | None = None, words: tuple[str, ...] = ()) -> Any:
+def setting(
+    default: Any,
+    text: str,
+    check: Check | tuple[Callable[[Any], bool], str] | None = None,
+    words: tuple[str, ...] = (),
+) -> Any:
     """Declare a dataclass field with its help text and the check of its value.
 
     None passes where it is the default, and so do the `words`.
     """
-    return field(default=default, metadata={"help": text, "check": check, "words": words})
+    metadata = {"help": text, "check": None if check is None else Check(*check), "words": words}
+    return field(default=default, metadata=metadata)
 
 
 def describe(item: Field[Any]) -> str:
@@ -59,7 +73,8 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UserError(f"unknown option '{printable(name)}'; known are {', '.join(sorted(known))}")
+            like = did_you_mean(name, known) or f"; known are {', '.join(sorted(known))}"
+            raise UserError(f"unknown option '{printable(name)}'{like}")
     converted = {}
     for name, value in values.items():
         metadata = known[name].metadata
@@ -67,9 +82,9 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
             converted[name] = value
             continue
         converted[name] = _convert(name, value, hints[name], metadata["words"])
-        check = metadata["check"]
-        if check and converted[name] is not None and not check[0](converted[name]):
-            raise UserError(f"{name} = {_shown(value)}: {check[1]}")
+        check: Check | None = metadata["check"]
+        if check and converted[name] is not None and not check.accepts(converted[name]):
+            raise UserError(f"{name} = {_shown(value)}: {check.says}{did_you_mean(str(value), check.choices)}")
     return kind(**converted)
 
 

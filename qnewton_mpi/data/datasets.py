@@ -25,7 +25,7 @@ from qnewton_mpi.data.parts import (
 from qnewton_mpi.data.pictures import Size, read_pictures
 from qnewton_mpi.data.published import EMBEDDED as EMBEDDED
 from qnewton_mpi.data.published import NAMES, download, may_download, read_published
-from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.errors import UserError, did_you_mean, printable
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array
 
@@ -210,7 +210,7 @@ def check_there(data: str) -> None:
     if not there:
         raise UserError(
             f"data = {printable(data)}: there is no file or folder of this name, and no data set: these are "
-            f"{', '.join(NAMES)}"
+            f"{', '.join(NAMES)}{did_you_mean(data, NAMES)}"
         )
 
 

@@ -21,6 +21,8 @@ BEGINNINGS = {
     "picture": tuple(set(PICTURES.values())),
     "table": (b"| row |",),
     "table of predictions": (b"sample,label,",),
+    "table of runs": (b"run,row,stage,",),
+    "batch script": (b"#!/usr/bin/env b",),
 }
 OLD_KINDS = {"run", "study"}
 
@@ -32,8 +34,7 @@ def check_output(path: Path, kind: str, overwrite: bool) -> None:
     ----------
     path : Path
     kind : str
-        "picture", "table", "table of predictions", or what an HDF5 image is: "run", "study", "spectrum", "benchmark",
-        "predictions".
+        A key of `BEGINNINGS`, or what an HDF5 image is: "run", "study", "spectrum", "benchmark", "predictions".
     overwrite : bool
         Whether a file of this kind, or an empty one, may be replaced.
     """

@@ -29,7 +29,18 @@ HostArray = NDArray[Any]
 COMMUNICATION = "communication"
 GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
 LAST_WORDS = 0.3  # seconds from an error's text to MPI_Abort: launchers drop what they have not read by then
-PHASES = ("loading", "restore", "output", "algebra", "gradient", "trial", COMMUNICATION, "evaluation", "checkpoint")
+PHASES = (
+    "loading",
+    "restore",
+    "output",
+    "algebra",
+    "gradient",
+    "trial",
+    COMMUNICATION,
+    "evaluation",
+    "checkpoint",
+    "callback",
+)
 
 
 def load_mpi() -> ModuleType:

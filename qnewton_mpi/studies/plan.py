@@ -33,11 +33,25 @@ from pathlib import Path
 from typing import Any
 
 from qnewton_mpi.config import RunConfig, read_toml, resolve, run_config
-from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.errors import UserError, did_you_mean, printable
 from qnewton_mpi.files.whole import read_whole
 from qnewton_mpi.training.runfile import EPOCH_FIGURES
 
-TOP_LEVEL = {"seeds", "tuning_seed", "tune_by", "extensions", "common", "row"}
+# The keys of a study: what they may be, what they are without being given, what they mean; `docs/studies.md` has them.
+TOP_LEVEL = {
+    "seeds": ("integers, each once", "[0, 1, 2, 3, 4]", "of the runs that count"),
+    "tuning_seed": ("an integer, none of the seeds", "1000", "rates are chosen on this one"),
+    "tune_by": ("a figure of `/epochs`", "train_nll", "its last value decides which rate is best, the lowest"),
+    "extensions": ("an integer, 0 to 100", "3", "how often a grid is extended while its best rate lies at an edge"),
+    "common": ("a table", "–", "options of all rows, as of `train`; a row's own win"),
+    "row": ("tables, `[[row]]`", "–", "what is compared; each has the keys below"),
+}
+IN_A_ROW = {
+    "name": ("text of at most 100 characters", "–", "what the row is called; needed, and each once"),
+    "baseline": ("`true` or `false`", "false", "the other rows are compared with the best of these"),
+    "lr": ("a number, `auto`, or a list of numbers", "the method's", "a list is the grid to choose from"),
+    "any other option of `train`": ("as of `train`, or a list", "its default", "a list makes a row of each value"),
+}
 # Options of `train` that the runs of a study do not have: they begin anew, where and as the study says.
 OF_THE_STUDY = {
     "seed",
@@ -48,6 +62,7 @@ OF_THE_STUDY = {
     "resume",
     "progress",
     "log_dir",
+    "log",
 }
 LONGEST_NAME, MOST_ROWS, MOST_EXTENSIONS = 100, 10_000, 100
 HEADER = re.compile(r"""\s*(\[\[?)\s*["']?([\w-]+)["']?\s*\]""")
@@ -105,7 +120,10 @@ def _study(table: Mapping[str, Any], ranks: int) -> Study:
     """Return the study of a table; raise `PlanError` where it is none."""
     for key in table:
         if key not in TOP_LEVEL:
-            raise PlanError(f"unknown {printable(key)}; a study has {', '.join(sorted(TOP_LEVEL))}", key=key)
+            raise PlanError(
+                f"unknown {printable(key)}{did_you_mean(key, TOP_LEVEL)}; a study has {', '.join(sorted(TOP_LEVEL))}",
+                key=key,
+            )
     entries, common = table.get("row"), table.get("common", {})
     if not isinstance(entries, list) or not entries:
         raise PlanError(f"there is no [[row]]; a study has {', '.join(sorted(TOP_LEVEL))}", key="row")

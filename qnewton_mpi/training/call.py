@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from qnewton_mpi.config import configured
+from qnewton_mpi.config import RunConfig, configured
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import THREAD_VARIABLES
 from qnewton_mpi.trained import Model, load
 from qnewton_mpi.training import loop
+from qnewton_mpi.training.listeners import Callback, Listener
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,7 +23,12 @@ Config = str | os.PathLike[str] | Mapping[str, Any]
 
 
 def train(
-    config: Config | None = None, *, communicator: Communicator | MPI.Intracomm | None = None, **options: Any
+    config: Config | None = None,
+    *,
+    communicator: Communicator | MPI.Intracomm | None = None,
+    callback: Callback | None = None,
+    callback_steps: bool = False,
+    **options: Any,
 ) -> Model:
     """Do a run as `qnewton-mpi train` does, and return the model. Collective.
 
@@ -38,19 +45,33 @@ def train(
         A TOML file of options as one flat table, or such a table.
     communicator : Communicator or MPI.Intracomm, optional
         All ranks of the job without it.
+    callback : callable, optional
+        Called on rank 0 with a `Record` at each evaluation. It must do nothing collective: the other ranks wait. An
+        exception in it ends the run.
+    callback_steps : bool
+        Call it at each step, too.
     **options
         Those of `qnewton-mpi train`, with underscores. They win over those of `config`.
 
     Raises
     ------
     UserError
-        On every rank: for options, data or files that will not do, and where the run fails.
+        On every rank: for options, data or files that will not do, and where the run or the callback fails.
     InterruptedRunError
         On every rank, where it was told to stop by a signal or its limit of time.
     """
     ranks = Communicator.of(communicator)
     abort_on_exception(ranks)
-    settled = ranks.from_root(lambda: configured(config, options, ranks.size))
+    listener = Listener(callback, bool(callback_steps))
+
+    def settle() -> tuple[RunConfig, Listener | None]:
+        listener.check()
+        told = None if callback is None else Listener(steps=listener.steps)
+        return configured(config, options, ranks.size), told
+
+    settled, told = ranks.from_root(settle)  # whether there is a callback, as rank 0 has it
+    if told is not None:
+        told = replace(told, call=callback)
     with threadpool_limits(None if any(name in os.environ for name in THREAD_VARIABLES) else 1):
-        path = loop.train(settled, ranks)
+        path = loop.train(settled, ranks, listener=told)
     return ranks.from_root(lambda: load(path))

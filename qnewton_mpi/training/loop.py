@@ -33,6 +33,7 @@ from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
 from qnewton_mpi.training.interruption import Interruption
+from qnewton_mpi.training.listeners import Listener, Listeners
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, QUALITIES, Parameters, RunFile
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
@@ -76,6 +77,7 @@ def train(
     communicator: Communicator,
     labels: Mapping[str, Any] | None = None,
     halted: Callable[[], bool] = lambda: False,
+    listener: Listener | None = None,
 ) -> Path:
     """Do a run, or go on with one, and return the path of its file. Collective.
 
@@ -88,6 +90,8 @@ def train(
         More attributes for the run's file.
     halted : callable, optional
         Asked at each step whether to stop for a reason of the caller's, as by `Interruption`.
+    listener : Listener, optional
+        Told of evaluations and steps; on every rank or on none.
 
     Raises
     ------
@@ -105,7 +109,8 @@ def train(
         if training.stall_timeout is not None:
             stack.enter_context(Watchdog(communicator, training.stall_timeout))
         told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit, halted))
-        communicator.together(Run(config, communicator, labels or {}, told).go)  # rank 0 alone may fail to end its file
+        run = Run(config, communicator, labels or {}, told, listener)
+        communicator.together(run.go)  # rank 0 alone may fail to end its file
     return config.output
 
 
@@ -113,7 +118,12 @@ class Run:
     """A run: its parts, and how far it is. All methods are collective."""
 
     def __init__(
-        self, config: RunConfig, communicator: Communicator, labels: Mapping[str, Any], interruption: Interruption
+        self,
+        config: RunConfig,
+        communicator: Communicator,
+        labels: Mapping[str, Any],
+        interruption: Interruption,
+        listener: Listener | None,
     ) -> None:
         training = config.training
         self.config, self.training, self.communicator, self.interruption = config, training, communicator, interruption
@@ -132,6 +142,7 @@ class Run:
         self.order = BatchOrder(samples, training.batch, config.replicas, training.seed)
         self.steps = training.steps or (training.epochs or 0) * self.order.steps_per_epoch
         self.loss = ReplicaLoss(network, self.dataset.train, self.order)
+        self.listeners = Listeners(communicator, listener, self.steps, self.order.steps_per_epoch)
 
         self.optimizer = create(
             training.method,
@@ -177,6 +188,7 @@ class Run:
             LOG.info("goes on after step %d", resumed)
         writes = self.communicator.rank == 0 and rows is not Rows.DONE
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.listeners.open(self.config, self.identifier, resumed, rows))
             self.file = self.communicator.together(
                 lambda: stack.enter_context(self.open_file(resumed, rows)) if writes else None
             )
@@ -304,9 +316,11 @@ class Run:
         self.averages.add(optimizer.parameters, step)
         self.check_replicas()
         self.progress.step(figures["loss"])
+        phases = (gradient, communication, whole - gradient - communication)
+        row = {"step": step, **figures, **dict(zip(PHASES, phases, strict=True))}
         if self.file is not None:
-            phases = (gradient, communication, whole - gradient - communication)
-            self.file.add_step({"step": step, **figures, **dict(zip(PHASES, phases, strict=True))})
+            self.file.add_step(row)
+        self.listeners.tell("step", step, row)
         return step
 
     def readings(self) -> NDArray[np.float64]:
@@ -372,6 +386,7 @@ class Run:
             self.file.add_epoch(figures, self.named(iterates))
         LOG.debug("step %d: train NLL %.6f, %d bytes sent", position.step, figures["train_nll"], figures["bytes_sent"])
         self.progress.evaluated(figures, [part for part in self.dataset.splits if part != TRAIN])
+        self.listeners.tell("evaluation", position.step, figures)
 
     def save(self) -> bool:
         """Write a checkpoint, if there is a folder; return whether it was written.

@@ -43,6 +43,7 @@ FREE = {
     "check_replicas",
     "on_nonfinite",
     "log_dir",
+    "log",
 }
 LENGTH = {"steps", "epochs"}
 OTHERWISE = "name another --output, or replace it with --overwrite"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qnewton_mpi import cli
 from qnewton_mpi.training.checkpoint import steps_in
 from qnewton_mpi.training.runfile import Run
 
@@ -27,7 +28,7 @@ exec {sys.executable} {ROOT}/tests/faulty.py "$fault" "$@"
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """Return run(*command): its output, in a folder that looks like the repository's root."""
+    """Return run(*command): its output, in a folder with an environment and, elsewhere, the scripts: `run.scripts`."""
     folder = tmp_path_factory.mktemp("slurm")
     cluster = Path(__file__).parent / "cluster.sh"
     subprocess.run([cluster, "start", folder], check=True, timeout=600)
@@ -35,20 +36,20 @@ def slurm(tmp_path_factory):
     environ["SLURM_CONF"] = str(folder / "slurm.conf")
     work = folder / "work"
     (work / "runs").mkdir(parents=True)
-    (work / "slurm").symlink_to(ROOT / "slurm")
-    (work / ".venv" / "bin").mkdir(parents=True)
-    for name, text in (("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n'), ("qnewton-mpi", COMMAND)):
-        (work / ".venv" / "bin" / name).write_text(text)
-        (work / ".venv" / "bin" / name).chmod(0o755)
+    assert cli.run(["slurm", str(folder / "the scripts")]) == 0
+    program = work / ".venv" / "bin" / "qnewton-mpi"
+    program.parent.mkdir(parents=True)
+    program.write_text(COMMAND)
+    program.chmod(0o755)
 
-    def run(*command, **env):
+    def run(*command, cwd=work, **env):
         finished = subprocess.run(
-            [str(word) for word in command], env=environ | env, cwd=work, capture_output=True, text=True, timeout=600
+            [str(word) for word in command], env=environ | env, cwd=cwd, capture_output=True, text=True, timeout=600
         )
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
 
-    run.work = work
+    run.work, run.scripts, run.program = work, folder / "the scripts", program
     yield run
     subprocess.run(["scancel", "--user=root"], env=environ, check=False)
     subprocess.run([cluster, "stop", folder], check=True)
@@ -63,8 +64,9 @@ def whole(qnewton, tmp_path_factory):
     return Run(path)
 
 
-def submit(slurm, *arguments, **env):
-    return int(re.search(r"Submitted batch job (\d+)", slurm("sbatch", *arguments, **env))[1])
+def submit(slurm, *arguments, **options):
+    words = [slurm.scripts / word if str(word).endswith(".sbatch") else word for word in arguments]
+    return int(re.search(r"Submitted batch job (\d+)", slurm("sbatch", *words, **options))[1])
 
 
 def state(slurm, job):
@@ -78,9 +80,9 @@ def wait_for(condition, seconds=800):
         time.sleep(0.2)
 
 
-def completed(slurm, job):
+def completed(slurm, job, folder=None):
     """Return the log of a job, or of ARRAY_TASK, that came to its end as it should; pytest shows it where not."""
-    path = slurm.work / f"qnewton-{str(job).replace('_', '-')}.out"
+    path = (folder or slurm.work) / f"qnewton-{str(job).replace('_', '-')}.out"
     try:
         wait_for(lambda: state(slurm, job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"))
     finally:
@@ -91,7 +93,7 @@ def completed(slurm, job):
 
 
 def test_a_preempted_job_goes_on(slurm, whole):
-    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES, HELD="1")
+    job = submit(slurm, "--ntasks=2", "train.sbatch", *OPTIONS, *SAVES, HELD="1")
     folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
     wait_for(lambda: folder.exists() and steps_in(folder))
     urgent = submit(slurm, "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
@@ -107,7 +109,7 @@ def test_a_preempted_job_goes_on(slurm, whole):
 
 def test_a_signal_to_the_script_requeues_the_job(slurm, whole):
     """As --signal=B:USR2@120 sends it."""
-    job = submit(slurm, "--ntasks=2", "slurm/train.sbatch", *OPTIONS, *SAVES, HELD="1")
+    job = submit(slurm, "--ntasks=2", "train.sbatch", *OPTIONS, *SAVES, HELD="1")
     folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
     wait_for(lambda: folder.exists() and steps_in(folder))
     slurm("scancel", "--signal=USR2", "--batch", job)
@@ -118,7 +120,7 @@ def test_a_signal_to_the_script_requeues_the_job(slurm, whole):
 
 def test_a_killed_job_goes_on_in_the_queue(slurm, whole):
     """As after a node's failure. The killed ranks leave their shared memory behind on the node."""
-    job = submit(slurm, "--ntasks=2", "--nodelist=n1", "slurm/train.sbatch", *OPTIONS, *SAVES, HELD="1")
+    job = submit(slurm, "--ntasks=2", "--nodelist=n1", "train.sbatch", *OPTIONS, *SAVES, HELD="1")
     folder, path = slurm.work / "runs" / str(job), slurm.work / "runs" / f"{job}.h5"
     wait_for(lambda: folder.exists() and steps_in(folder))
     slurm("scancel", "--signal=KILL", f"{job}.0")
@@ -131,7 +133,7 @@ def test_a_killed_job_goes_on_in_the_queue(slurm, whole):
 def test_a_limit_in_which_no_step_can_be_done_is_not_tried_for_ever(slurm):
     """Versions of SLURM that do not say when the job ends do so by the test."""
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 50)}
-    job = submit(slurm, "--ntasks=2", "--time=1", "--signal=B:USR2@1", "slurm/train.sbatch", *OPTIONS, *SAVES, **end)
+    job = submit(slurm, "--ntasks=2", "--time=1", "--signal=B:USR2@1", "train.sbatch", *OPTIONS, *SAVES, **end)
     wait_for(lambda: state(slurm, job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"))
     shown = slurm("scontrol", "show", "job", job)
     log = (slurm.work / f"qnewton-{job}.out").read_text()
@@ -142,7 +144,7 @@ def test_a_limit_in_which_no_step_can_be_done_is_not_tried_for_ever(slurm):
 
 
 def test_two_nodes(slurm, whole):
-    job = submit(slurm, "--ntasks-per-node=1", "slurm/nodes.sbatch", *OPTIONS, *SAVES)
+    job = submit(slurm, "--ntasks-per-node=1", "nodes.sbatch", *OPTIONS, *SAVES)
     completed(slurm, job)
     assert "NumNodes=2" in slurm("scontrol", "show", "job", job)
     run = Run(slurm.work / "runs" / f"{job}.h5")
@@ -152,7 +154,7 @@ def test_two_nodes(slurm, whole):
 
 def test_an_array(slurm):
     (slurm.work / "runs.txt").write_text("--seed 3\n--seed 4 --method sgd\n")
-    job = submit(slurm, "--array=1-2", "slurm/array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
+    job = submit(slurm, "--array=1-2", "array.sbatch", "runs.txt", "--replicas", "4", "--steps", "5")
     paths = [slurm.work / "runs" / f"{job}-{k}.h5" for k in (1, 2)]
     for k in (1, 2):
         completed(slurm, f"{job}_{k}")
@@ -162,8 +164,56 @@ def test_an_array(slurm):
     ]
 
 
+SHORT = ("--replicas", "4", "--steps", "2", "--output", "run.h5")
+
+
+@pytest.mark.parametrize("how", ["path", "command", "setup"])
+def test_where_the_program_is(slurm, tmp_path, how):
+    """From another folder, which has no .venv: on the PATH, behind another program, named by a file of set-up."""
+    beside, environ = slurm.program.parent, {}
+    if how == "path":
+        environ["PATH"] = f"{beside}:{os.environ['PATH']}"
+    elif how == "command":
+        wrapper = tmp_path / "container"
+        wrapper.write_text(f'#!/bin/sh\n[ "$1 $2" = "exec an.sif" ] && shift 3 && exec {slurm.program} "$@"\n')
+        wrapper.chmod(0o755)
+        environ["QNEWTON_COMMAND"] = f"{wrapper} exec an.sif qnewton-mpi"
+    else:
+        (tmp_path / "setup").write_text(f"export PATH={beside}:$PATH\n")
+        environ["QNEWTON_SETUP"] = "setup"
+    job = submit(slurm, "--ntasks=2", "train.sbatch", *SHORT, cwd=tmp_path, **environ)
+    completed(slurm, job, tmp_path)
+    assert Run(tmp_path / "run.h5").attributes["ranks"] == 2
+    assert (tmp_path / "runs" / str(job)).is_dir()
+
+
+def test_a_program_that_is_nowhere(slurm, tmp_path):
+    job = submit(slurm, "train.sbatch", *SHORT, cwd=tmp_path)
+    wait_for(lambda: state(slurm, job) == "FAILED")
+    assert "ExitCode=2:0" in slurm("scontrol", "show", "job", job)
+    told = (tmp_path / f"qnewton-{job}.out").read_text()
+    assert told.startswith("resumable.sh: qnewton-mpi is not there: activate its environment before sbatch")
+    assert told.count("\n") == 1
+
+
+def test_the_partition_by_option_and_environment(slurm, tmp_path):
+    assert cli.run(["slurm", str(tmp_path / "jobs"), "--partition", "urgent", "--account", "physics"]) == 0
+    written = tmp_path / "jobs" / "train.sbatch"
+    for environ, options, partition, account in (
+        ({}, (), "urgent", "physics"),
+        ({"SBATCH_PARTITION": "main", "SBATCH_ACCOUNT": "maths"}, (), "main", "maths"),
+        ({"SBATCH_PARTITION": "main"}, ("--partition=urgent",), "urgent", "physics"),
+    ):
+        job = submit(slurm, "--hold", *options, written, **environ)
+        shown = slurm("scontrol", "show", "job", job)
+        slurm("scancel", job)
+        assert f"Partition={partition}" in shown
+        assert f"Account={account}" in shown
+
+
 def test_scripts_are_clean():
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck")
-    scripts = [*ROOT.glob("slurm/*"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("tests/slurm/*.sh"), ROOT / ".ci" / "run"]
+    globs = ("slurm/*", "qnewton_mpi/batch/*.s*", "scripts/*.sh", "tests/slurm/*.sh", ".ci/run")
+    scripts = [path for pattern in globs for path in ROOT.glob(pattern)]
     subprocess.run(["shellcheck", *scripts], check=True)

@@ -22,7 +22,7 @@ class MultisecantSettings(Settings):
     """Settings of `multisecant`."""
 
     lr: float = setting(0.1, "learning rate", POSITIVE)
-    spread: str = setting("local-step", f"how replicas are displaced: {', '.join(POLICIES)}", one_of(*POLICIES))
+    spread: str = setting("local-step", "how replicas are displaced", one_of(*POLICIES))
     spread_scale: float | None = setting(
         None, "η of local-step (default: the rate); standard deviation of random displacements (default 0.01)", POSITIVE
     )
