@@ -17,7 +17,8 @@ from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, o
 from qnewton_mpi.data import datasets, published
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.whole import read_whole, reason
-from qnewton_mpi.models.convnet import ACTIVATIONS
+from qnewton_mpi.models import choice
+from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.transport import TRANSPORTS
 
 DEFAULT_REPLICAS = 8
@@ -70,7 +71,27 @@ class TrainSettings:
     warmup: int = setting(0, "steps over which the rate grows linearly first", NOT_NEGATIVE)
     ema: float = setting(0.99, "decay of the exponential mean of the iterates that is evaluated too", FRACTION)
     evaluate_every: int | None = setting(None, "steps between evaluations (default: an epoch)", POSITIVE)
-    activation: str = setting("tanh", ", ".join(ACTIVATIONS), one_of(*ACTIVATIONS))
+    model: str = setting(
+        "convnet",
+        "convnet (the poster's), mlp, resnet (PyTorch), or MODULE:FACTORY, a torch.nn.Module of your own",
+        (choice.is_model, "must be convnet, mlp, resnet, or MODULE:FACTORY, where a torch.nn.Module of yours is made"),
+    )
+    activation: str | None = setting(
+        None, f"{', '.join(ACTIVATIONS)} (default tanh; of a resnet relu)", one_of(*ACTIVATIONS)
+    )
+    hidden: str | None = setting(
+        None,
+        "of an mlp: the widths of its hidden layers, with commas between them (default 512,512)",
+        (choice.are_sizes, "must be whole numbers with commas between them, as 512,512"),
+    )
+    blocks: str | None = setting(
+        None,
+        "of a resnet: blocks of two convolutions in each stage, with commas between them (default 2,2,2)",
+        (choice.are_sizes, "must be whole numbers with commas between them, as 2,2,2"),
+    )
+    width: int | None = setting(
+        None, "of a resnet: channels in its first stage, doubled in the next (default 16)", POSITIVE
+    )
     seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
     device: str = setting("cpu", "cpu, or cuda (CuPy)", one_of("cpu", "cuda"))
     exchange: str = setting(
@@ -231,7 +252,10 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
                 raise UserError(f"--{option} needs a folder: --checkpoint DIR")
         if training.on_nonfinite == "rollback":
             raise UserError("--on-nonfinite rollback needs something to go back to: --checkpoint DIR")
-    name = datasets.short_name(data)
+    network = choice.settled(training.model, {name: getattr(training, name) for name in choice.ALL})
+    model = "" if training.model == TrainSettings.model else f"-{training.model.replace(':', '-')}"
+    name = datasets.short_name(data) + model
     output = training.output or f"runs/{name}-{training.method}-m{m}-seed{training.seed}.h5"
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
-    return replace(config, training=replace(training, data=data, replicas=m, output=output, epochs=epochs))
+    found = replace(training, data=data, replicas=m, output=output, epochs=epochs, **network)
+    return replace(config, training=found)

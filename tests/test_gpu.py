@@ -10,10 +10,11 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
-from qnewton_mpi.models.convnet import ACTIVATIONS, DENSE_WIDTHS, Convnet
+from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
+from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import to_host
-from qnewton_mpi.training.loop import ReplicaLoss
+from qnewton_mpi.training.replicas import ReplicaLoss
 from qnewton_mpi.training.runfile import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CUPY is None, reason="no GPU, or no CuPy")]

@@ -7,8 +7,8 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +23,24 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.data.parts import TRAIN
 from qnewton_mpi.errors import DivergedError, InterruptedRunError, NonFiniteGradientError, UserError, printable
-from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.models import choice
 from qnewton_mpi.models.description import Description
-from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array, open_device, to_host
+from qnewton_mpi.parallel.device import Array, open_device, to_device, to_host
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
+from qnewton_mpi.training.evaluation import evaluate
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.progress import Progress
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, QUALITIES, Parameters, RunFile
+from qnewton_mpi.training.replicas import ReplicaLoss
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
-EVALUATION_BATCH = 1024
 DIVERGED = 2.0  # times the first training NLL, and a run that ends there has diverged
 MOST_SKIPPED = 10  # steps with gradients that are not finite, before it is the run that is at fault
-
-
-@dataclass
-class ReplicaLoss:
-    """`loss, gradient = f(w, replica)` on the replica's share of the batch of the current step. Local.
-
-    Within a step it may be called again, at other parameters, and sees the same samples.
-    """
-
-    network: Convnet
-    split: datasets.Split
-    order: BatchOrder
-    step: int = 0
-
-    def __call__(self, parameters: Array, replica: int) -> tuple[float, Array]:
-        return self.network.loss_and_gradient(parameters, *self.split.batch(self.order.indices(self.step, replica)))
-
-    def at_once(self, parameters: Array, replicas: Sequence[int]) -> tuple[Array, Array]:
-        """Return the losses (R,) and gradients (R, N) of several replicas, at parameters (N,) or (R, N)."""
-        return self.network.losses_and_gradients(parameters, *self._batches(replicas))
-
-    def losses(self, parameters: Array, replicas: Sequence[int]) -> Array:
-        """Return the losses (R,) alone, at parameters (N,)."""
-        return self.network.losses(parameters, *self._batches(replicas))
-
-    def _batches(self, replicas: Sequence[int]) -> tuple[Array, Array]:
-        indices = np.stack([self.order.indices(self.step, replica) for replica in replicas])
-        return self.split.batch(self.network.xp.asarray(indices))
 
 
 def train(
@@ -123,7 +95,8 @@ class Run:
         interruption.check()
         communicator.enter("algebra")
         shape, classes = self.dataset.input_shape, len(self.dataset.classes)
-        self.network = network = Convnet(shape, training.activation, device.xp, classes=classes)
+        about = choice.described(asdict(training), shape, classes, training.seed)
+        self.network = network = communicator.together(lambda: choice.build(about, device.xp))
         samples = len(self.dataset.train)
         if training.batch > samples:
             raise UserError(
@@ -147,10 +120,11 @@ class Run:
         )
         self.optimizer.piggyback = Piggyback(interruption.sent, interruption.received)
         self.exchange = self.optimizer.exchange
-        self.averages = Averages(self.optimizer.parameters, self.steps, training.ema)
+        self.averages = Averages(self.weights, self.steps, training.ema)
         drawn = communicator.from_root(lambda: secrets.token_bytes(8))
         self.position = Position(skipped=np.zeros(0, np.int64), run=np.frombuffer(drawn, np.uint8))
         machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
+        machine |= {"statistics": len(network.statistics)} if len(network.statistics) else {}
         samples_of = {f"{name}_samples": len(split) for name, split in self.dataset.splits.items()}
         self.configuration = {**config.flat(), DIGEST: self.dataset.digest}
         self.description = Description.of(network, self.dataset).text()
@@ -254,6 +228,7 @@ class Run:
         return {
             "optimizer": self.optimizer,
             "exchange": self.exchange,
+            "network": self.network,
             "averages": self.averages,
             "position": self.position,
         }
@@ -266,14 +241,22 @@ class Run:
             saved = NONE_SAVED if resumed is None else resumed
             attributes |= {SAVED: saved, SAVED_IN: printable(self.checkpoints.folder.resolve())}
         kept = resumed if rows is Rows.KEPT else None
-        return RunFile(self.config.output, attributes, figures, self.named({"": self.optimizer.parameters}), kept)
+        return RunFile(self.config.output, attributes, figures, self.named({"": self.weights}), kept)
 
     def named(self, iterates: Mapping[str, Array]) -> dict[str, Parameters]:
-        """Return the parameters of iterates by name and in shape, in host memory. Local."""
+        """Return the weights of iterates by name and in shape, in host memory. Local."""
         return {
-            iterate: {name: to_host(array) for name, array in self.network.named(parameters).items()}
-            for iterate, parameters in iterates.items()
+            iterate: {name: to_host(array) for name, array in self.network.named(weights).items()}
+            for iterate, weights in iterates.items()
         }
+
+    @property
+    def weights(self) -> Array:
+        """The parameters, and after them the network's statistics, (N + K,). Valid until the next step. Local."""
+        parameters, statistics = self.optimizer.parameters, self.network.statistics
+        if not len(statistics):
+            return parameters
+        return self.network.xp.concatenate([parameters, to_device(statistics, parameters)])
 
     def open_progress(self) -> Progress:
         """Return what tells of the run, on one rank. Local."""
@@ -301,13 +284,21 @@ class Run:
             return self.pass_over(error)
         whole, gradient, communication = self.readings() - before
         position.seconds += whole
-        self.averages.add(optimizer.parameters, step)
+        self.share_statistics()
+        self.averages.add(self.weights, step)
         self.check_replicas()
         self.progress.step(figures["loss"])
         if self.file is not None:
             phases = (gradient, communication, whole - gradient - communication)
             self.file.add_step({"step": step, **figures, **dict(zip(PHASES, phases, strict=True))})
         return step
+
+    def share_statistics(self) -> None:
+        """Take the mean of the statistics that all replicas have left, if the network has any."""
+        network = self.network
+        if len(network.statistics):
+            assert network.seen is not None
+            network.statistics = self.communicator.allgather(network.seen, self.exchange.counts).mean(axis=0)
 
     def readings(self) -> NDArray[np.float64]:
         """Return the seconds in all, in gradients and in communication, up to now. Local."""
@@ -346,13 +337,13 @@ class Run:
         """Evaluate the iterate, at the end its averages too, and write and tell the figures."""
         position, optimizer, started = self.position, self.optimizer, time.perf_counter()
         self.communicator.enter("evaluation")
-        iterates = {"": optimizer.parameters}
+        iterates = {"": self.weights}
         if position.step == self.steps:
             iterates |= {"ema_": self.averages.exponential, "tail_": self.averages.tail}
         quality = {
             iterate + name: value
-            for iterate, parameters in iterates.items()
-            for name, value in evaluate(self.network, parameters, self.dataset, self.communicator).items()
+            for iterate, weights in iterates.items()
+            for name, value in evaluate(self.network, weights, self.dataset, self.communicator).items()
         }
         self.communicator.enter("algebra")
         position.evaluation_seconds += time.perf_counter() - started
@@ -402,25 +393,3 @@ class Run:
 def data_options(training: TrainSettings) -> dict[str, Any]:
     """Return the options of a run that say which data it has, as `datasets.load_on_all` takes them. Local."""
     return {name: getattr(training, name) for name in datasets.OPTIONS}
-
-
-def evaluate(
-    network: Convnet, parameters: Array, dataset: datasets.Dataset, communicator: Communicator
-) -> dict[str, float]:
-    """Return the mean negative log-likelihood (nats) and the accuracy of each part, by QUALITIES' names. Collective.
-
-    The samples are shared by the ranks.
-    """
-    splits = dataset.splits
-    sums = np.zeros((len(splits), 2))
-    for total, split in zip(sums, splits.values(), strict=True):
-        mine = partition.share(len(split), communicator.size, communicator.rank)
-        for start in range(mine.start, mine.stop, EVALUATION_BATCH):
-            total += network.evaluate(parameters, *split.batch(slice(start, min(start + EVALUATION_BATCH, mine.stop))))
-    means = communicator.allreduce(sums) / [[len(split)] for split in splits.values()]
-    found = {
-        f"{name}_{what}": float(value)
-        for name, values in zip(splits, means, strict=True)
-        for what, value in zip(("nll", "accuracy"), values, strict=True)
-    }
-    return {name: value for name, value in found.items() if name in QUALITIES}

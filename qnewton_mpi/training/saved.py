@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
 from qnewton_mpi.training.runfile import NETWORK, Parameters, Run
@@ -46,6 +47,26 @@ class Saved:
     def flat(self) -> NDArray[Any]:
         """All parameters in one array, (N,)."""
         return np.concatenate([array.reshape(-1) for array in self.parameters.values()])
+
+
+def weights_for(network: Network, saved: Saved) -> NDArray[Any]:
+    """Return the saved parameters as a network takes them, (N + K,). Local.
+
+    Raises
+    ------
+    UserError
+        Where they are not as many, or not of those names and shapes.
+    """
+    where, flat = printable(saved.path), np.asarray(saved.flat, network.dtype)
+    count = network.size + len(network.statistics)
+    if len(flat) != count:
+        raise UserError(f"{where}: has {len(flat):,} parameters, and its network takes {count:,}")
+    wanted = {name: array.shape for name, array in network.named(flat).items()}
+    found = {name: array.shape for name, array in saved.parameters.items()}
+    if "" not in found and found != wanted:
+        name = next(name for name in [*found, *wanted] if found.get(name) != wanted.get(name))
+        raise UserError(f"{where}: its parameters are not those of its network: {printable(name)} is another, or lacks")
+    return flat
 
 
 def read(path: Path, which: str = "last") -> Saved:
