@@ -14,7 +14,7 @@ from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Settings
 from qnewton_mpi.core.schedules import SCHEDULES
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
-from qnewton_mpi.data import datasets, published
+from qnewton_mpi.data import augmentation, datasets, published
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.whole import read_whole, reason
 from qnewton_mpi.models import choice
@@ -92,6 +92,21 @@ class TrainSettings:
     width: int | None = setting(
         None, "of a resnet: channels in its first stage, doubled in the next (default 16)", POSITIVE
     )
+    label_smoothing: float = setting(
+        0.0, "share of each label that is spread over all classes, in the losses of the steps; NLL stays NLL", FRACTION
+    )
+    augment: str | None = setting(
+        None,
+        "of the images of a step: crop (moved by up to an eighth of the sides), flip (every other), or crop,flip",
+        (augmentation.are_kinds, "must be crop, flip or crop,flip"),
+    )
+    patience: int | None = setting(
+        None, "evaluations without a lower validation NLL after which the run ends (default: never)", POSITIVE
+    )
+    init_from: str | None = setting(
+        None, "a run's file or folder of checkpoints, whose parameters the run begins with (default: random ones)"
+    )
+    init_which: str = setting("last", "of those: last, ema, tail or best", one_of("last", "ema", "tail", "best"))
     seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
     device: str = setting("cpu", "cpu, or cuda (CuPy)", one_of("cpu", "cuda"))
     exchange: str = setting(
@@ -108,7 +123,9 @@ class TrainSettings:
     overwrite: bool = setting(False, "replace an existing output file")
     checkpoint: str | None = setting(None, "folder for checkpoints of all state, the last two kept (default: none)")
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", POSITIVE)
-    resume: bool = setting(False, "go on from the newest sound checkpoint, if there is one")
+    resume: bool = setting(
+        False, "go on from the newest sound checkpoint, if there is one; at a constant schedule to more --epochs, too"
+    )
     time_limit: float | None = setting(
         None, "seconds after which to save, stop and exit with 75 (default: a minute before SLURM's limit)", POSITIVE
     )
@@ -246,6 +263,8 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     if training.batch % m:
         nearest = max(m, round(training.batch / m) * m)
         raise UserError(f"a batch of {training.batch} cannot be shared by {m} replicas: use --batch {nearest}")
+    if training.init_from is None and training.init_which != TrainSettings.init_which:
+        raise UserError("--init-which needs a run to begin from: --init-from RUN.h5")
     if training.checkpoint is None:
         for option, given in (("resume", training.resume), ("checkpoint-every", training.checkpoint_every)):
             if given:
@@ -257,5 +276,13 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     name = datasets.short_name(data) + model
     output = training.output or f"runs/{name}-{training.method}-m{m}-seed{training.seed}.h5"
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
-    found = replace(training, data=data, replicas=m, output=output, epochs=epochs, **network)
-    return replace(config, training=found)
+    init_from = training.init_from and str(Path(training.init_from).absolute())
+    augment = training.augment and ",".join(augmentation.kinds_of(training.augment))
+    settled: dict[str, Any] = {
+        "replicas": m,
+        "output": output,
+        "epochs": epochs,
+        "init_from": init_from,
+        "augment": augment,
+    }
+    return replace(config, training=replace(training, data=data, **settled, **network))

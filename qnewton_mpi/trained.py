@@ -155,9 +155,10 @@ def load(path: str | os.PathLike[str], which: str = "last") -> Model:
     ----------
     path : str or path
         The run's file, or its folder of checkpoints, of which the newest sound one counts.
-    which : {"last", "ema", "tail"}
-        The last parameters; their exponential mean (`--ema`); the mean over the last quarter of the run. A run's file
-        has the means once it is finished, a checkpoint the exponential one.
+    which : {"last", "ema", "tail", "best"}
+        The last parameters; their exponential mean (`--ema`); the mean over the last quarter of the run; those with the
+        lowest validation NLL, where there is a validation part. A run's file has the means once it is finished, a
+        checkpoint the exponential one.
 
     Raises
     ------

@@ -29,7 +29,8 @@ def add_sources(parser: Parser) -> None:
         "--which",
         default="last",
         metavar="ITERATE",
-        help="last, ema (the exponential mean) or tail (the mean of the last quarter); default %(default)s",
+        help="last, ema (the exponential mean), tail (the mean of the last quarter) or best (the lowest validation "
+        "NLL); default %(default)s",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, ClassVar
@@ -20,6 +21,9 @@ from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.models.network import Seeds
 from qnewton_mpi.parallel.device import Array, to_host
 
+# How far what describes a constant may be off, relatively and absolutely: another processor rounds otherwise.
+SAME, SMALL = 1e-3, 1e-6
+
 
 class ModuleNetwork:
     """A module from normalised images (B, C, H, W) to logits (B, K): a `Network`. Local.
@@ -33,7 +37,8 @@ class ModuleNetwork:
     make : callable
         Returns the module.
     about : mapping
-        The network's description: "input_shape", "classes", "seed" and, for messages, "kind" or "factory".
+        The network's description: "input_shape", "classes", "seed", for messages "kind" or "factory", and, where it is
+        made once more, "constants", a number for each of those that are as `make` leaves them.
     xp : module, optional
         numpy, or cupy for the GPU that is current.
     dtype : optional
@@ -45,7 +50,7 @@ class ModuleNetwork:
     ------
     UserError
         Where `make` returns no module, or one that has no parameters, or does not take the images, or gives something
-        other than K numbers an image.
+        other than K numbers an image, or has other constants than before.
     """
 
     state: ClassVar[Mapping[str, Kind]] = {"statistics": Kind.SHARED}
@@ -79,6 +84,7 @@ class ModuleNetwork:
         self.size = sum(p.numel() for p in self._parameters.values())
         self._initial = to_array(torch.cat([p.detach().reshape(-1) for p in self._parameters.values()]))
         self._running = self._try_out()
+        self._check_constants()
         self.statistics = self._read_statistics()
 
     def _check_whole(self) -> None:
@@ -88,6 +94,19 @@ class ModuleNetwork:
                 raise UserError(f"{self._name}: {name} has no shape yet: have the factory call the module once")
             if tensor.is_complex():
                 raise UserError(f"{self._name}: {name} is complex: only real numbers are served")
+
+    def _check_constants(self) -> None:
+        """Note what is neither a parameter nor a statistic, or compare it with what the description says of it."""
+        tensors = itertools.chain(self._module.named_parameters(), self._module.named_buffers())
+        rest = {name: t for name, t in tensors if name not in (*self._parameters, *self._running) and t.numel()}
+        found = {name: _sign(tensor) for name, tensor in rest.items()}
+        said = self.description.setdefault("constants", found)
+        for name in {**said, **found}:
+            if not math.isclose(said.get(name, math.inf), found.get(name, math.inf), rel_tol=SAME, abs_tol=SMALL):
+                raise UserError(
+                    f"{self._name}: {printable(name)}, which no step changes, is another than in the run: give --seed "
+                    "as the run had it, or has the module changed since?"
+                )
 
     def _try_out(self) -> list[str]:
         """Call the module on two images of noise; put back the buffers that this changes, and return their names."""
@@ -243,3 +262,9 @@ class ModuleNetwork:
             yield
         finally:
             torch.backends.cudnn.deterministic = before
+
+
+def _sign(tensor: torch.Tensor) -> float:
+    """Return a number that tells a tensor from others: what is not finite, as in masks, counts as small numbers."""
+    values = tensor.detach().double().cpu().nan_to_num(1.0, 2.0, -2.0).reshape(-1)
+    return float((values * torch.cos(torch.arange(len(values), dtype=torch.float64))).sum()) / len(values) ** 0.5

@@ -22,6 +22,7 @@ def own(
     input_shape: tuple[int, int, int],
     classes: int,
     seed: int,
+    constants: Mapping[str, float] | None = None,
     xp: ModuleType = np,
     dtype: Any = np.float32,
     smoothing: float = 0.0,
@@ -37,6 +38,8 @@ def own(
     classes : int
     seed : int
         Of PyTorch's random numbers when it is called.
+    constants : mapping, optional
+        As of `ModuleNetwork`.
     xp, dtype, smoothing : optional
         As of `ModuleNetwork`.
 
@@ -48,7 +51,8 @@ def own(
     make = imported(factory)
     shape = tuple(map(int, input_shape))
     arguments = accepted(make, factory, {"input_shape": shape, "classes": classes, "num_classes": classes})
-    about = {"kind": "own", "factory": factory, "input_shape": shape, "classes": classes, "seed": seed}
+    about: dict[str, Any] = {"kind": "own", "factory": factory, "input_shape": shape, "classes": classes, "seed": seed}
+    about |= {} if constants is None else {"constants": constants}
     return ModuleNetwork(functools.partial(make, **arguments), about, xp, dtype, smoothing)
 
 

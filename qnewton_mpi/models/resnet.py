@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import gcd
 from types import ModuleType
@@ -83,6 +83,7 @@ def resnet(
     activation: str,
     classes: int,
     seed: int,
+    constants: Mapping[str, float] | None = None,
     xp: ModuleType = np,
     dtype: Any = np.float32,
     smoothing: float = 0.0,
@@ -95,6 +96,8 @@ def resnet(
         As of `ResNet`.
     seed : int
         Of the initial parameters.
+    constants : mapping, optional
+        There are none.
     xp, dtype, smoothing : optional
         As of `ModuleNetwork`.
     """

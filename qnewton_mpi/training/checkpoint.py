@@ -61,6 +61,7 @@ PARAMETERS, STEP = "optimizer/held", "position/step"
 ITERATES = {
     "": {PARAMETERS: Kind.HELD, "network/statistics": Kind.SHARED},
     "ema_": {"averages/exponential": Kind.SHARED},
+    "best_": {"best/weights": Kind.SHARED},
 }
 UNREADABLE = (*HDF5_ERRORS, IndexError)
 SHORTAGES = {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENFILE: "too many files are open on this machine"}
@@ -321,7 +322,7 @@ class Checkpoints:
 
     def _compare(self, source: Path, about: Mapping[str, Any]) -> None:
         """Raise `UserError` where a checkpoint is of a run with other options, or of another model."""
-        if told := differences(about["configuration"], self.configuration):
+        if told := differences(about["configuration"], self.configuration, going_on=True):
             raise UserError(f"--resume: {source} is of another run: {told}")
         if about["size"] != self.exchange.size:
             raise UserError(
@@ -494,6 +495,8 @@ def parameters_of(folder: Path, iterate: str = "") -> tuple[HostArray, dict[str,
         with contextlib.ExitStack() as stack:
             saved = _Saved(source, step, stack)
             parts = saved.read(ITERATES[iterate], slice(0, saved.about["size"]))
+            if not parts:
+                raise UserError(f"{source}: has no parameters of that name: its run held out no validation part")
             for path, part in parts.items():
                 state.check_finite(path, part)
             dtype = parts[next(iter(ITERATES[iterate]))].dtype

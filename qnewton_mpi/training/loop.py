@@ -20,6 +20,7 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.optimizers.base import Piggyback
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
+from qnewton_mpi.data.augmentation import Augmentation, kinds_of
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.data.parts import TRAIN
 from qnewton_mpi.errors import DivergedError, InterruptedRunError, NonFiniteGradientError, UserError, printable
@@ -30,12 +31,14 @@ from qnewton_mpi.parallel.device import Array, open_device, to_device, to_host
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
-from qnewton_mpi.training.checkpoint import Checkpoints, Position
+from qnewton_mpi.training.best import Best
+from qnewton_mpi.training.checkpoint import Checkpoints, Position, steps_in
 from qnewton_mpi.training.evaluation import evaluate
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.replicas import ReplicaLoss
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
+from qnewton_mpi.training.saved import initial_for
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
@@ -96,7 +99,8 @@ class Run:
         communicator.enter("algebra")
         shape, classes = self.dataset.input_shape, len(self.dataset.classes)
         about = choice.described(asdict(training), shape, classes, training.seed)
-        self.network = network = communicator.together(lambda: choice.build(about, device.xp))
+        smoothing = training.label_smoothing
+        self.network = network = communicator.together(lambda: choice.build(about, device.xp, smoothing=smoothing))
         samples = len(self.dataset.train)
         if training.batch > samples:
             raise UserError(
@@ -104,11 +108,11 @@ class Run:
             )
         self.order = BatchOrder(samples, training.batch, config.replicas, training.seed)
         self.steps = training.steps or (training.epochs or 0) * self.order.steps_per_epoch
-        self.loss = ReplicaLoss(network, self.dataset.train, self.order)
-
+        augmentation = Augmentation(kinds_of(training.augment), shape[1:], self.order) if training.augment else None
+        self.loss = ReplicaLoss(network, self.dataset.train, self.order, augmentation)
         self.optimizer = create(
             training.method,
-            network.initial_parameters(training.seed),
+            self.initial_parameters(),
             config.replicas,
             self.order.share,
             shapes=network.parameter_shapes,
@@ -121,6 +125,9 @@ class Run:
         self.optimizer.piggyback = Piggyback(interruption.sent, interruption.received)
         self.exchange = self.optimizer.exchange
         self.averages = Averages(self.weights, self.steps, training.ema)
+        self.best = Best(self.weights) if self.dataset.validation is not None else None
+        if training.patience is not None and self.best is None:
+            raise UserError(f"--patience needs a part of {self.dataset.name} to judge by: --validation 0.1")
         drawn = communicator.from_root(lambda: secrets.token_bytes(8))
         self.position = Position(skipped=np.zeros(0, np.int64), run=np.frombuffer(drawn, np.uint8))
         machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
@@ -137,15 +144,37 @@ class Run:
             **labels,
         }
 
+    def initial_parameters(self) -> Array:
+        """Return where a run begins, and leave the statistics there, too; what goes on has no need of `init_from`."""
+        training, network = self.training, self.network
+        source = training.init_from
+        if source is not None and training.resume and training.checkpoint is not None:
+            folder = Path(training.checkpoint)
+            source = self.communicator.from_root(lambda: None if steps_in(folder) else source)
+        initial = network.initial_parameters(training.seed)
+        if source is None:
+            return initial
+        path = Path(source)
+        weights = self.communicator.from_root(lambda: initial_for(network, path, training.init_which))
+        network.statistics = weights[network.size :].astype(np.float64)
+        return to_device(weights[: network.size], initial)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do: all steps are done, or patience is at its end."""
+        patience = self.training.patience
+        waited = self.best is not None and patience is not None and self.best.since >= patience
+        return waited or self.position.step >= self.steps
+
     def go(self) -> None:
         """Do all steps that are left, evaluate and save between them."""
         resumed = self.open_checkpoints()
         self.interruption.check()
         self.communicator.enter("output")
         rows = self.communicator.from_root(
-            lambda: rows_of(self.config, self.configuration, self.identifier, resumed, self.steps)
+            lambda: rows_of(self.config, self.configuration, self.identifier, resumed, self.steps, self.over)
         )
-        if rows is Rows.DONE and self.position.step == self.steps:
+        if rows is Rows.DONE and self.over:
             return
         if resumed is not None:
             LOG.info("goes on after step %d", resumed)
@@ -162,16 +191,16 @@ class Run:
                 self.save()
             every = self.training.evaluate_every or self.order.steps_per_epoch
             saves = self.training.checkpoint_every or self.order.steps_per_epoch
-            if self.position.step < self.steps:
+            if not self.over:
                 self.interruption.begin()
-            while self.position.step < self.steps:
+            while not self.over:
                 step = self.step()
                 if step % every == 0 or step == self.steps:
                     self.evaluate()
                 stop = self.interruption.agreed()
-                if stop or step % saves == 0 or step == self.steps:
+                if stop or step % saves == 0 or self.over:
                     saved = self.save()
-                    if stop and step < self.steps:
+                    if stop and not self.over:
                         how = "; go on with --resume" if saved else ", without a checkpoint (--checkpoint DIR)"
                         raise InterruptedRunError(f"stopped after step {step} of {self.steps}{how} ({stop})")
             self.communicator.enter("output")
@@ -182,7 +211,8 @@ class Run:
         if self.file is None:
             return
         nll = self.file.evaluations("train_nll")
-        if len(nll) and not nll[-1] <= DIVERGED * nll[0]:
+        chance = math.log(self.network.classes)  # below which a run may have begun that others' parameters were given
+        if len(nll) and not nll[-1] <= DIVERGED * max(nll[0], chance):
             raise DivergedError(
                 f"diverged: training NLL {nll[-1]:.4g} after step {self.position.step}, {nll[0]:.4g} at the start "
                 f"({printable(self.config.output)} has the curve): use a smaller --lr, or auto"
@@ -219,6 +249,12 @@ class Run:
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
             # The run that was not interrupted did without this collective.
             self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas = counted
+            if step > self.steps:
+                raise UserError(
+                    f"--resume: {self.checkpoints.folder} is at step {step} already, of {self.steps}: ask for more "
+                    "--steps or --epochs"
+                )
+            self.averages.lengthen(self.steps, step)
         self.communicator.enter("algebra")
         return step
 
@@ -231,6 +267,7 @@ class Run:
             "network": self.network,
             "averages": self.averages,
             "position": self.position,
+            **({} if self.best is None else {"best": self.best}),
         }
 
     def open_file(self, resumed: int | None, rows: Rows) -> RunFile:
@@ -240,8 +277,11 @@ class Run:
         if self.checkpoints is not None:
             saved = NONE_SAVED if resumed is None else resumed
             attributes |= {SAVED: saved, SAVED_IN: printable(self.checkpoints.folder.resolve())}
+        best, told = self.best.among({}, {}, 0) if self.best is not None else ({}, {})
+        attributes |= told
+        iterates = self.named({"": self.weights, **best})
         kept = resumed if rows is Rows.KEPT else None
-        return RunFile(self.config.output, attributes, figures, self.named({"": self.weights}), kept)
+        return RunFile(self.config.output, attributes, figures, iterates, kept)
 
     def named(self, iterates: Mapping[str, Array]) -> dict[str, Parameters]:
         """Return the weights of iterates by name and in shape, in host memory. Local."""
@@ -337,14 +377,12 @@ class Run:
         """Evaluate the iterate, at the end its averages too, and write and tell the figures."""
         position, optimizer, started = self.position, self.optimizer, time.perf_counter()
         self.communicator.enter("evaluation")
-        iterates = {"": self.weights}
-        if position.step == self.steps:
-            iterates |= {"ema_": self.averages.exponential, "tail_": self.averages.tail}
-        quality = {
-            iterate + name: value
-            for iterate, weights in iterates.items()
-            for name, value in evaluate(self.network, weights, self.dataset, self.communicator).items()
-        }
+        quality = self.judged("", self.weights)
+        if self.best is not None:
+            self.best.add(self.weights, quality["validation_nll"], position.step)
+        averages = self.averages.iterates(position.step) if self.over else {}
+        for iterate, weights in averages.items():
+            quality |= self.judged(iterate, weights)
         self.communicator.enter("algebra")
         position.evaluation_seconds += time.perf_counter() - started
         figures = {
@@ -360,9 +398,16 @@ class Run:
             "bytes_sent_by_replicas": self.exchange.bytes_sent_by_replicas,
         }
         if self.file is not None:
-            self.file.add_epoch(figures, self.named(iterates))
+            kept, told = self.best.among(averages, figures, position.step) if self.best is not None else ({}, {})
+            self.file.attributes |= told
+            self.file.add_epoch(figures, self.named({"": self.weights, **averages, **kept}))
         LOG.debug("step %d: train NLL %.6f, %d bytes sent", position.step, figures["train_nll"], figures["bytes_sent"])
         self.progress.evaluated(figures, [part for part in self.dataset.splits if part != TRAIN])
+
+    def judged(self, iterate: str, weights: Array) -> dict[str, float]:
+        """Return the qualities of an iterate, by their names in the file."""
+        found = evaluate(self.network, weights, self.dataset, self.communicator)
+        return {iterate + name: value for name, value in found.items()}
 
     def save(self) -> bool:
         """Write a checkpoint, if there is a folder; return whether it was written.

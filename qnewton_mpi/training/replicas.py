@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qnewton_mpi.data.augmentation import Augmentation
 from qnewton_mpi.data.datasets import Split
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.models.network import Network
@@ -23,6 +24,7 @@ class ReplicaLoss:
     network: Network
     split: Split
     order: BatchOrder
+    augmentation: Augmentation | None = None
     step: int = 0
 
     def __call__(self, parameters: Array, replica: int) -> tuple[float, Array]:
@@ -38,8 +40,12 @@ class ReplicaLoss:
         return self.network.losses(parameters, *self._batches(replicas), self._seeds(replicas))
 
     def _batches(self, replicas: Sequence[int]) -> tuple[Array, Array]:
+        asarray, pixels = self.network.xp.asarray, None
         indices = np.stack([self.order.indices(self.step, replica) for replica in replicas])
-        return self.split.batch(self.network.xp.asarray(indices))
+        if self.augmentation is not None:
+            rows, columns = self.augmentation.pixels(self.step, replicas)
+            pixels = asarray(rows), asarray(columns)
+        return self.split.batch(asarray(indices), pixels)
 
     def _seeds(self, replicas: Sequence[int]) -> list[int]:
         return [self.order.drawn(self.step, replica) for replica in replicas]

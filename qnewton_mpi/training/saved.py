@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.models.choice import build
+from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
 from qnewton_mpi.training.runfile import NETWORK, Parameters, Run
 
-WHICH = {"last": "", "ema": "ema_", "tail": "tail_"}
-"""An iterate by what users call it: the last, the exponential mean (`--ema`), the mean of the last quarter."""
+WHICH = {"last": "", "ema": "ema_", "tail": "tail_", "best": "best_"}
+"""An iterate by what users call it.
+
+The last, the exponential mean (`--ema`), the mean of the last quarter, the one with the lowest validation NLL.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,35 @@ def weights_for(network: Network, saved: Saved) -> NDArray[Any]:
     return flat
 
 
+def initial_for(network: Network, path: Path, which: str) -> NDArray[Any]:
+    """Return the weights in a run's file or checkpoints that another run begins with, (N + K,). Local.
+
+    Raises
+    ------
+    UserError
+        As `read`, and where they are of another network.
+    """
+    saved = read(path, which)
+    if saved.network:
+        theirs, ours = Description.read(saved.network).network, json.loads(json.dumps(network.description))
+        for name in {**theirs, **ours}:
+            if name not in ("seed", "constants") and theirs.get(name) != ours.get(name):
+                raise UserError(
+                    f"--init-from {printable(path)}: is of another network: {name} was {theirs.get(name)} and is "
+                    f"{ours.get(name)}"
+                )
+        if "constants" in theirs:  # which may follow from the seed
+            build({**theirs, "seed": ours["seed"]})
+    return weights_for(network, saved)
+
+
 def read(path: Path, which: str = "last") -> Saved:
     """Read the parameters in a run's file, or in the newest sound checkpoint of a folder. Local.
 
     Parameters
     ----------
     path : Path
-    which : {"last", "ema", "tail"}
+    which : {"last", "ema", "tail", "best"}
         See `WHICH`.
 
     Raises
@@ -94,7 +122,8 @@ def read(path: Path, which: str = "last") -> Saved:
         else:
             run = Run(path, WHICH[which])
             if not run.parameters:
-                raise UserError(f"{printable(path)}: has no {which} parameters: they come with the end of a run")
+                why = "no part was held out (--validation)" if which == "best" else "they come with the end of a run"
+                raise UserError(f"{printable(path)}: has no {which} parameters: {why}")
             found = Saved(path, run.parameters, run.attributes, str(run.attributes.get(NETWORK, "")), run.epochs)
     except UNREADABLE as error:
         raise UserError(
