@@ -22,7 +22,7 @@ OPTIONS = {item.name for _, kind in OWNERS for item in fields(kind)}
 
 def add(commands: Commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("train", help="train the convnet; run it under mpiexec or srun")
+    parser = commands.add_parser("train", help="train a network on images; run it under mpiexec or srun")
     parser.add_argument(
         "toml", nargs="?", metavar="CONFIG.toml", help="options as a flat table; those of the command line win"
     )

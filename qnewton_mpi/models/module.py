@@ -267,4 +267,5 @@ class ModuleNetwork:
 def _sign(tensor: torch.Tensor) -> float:
     """Return a number that tells a tensor from others: what is not finite, as in masks, counts as small numbers."""
     values = tensor.detach().double().cpu().nan_to_num(1.0, 2.0, -2.0).reshape(-1)
-    return float((values * torch.cos(torch.arange(len(values), dtype=torch.float64))).sum()) / len(values) ** 0.5
+    waves = torch.cos(torch.arange(len(values), dtype=torch.float64))
+    return float(values @ waves) / math.sqrt(len(values))
