@@ -69,7 +69,7 @@ class Model:
 
     def __repr__(self) -> str:
         channels, height, width = self._network.input_shape
-        kind = self.description.network["kind"]
+        kind = self.description.network.get("factory", self.description.network["kind"])
         return f"<{kind} of {channels}×{height}×{width} images, {len(self.classes)} classes, from {self.path}>"
 
     @property

@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "resnet": {"activation": "relu", "blocks": "2,2,2", "width": 16},
     OWN: {},
 }
+WITH_TORCH = ("resnet", OWN)
 ALL = tuple(dict.fromkeys(name for options in OPTIONS.values() for name in options))
 FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 SIZES = re.compile(r"\s*[1-9]\d{0,5}\s*(,\s*[1-9]\d{0,5}\s*)*")
@@ -81,7 +82,7 @@ def described(options: Mapping[str, Any], input_shape: tuple[int, int, int], cla
     about = {"kind": kind, "input_shape": input_shape, "classes": classes, **sizes}
     if kind == OWN:
         about["factory"] = options["model"]
-    return about | ({"seed": seed} if kind in (OWN, "resnet") else {})
+    return about | ({"seed": seed} if kind in WITH_TORCH else {})
 
 
 def build(about: Mapping[str, Any], xp: ModuleType = np, dtype: Any = np.float32, smoothing: float = 0.0) -> Network:

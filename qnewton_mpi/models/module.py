@@ -142,20 +142,19 @@ class ModuleNetwork:
         self, parameters: Array, images: Array, labels: Array, seeds: Seeds = ()
     ) -> tuple[Array, Array]:
         every, replicas = parameters.reshape(-1, self.size), len(labels)
-        losses = np.empty(replicas)
-        gradients = self.xp.empty((replicas, self.size), self.dtype)
-        seen = []
-        for r, row in enumerate(gradients):
+        losses, seen = np.empty(replicas), []
+        rows = torch.empty((replicas, self.size), dtype=getattr(torch, self.dtype.name), device=self._device)
+        for r, row in enumerate(rows):
             self._forget_gradients()
             with self._seeded(seeds[r] if seeds else 0):
                 loss = self._loss(every[r if len(every) > 1 else 0], images[r], labels[r])
                 loss.backward()  # type: ignore[no-untyped-call]
             losses[r] = float(loss.detach())
-            for view, gradient in zip(self._views(to_tensor(row)), self._gradients(), strict=True):
+            for view, gradient in zip(self._views(row), self._gradients(), strict=True):
                 view.copy_(gradient)
             seen.append(self._read_statistics())
         self.seen = np.stack(seen)
-        return self.xp.asarray(losses), gradients
+        return self.xp.asarray(losses), to_array(rows)
 
     def losses(self, parameters: Array, images: Array, labels: Array, seeds: Seeds = ()) -> Array:
         found = np.empty(len(labels))

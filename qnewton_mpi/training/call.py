@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from qnewton_mpi.config import configured
+from qnewton_mpi.models import choice
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import THREAD_VARIABLES
 from qnewton_mpi.trained import Model, load
@@ -51,6 +53,9 @@ def train(
     ranks = Communicator.of(communicator)
     abort_on_exception(ranks)
     settled = ranks.from_root(lambda: configured(config, options, ranks.size))
+    if choice.kind_of(settled.training.model) in choice.WITH_TORCH:
+        with contextlib.suppress(ImportError):  # which is told later
+            import torch  # noqa: F401  so that it is limited, too
     with threadpool_limits(None if any(name in os.environ for name in THREAD_VARIABLES) else 1):
         path = loop.train(settled, ranks)
     return ranks.from_root(lambda: load(path))

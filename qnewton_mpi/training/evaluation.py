@@ -38,5 +38,5 @@ def evaluate(network: Network, weights: Array, dataset: Dataset, communicator: C
 def judged(network: Network, weights: Array, images: Array, labels: Array) -> tuple[float, int]:
     """Return the summed negative log-likelihood (nats) and the number of samples classified correctly. Local."""
     xp, logs = network.xp, network.log_probabilities(weights, images)
-    nll = -xp.sum(logs[xp.arange(len(labels)), labels], dtype=np.float64)
+    nll = -xp.sum(logs[xp.arange(len(labels)), labels.astype(np.intp)], dtype=np.float64)
     return float(nll), int(xp.sum(xp.argmax(logs, axis=1) == labels))

@@ -31,14 +31,14 @@ from qnewton_mpi.parallel.device import Array, open_device, to_device, to_host
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
+from qnewton_mpi.training.beginning import beginning
 from qnewton_mpi.training.best import Best
-from qnewton_mpi.training.checkpoint import Checkpoints, Position, steps_in
+from qnewton_mpi.training.checkpoint import Checkpoints, Position
 from qnewton_mpi.training.evaluation import evaluate
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.replicas import ReplicaLoss
 from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
-from qnewton_mpi.training.saved import initial_for
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
@@ -112,7 +112,7 @@ class Run:
         self.loss = ReplicaLoss(network, self.dataset.train, self.order, augmentation)
         self.optimizer = create(
             training.method,
-            self.initial_parameters(),
+            beginning(network, training, communicator),
             config.replicas,
             self.order.share,
             shapes=network.parameter_shapes,
@@ -143,21 +143,6 @@ class Run:
             "exchange": self.exchange.name,
             **labels,
         }
-
-    def initial_parameters(self) -> Array:
-        """Return where a run begins, and leave the statistics there, too; what goes on has no need of `init_from`."""
-        training, network = self.training, self.network
-        source = training.init_from
-        if source is not None and training.resume and training.checkpoint is not None:
-            folder = Path(training.checkpoint)
-            source = self.communicator.from_root(lambda: None if steps_in(folder) else source)
-        initial = network.initial_parameters(training.seed)
-        if source is None:
-            return initial
-        path = Path(source)
-        weights = self.communicator.from_root(lambda: initial_for(network, path, training.init_which))
-        network.statistics = weights[network.size :].astype(np.float64)
-        return to_device(weights[: network.size], initial)
 
     @property
     def over(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError, printable
-from qnewton_mpi.models.choice import build
-from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
@@ -73,28 +70,6 @@ def weights_for(network: Network, saved: Saved) -> NDArray[Any]:
         name = next(name for name in [*found, *wanted] if found.get(name) != wanted.get(name))
         raise UserError(f"{where}: its parameters are not those of its network: {printable(name)} is another, or lacks")
     return flat
-
-
-def initial_for(network: Network, path: Path, which: str) -> NDArray[Any]:
-    """Return the weights in a run's file or checkpoints that another run begins with, (N + K,). Local.
-
-    Raises
-    ------
-    UserError
-        As `read`, and where they are of another network.
-    """
-    saved = read(path, which)
-    if saved.network:
-        theirs, ours = Description.read(saved.network).network, json.loads(json.dumps(network.description))
-        for name in {**theirs, **ours}:
-            if name not in ("seed", "constants") and theirs.get(name) != ours.get(name):
-                raise UserError(
-                    f"--init-from {printable(path)}: is of another network: {name} was {theirs.get(name)} and is "
-                    f"{ours.get(name)}"
-                )
-        if "constants" in theirs:  # which may follow from the seed
-            build({**theirs, "seed": ours["seed"]})
-    return weights_for(network, saved)
 
 
 def read(path: Path, which: str = "last") -> Saved:
