@@ -26,10 +26,11 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.files.images import write_image
 from qnewton_mpi.files.whole import writing
-from qnewton_mpi.models.convnet import ACTIVATIONS, DENSE_WIDTHS, Convnet
+from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
+from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import Array
-from qnewton_mpi.training.loop import ReplicaLoss
+from qnewton_mpi.training.replicas import ReplicaLoss
 
 METHODS = ("sgd", "multisecant", "fisher", "kronecker")
 # Sizes beyond which `fisher`, which keeps 64 vectors, is left out.
@@ -395,7 +396,7 @@ def gradients(rounds: int) -> Iterator[Table]:
         import torch
     except ImportError:
         return
-    from qnewton_mpi.models.reference import torch_convnet
+    from qnewton_mpi.models.reference import torch_layers
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -410,7 +411,7 @@ def gradients(rounds: int) -> Iterator[Table]:
                 images, labels = random.standard_normal((batch, *shape), np.float32), random.integers(0, 10, batch)
                 network = Convnet(shape, activation)
                 parameters = network.initial_parameters(seed=0)
-                peer, tensors = torch_convnet(network, parameters), (torch.tensor(images), torch.tensor(labels))
+                peer, tensors = torch_layers(network, parameters), (torch.tensor(images), torch.tensor(labels))
 
                 def theirs(peer: Any = peer, tensors: Any = tensors) -> None:
                     peer.zero_grad()

@@ -14,10 +14,11 @@ from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Settings
 from qnewton_mpi.core.schedules import SCHEDULES
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, build, one_of, setting
-from qnewton_mpi.data import datasets, published
+from qnewton_mpi.data import augmentation, datasets, published
 from qnewton_mpi.errors import UserError, did_you_mean, printable
 from qnewton_mpi.files.whole import read_whole, reason
-from qnewton_mpi.models.convnet import ACTIVATIONS
+from qnewton_mpi.models import choice
+from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.transport import TRANSPORTS
 
 DEFAULT_REPLICAS = 8
@@ -70,7 +71,42 @@ class TrainSettings:
     warmup: int = setting(0, "steps over which the rate grows linearly first", NOT_NEGATIVE)
     ema: float = setting(0.99, "decay of the exponential mean of the iterates that is evaluated too", FRACTION)
     evaluate_every: int | None = setting(None, "steps between evaluations (default: an epoch)", POSITIVE)
-    activation: str = setting("tanh", "of the network's layers", one_of(*ACTIVATIONS))
+    model: str = setting(
+        "convnet",
+        "convnet (the poster's), mlp, resnet (PyTorch), or MODULE:FACTORY, a torch.nn.Module of your own",
+        (choice.is_model, "must be convnet, mlp, resnet, or MODULE:FACTORY, where a torch.nn.Module of yours is made"),
+    )
+    activation: str | None = setting(
+        None, "of the network's layers (default tanh; of a resnet relu)", one_of(*ACTIVATIONS)
+    )
+    hidden: str | None = setting(
+        None,
+        "of an mlp: the widths of its hidden layers, with commas between them (default 512,512)",
+        (choice.are_sizes, "must be whole numbers with commas between them, as 512,512"),
+    )
+    blocks: str | None = setting(
+        None,
+        "of a resnet: blocks of two convolutions in each stage, with commas between them (default 2,2,2)",
+        (choice.are_sizes, "must be whole numbers with commas between them, as 2,2,2"),
+    )
+    width: int | None = setting(
+        None, "of a resnet: channels in its first stage, doubled in the next (default 16)", POSITIVE
+    )
+    label_smoothing: float = setting(
+        0.0, "share of each label that is spread over all classes, in the losses of the steps; NLL stays NLL", FRACTION
+    )
+    augment: str | None = setting(
+        None,
+        "of the images of a step: crop (moved by up to an eighth of the sides), flip (every other), or crop,flip",
+        (augmentation.are_kinds, "must be crop, flip or crop,flip"),
+    )
+    patience: int | None = setting(
+        None, "evaluations without a lower validation NLL after which the run ends (default: never)", POSITIVE
+    )
+    init_from: str | None = setting(
+        None, "a run's file or folder of checkpoints, whose parameters the run begins with (default: random ones)"
+    )
+    init_which: str = setting("last", "which of those", one_of("last", "ema", "tail", "best"))
     seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
     device: str = setting("cpu", "where arrays are; cuda needs CuPy", one_of("cpu", "cuda"))
     exchange: str = setting(
@@ -87,7 +123,9 @@ class TrainSettings:
     overwrite: bool = setting(False, "replace an existing output file")
     checkpoint: str | None = setting(None, "folder for checkpoints of all state, the last two kept (default: none)")
     checkpoint_every: int | None = setting(None, "steps between checkpoints (default: an epoch)", POSITIVE)
-    resume: bool = setting(False, "go on from the newest sound checkpoint, if there is one")
+    resume: bool = setting(
+        False, "go on from the newest sound checkpoint, if there is one; at a constant schedule to more --epochs, too"
+    )
     time_limit: float | None = setting(
         None, "seconds after which to save, stop and exit with 75 (default: a minute before SLURM's limit)", POSITIVE
     )
@@ -233,13 +271,26 @@ def resolve(config: RunConfig, ranks: int) -> RunConfig:
     if training.batch % m:
         nearest = max(m, round(training.batch / m) * m)
         raise UserError(f"a batch of {training.batch} cannot be shared by {m} replicas: use --batch {nearest}")
+    if training.init_from is None and training.init_which != TrainSettings.init_which:
+        raise UserError("--init-which needs a run to begin from: --init-from RUN.h5")
     if training.checkpoint is None:
         for option, given in (("resume", training.resume), ("checkpoint-every", training.checkpoint_every)):
             if given:
                 raise UserError(f"--{option} needs a folder: --checkpoint DIR")
         if training.on_nonfinite == "rollback":
             raise UserError("--on-nonfinite rollback needs something to go back to: --checkpoint DIR")
-    name = datasets.short_name(data)
+    network = choice.settled(training.model, {name: getattr(training, name) for name in choice.ALL})
+    model = "" if training.model == TrainSettings.model else f"-{training.model.replace(':', '-')}"
+    name = datasets.short_name(data) + model
     output = training.output or f"runs/{name}-{training.method}-m{m}-seed{training.seed}.h5"
     epochs = DEFAULT_EPOCHS if training.epochs is None and training.steps is None else training.epochs
-    return replace(config, training=replace(training, data=data, replicas=m, output=output, epochs=epochs))
+    init_from = training.init_from and str(Path(training.init_from).absolute())
+    augment = training.augment and ",".join(augmentation.kinds_of(training.augment))
+    settled: dict[str, Any] = {
+        "replicas": m,
+        "output": output,
+        "epochs": epochs,
+        "init_from": init_from,
+        "augment": augment,
+    }
+    return replace(config, training=replace(training, data=data, **settled, **network))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.spectrum import BLOCKS, Density, Eigenpairs, Matrix, density, leading
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import write_image
 from qnewton_mpi.files.whole import writing
-from qnewton_mpi.models.convnet import ACTIVATIONS, Convnet
+from qnewton_mpi.models.choice import build
+from qnewton_mpi.models.description import Description
+from qnewton_mpi.models.layers import ACTIVATIONS
+from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.plotting import pyplot, save
@@ -23,20 +28,21 @@ from qnewton_mpi.training.saved import read
 from qnewton_mpi.training.whose import DIGEST
 
 CHUNK = 1024  # samples of a gradient: a chunk in double precision stays small beside the data set
-STEP = 1e-30  # h of the complex step, for a direction of length 1: its square vanishes beside anything
 PROBES, LANCZOS_STEPS = 8, 60  # of the density
 
-Gradient = Callable[[NDArray[np.complex128]], NDArray[np.complex128]]
+Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """Parameters, and what they were trained on.
+    """Weights, and what they were trained on.
 
     Attributes
     ----------
-    parameters : (N,) float64
-    data, activation : str
+    weights : (N + K,) float64
+    data : str
+    network : mapping
+        As of a `Description`; the images' shape and classes are those of the data.
     validation : float or None
     image_size : str or None
         As of `train`: what was held out, and pictures resized to.
@@ -44,9 +50,9 @@ class Iterate:
         Of the data; None is not compared.
     """
 
-    parameters: Matrix
+    weights: Matrix
     data: str
-    activation: str
+    network: Mapping[str, Any]
     validation: float | None = None
     image_size: str | None = None
     digest: str | None = None
@@ -71,56 +77,50 @@ class Spectrum:
 
 
 class HessianProduct:
-    """H Q by complex steps of the gradient: H q = Im ∇f(w + i h q)/h, f the loss of all samples.
-
-    Exact to rounding, without the cancellation of a difference (Squire and Trapp 1998, SIAM Review 40, 110), and
-    without its trouble with max pooling and ReLU: a difference steps over their kinks, where the gradient jumps. The
-    ranks share the samples; each adds up its own, and an Allreduce the ranks'. Collective.
+    """H Q, H the Hessian of the loss of all samples: the ranks share them, and an Allreduce adds up. Collective.
 
     Parameters
     ----------
-    gradient : callable
-        This rank's part of ∇f at complex parameters (N,), analytic: the parts of all ranks add up to it. Local.
-    parameters : (N,) float64
+    times : callable
+        This rank's part of H q (N,), for q (N,): the parts of all ranks add up to it. Local.
+    size : int
+        N.
     communicator : Communicator
     tell : callable, optional
         Called after each direction, as for a progress bar.
 
     Examples
     --------
-    Of ¼ Σ w⁴, H = diag(3 w²):
-
     >>> import numpy as np
-    >>> product = HessianProduct(lambda w: w**3, np.array([1.0, 2.0]), Communicator())
+    >>> product = HessianProduct(lambda q: np.array([3.0, 12.0]) * q, 2, Communicator())
     >>> product(np.array([[1.0, 1.0]])).tolist()
     [[3.0, 12.0]]
     """
 
     def __init__(
         self,
-        gradient: Gradient,
-        parameters: Matrix,
+        times: Callable[[Vector], Vector],
+        size: int,
         communicator: Communicator,
         tell: Callable[[], object] = lambda: None,
     ) -> None:
-        self.gradient, self.parameters, self.communicator, self.tell = gradient, parameters, communicator, tell
+        self.times, self.size, self.communicator, self.tell = times, size, communicator, tell
 
     def __call__(self, directions: Matrix) -> Matrix:
         """Return H Q for the rows of Q (k, N), the same on all ranks bit for bit."""
         part = np.empty_like(directions)
         for k, q in enumerate(directions):
-            part[k] = self.gradient(self.parameters + 1j * STEP * q).imag / STEP
+            part[k] = self.communicator.together(lambda q=q: self.times(q))  # type: ignore[misc]
             self.tell()
         total = self.communicator.allreduce(part)
-        with self.communicator.waiting():
-            self.communicator.mpi.Bcast(total)  # an Allreduce need not round alike everywhere
+        self.communicator.broadcast(total)  # an Allreduce need not round alike everywhere
         return total
 
     def block(self, span: slice) -> Callable[[Matrix], Matrix]:
         """Return the product with the diagonal block of some coordinates, (k, length of the span)."""
 
         def product(directions: Matrix) -> Matrix:
-            whole = np.zeros((len(directions), len(self.parameters)))
+            whole = np.zeros((len(directions), self.size))
             whole[:, span] = directions
             return self(whole)[:, span]
 
@@ -137,11 +137,19 @@ def iterate_of(path: Path) -> Iterate:
     """
     saved = read(path)
     options = {name: saved.options.get(name) for name in ("validation", "image_size")}
-    data, activation = (str(saved.options.get(name)) for name in ("data", "activation"))
-    iterate = Iterate(saved.flat.astype(np.float64), data, activation, **options, digest=saved.options.get(DIGEST))
-    if iterate.activation not in ACTIVATIONS:
-        raise UserError(f"{path}: is of an activation that this version does not know")
-    return iterate
+    try:
+        network = Description.read(saved.network).network if saved.network else earlier(saved.options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is of a network that this version does not know") from error
+    weights = saved.flat.astype(np.float64)
+    return Iterate(weights, str(saved.options.get("data")), network, **options, digest=saved.options.get(DIGEST))
+
+
+def earlier(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the network of a file that does not describe it: a convnet; ValueError for an unknown activation."""
+    if options.get("activation") not in ACTIVATIONS:
+        raise ValueError("unknown activation")
+    return {"kind": "convnet", "activation": options["activation"]}
 
 
 def spectrum_of(
@@ -182,8 +190,10 @@ def spectrum_of(
     Examples
     --------
     >>> from qnewton_mpi.data.datasets import EMBEDDED
-    >>> start = Convnet((1, 28, 28), "tanh").initial_parameters(seed=0).astype(float)
-    >>> spectrum = spectrum_of(Iterate(start, EMBEDDED, "tanh"), Communicator(), count=2, samples=8)
+    >>> from qnewton_mpi.models.convnet import Convnet
+    >>> network = Convnet((1, 28, 28), "tanh")
+    >>> start = Iterate(network.initial_parameters(seed=0).astype(float), EMBEDDED, network.description)
+    >>> spectrum = spectrum_of(start, Communicator(), count=2, samples=8)
     >>> spectrum.pairs.vectors.shape
     (2, 15924)
     """
@@ -197,25 +207,24 @@ def spectrum_of(
     )
     if iterate.digest not in (None, dataset.digest):
         raise UserError(f"{dataset.name} is not what the run was trained on: its images or labels have changed")
-    classes = len(dataset.classes)
-    network = Convnet(dataset.input_shape, iterate.activation, dtype=np.complex128, classes=classes)
-    if len(iterate.parameters) != network.size:
-        found = f"{len(iterate.parameters):,} parameters"
-        raise UserError(f"{found} are not those of the network for {dataset.name}, which has {network.size:,}")
+    network = communicator.together(lambda: network_of(iterate, dataset))
+    if len(iterate.weights) != (count_here := network.size + len(network.statistics)):
+        found = f"{len(iterate.weights):,} parameters"
+        raise UserError(f"{found} are not those of the network for {dataset.name}, which has {count_here:,}")
     total = min(samples or len(dataset.train), len(dataset.train))
     mine = partition.share(total, communicator.size, communicator.rank)
 
-    def gradient(parameters: NDArray[np.complex128]) -> NDArray[np.complex128]:
-        found = np.zeros(network.size, np.complex128)
+    def times(direction: Vector) -> Vector:
+        found = np.zeros(network.size)
         for start in range(mine.start, mine.stop, CHUNK):
             chunk = slice(start, min(start + CHUNK, mine.stop))
-            _, part = network.loss_and_gradient(parameters, *dataset.train.batch(chunk))
+            part = network.hessian_times(iterate.weights, direction, *dataset.train.batch(chunk))
             found += (chunk.stop - chunk.start) / total * part
         return found
 
     spans = layer_spans(network) if by_layer else {}
     most = count * BLOCKS * (1 + len(spans)) + PROBES * LANCZOS_STEPS * with_density
-    product = HessianProduct(gradient, iterate.parameters, communicator, lambda: tell(most))
+    product = HessianProduct(times, network.size, communicator, lambda: tell(most))
     random = np.random.default_rng(0)
     pairs = leading(product, random.standard_normal((count, network.size)), count)
     layers = {}
@@ -227,14 +236,28 @@ def spectrum_of(
     return Spectrum(pairs, layers, points)
 
 
-def layer_spans(network: Convnet) -> dict[str, slice]:
+def network_of(iterate: Iterate, dataset: datasets.Dataset) -> Network:
+    """Return the network of an iterate, in double precision, for the images of a data set. Local.
+
+    Raises
+    ------
+    UserError
+        For one that this version does not know, or that cannot be made here.
+    """
+    about = {**iterate.network, "input_shape": dataset.input_shape, "classes": len(dataset.classes)}
+    try:
+        return build(about, dtype=build(about).hessian_dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError("the run is of a network that this version does not know") from error
+
+
+def layer_spans(network: Network) -> dict[str, slice]:
     """Return where the layers, weights and biases, are among the parameters, by name. Local."""
-    sizes = [int(np.prod(shape)) for shape in network.parameter_shapes]
-    spans, start = {}, 0
-    for k in range(0, len(sizes), 2):
-        stop = start + sizes[k] + sizes[k + 1]
-        spans[f"layer {k // 2 + 1}, {'×'.join(map(str, network.parameter_shapes[k]))}"] = slice(start, stop)
-        start = stop
+    shapes, spans = iter(network.parameter_shapes), {}
+    for k, layer in enumerate(layer_shapes(network.parameter_shapes), 1):
+        spans[f"layer {k}, {'×'.join(map(str, next(shapes)))}"] = slice(layer.start, layer.stop)
+        if layer.bias:
+            next(shapes)
     return spans
 
 

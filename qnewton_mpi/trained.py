@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import MissingPackageError, UserError, printable
+from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.models.description import Description
-from qnewton_mpi.origin import pip_install
 from qnewton_mpi.training.runfile import Parameters
-from qnewton_mpi.training.saved import Saved, read
+from qnewton_mpi.training.saved import Saved, read, weights_for
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,7 @@ class Model:
     description : Description
         The network, mean and deviation of the pixels, and `classes`, their names.
     parameters : dict of arrays
-        By name and in shape: "conv1.weight", "conv1.bias", …
+        By name and in shape: "conv1.weight", "conv1.bias", …; of a network of one's own its running statistics, too.
     options : mapping
         The options of the run.
     history : dict of (rows,) float64
@@ -62,11 +61,7 @@ class Model:
             self._network = self.description.build()
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: is of a network that this version does not know") from error
-        self._flat: NDArray[Any] = np.asarray(saved.flat, self._network.dtype)
-        if len(self._flat) != self._network.size:
-            raise UserError(
-                f"{where}: has {len(self._flat):,} parameters, and its network takes {self._network.size:,}"
-            )
+        self._flat = weights_for(self._network, saved)
         self.parameters: Parameters = self._network.named(self._flat)
 
     def __reduce__(self) -> tuple[type[Model], tuple[Saved]]:
@@ -74,7 +69,7 @@ class Model:
 
     def __repr__(self) -> str:
         channels, height, width = self._network.input_shape
-        kind = self.description.network["kind"]
+        kind = self.description.network.get("factory", self.description.network["kind"])
         return f"<{kind} of {channels}×{height}×{width} images, {len(self.classes)} classes, from {self.path}>"
 
     @property
@@ -105,18 +100,18 @@ class Model:
     def torch(self) -> torch.nn.Sequential:
         """Return a PyTorch module of the same, from images (n, C, H, W) to log-probabilities, to be trained further.
 
-        Its first layer normalises; mean and deviation are buffers. Parameters have their names, in float32.
+        Its first layer normalises; mean and deviation are buffers. Parameters have their names, in float32; those of a
+        network of one's own with "network." before them, which is in the mode of evaluation.
 
         Raises
         ------
         MissingPackageError
             Without PyTorch.
         """
-        try:
-            from qnewton_mpi.models.reference import trained_convnet
-        except ModuleNotFoundError as error:
-            raise MissingPackageError(f"a model as a module needs PyTorch: {pip_install('torch')}") from error
-        return trained_convnet(self._network, self._flat, *self._constants())
+        layers = self._network.torch_layers(self._flat)
+        from qnewton_mpi.models.reference import with_ends
+
+        return with_ends(layers, *self._constants())
 
     def _constants(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return mean and deviation, (C, 1, 1)."""
@@ -160,9 +155,10 @@ def load(path: str | os.PathLike[str], which: str = "last") -> Model:
     ----------
     path : str or path
         The run's file, or its folder of checkpoints, of which the newest sound one counts.
-    which : {"last", "ema", "tail"}
-        The last parameters; their exponential mean (`--ema`); the mean over the last quarter of the run. A run's file
-        has the means once it is finished, a checkpoint the exponential one.
+    which : {"last", "ema", "tail", "best"}
+        The last parameters; their exponential mean (`--ema`); the mean over the last quarter of the run; those with the
+        lowest validation NLL, where there is a validation part. A run's file has the means once it is finished, a
+        checkpoint the exponential one.
 
     Raises
     ------

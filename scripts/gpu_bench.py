@@ -27,10 +27,10 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS  # noqa: E402
 from qnewton_mpi.data import datasets  # noqa: E402
 from qnewton_mpi.data.order import BatchOrder  # noqa: E402
 from qnewton_mpi.models.convnet import Convnet  # noqa: E402
-from qnewton_mpi.models.reference import torch_convnet  # noqa: E402
+from qnewton_mpi.models.reference import torch_layers  # noqa: E402
 from qnewton_mpi.parallel.communicator import Communicator  # noqa: E402
 from qnewton_mpi.parallel.device import open_device  # noqa: E402
-from qnewton_mpi.training.loop import ReplicaLoss  # noqa: E402
+from qnewton_mpi.training.replicas import ReplicaLoss  # noqa: E402
 
 REPLICAS, RANK, SIDE, PRODUCT = 8, 32, 2048, 4096
 ROUNDS = 7
@@ -122,7 +122,7 @@ def torch_steps(dataset: datasets.Dataset, on_gpu: bool) -> dict[str, Callable[[
     tensors = [torch.as_tensor(array, device=place) for array in dataset.train.batch(slice(0, BATCH))]
     steps: dict[str, Callable[[], object]] = {}
     for name in ("SGD", "Adam"):
-        module = torch_convnet(host, host.initial_parameters(0)).to(place)
+        module = torch_layers(host, host.initial_parameters(0)).to(place)
         optimizer = getattr(torch.optim, name)(module.parameters(), lr=1e-3)
 
         def step(module: Any = module, optimizer: Any = optimizer) -> float:

@@ -18,7 +18,7 @@ from qnewton_mpi.core.create import create  # noqa: E402
 from qnewton_mpi.data import datasets  # noqa: E402
 from qnewton_mpi.data.order import BatchOrder  # noqa: E402
 from qnewton_mpi.models.convnet import Convnet  # noqa: E402
-from qnewton_mpi.training.loop import ReplicaLoss  # noqa: E402
+from qnewton_mpi.training.replicas import ReplicaLoss  # noqa: E402
 
 REPLICAS, BATCH, BEFORE, AFTER, BLOCK = 8, 256, 1600, 400, 50
 

@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 from qnewton_mpi.data import datasets  # noqa: E402
 from qnewton_mpi.data.order import BatchOrder  # noqa: E402
 from qnewton_mpi.models.convnet import Convnet  # noqa: E402
-from qnewton_mpi.training.loop import ReplicaLoss  # noqa: E402
+from qnewton_mpi.training.replicas import ReplicaLoss  # noqa: E402
 
 REPLICAS, BATCH, STEPS = 8, 256, 100
 

@@ -18,7 +18,7 @@ from scipy.sparse.linalg import eigsh  # noqa: E402
 
 from qnewton_mpi.data import datasets  # noqa: E402
 from qnewton_mpi.models.convnet import Convnet  # noqa: E402
-from qnewton_mpi.models.reference import torch_convnet  # noqa: E402
+from qnewton_mpi.models.reference import torch_layers  # noqa: E402
 from qnewton_mpi.parallel.communicator import Communicator  # noqa: E402
 from qnewton_mpi.spectrum import iterate_of, spectrum_of  # noqa: E402
 
@@ -34,8 +34,8 @@ def main(path, samples):
     ours = time.perf_counter() - started
 
     dataset = datasets.load(iterate.data, None, dtype=np.float64)
-    network = Convnet(dataset.input_shape, iterate.activation, dtype=np.float64)
-    model = torch_convnet(network, iterate.parameters)
+    network = Convnet(dataset.input_shape, iterate.network["activation"], dtype=np.float64)
+    model = torch_layers(network, iterate.weights)
     images, labels = dataset.train.batch(slice(0, samples))
     data = [(torch.tensor(images), torch.tensor(labels).long())]
     hessian = HessianLinearOperator(model, torch.nn.CrossEntropyLoss(), list(model.parameters()), data)

@@ -20,7 +20,7 @@ from extended_study import run
 from qnewton_mpi.core.optimizers import Optimizer, Settings
 from qnewton_mpi.core.optimizers.base import Array, Figures, LossAndGradient
 from qnewton_mpi.core.settings import POSITIVE, one_of, setting
-from qnewton_mpi.models.reference import torch_convnet
+from qnewton_mpi.models.reference import torch_layers
 
 Module = torch.nn.Module
 
@@ -104,7 +104,7 @@ class Peer(Optimizer[PeerSettings]):
         """Return d = (w − w')/α of the peer's step from w to w'."""
         name = self.settings.optimizer
         if self.steps == 1:
-            self.module = torch_convnet(loss_and_gradient.network, self.parameters)  # type: ignore[attr-defined]
+            self.module = torch_layers(loss_and_gradient.network, self.parameters)  # type: ignore[attr-defined]
             self.peer = PEERS[name](self.module, self.rate)
         evaluated: list[tuple[float, Any]] = []
 

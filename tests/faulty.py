@@ -29,7 +29,8 @@ from mpi4py import MPI  # noqa: E402
 from qnewton_mpi import cli  # noqa: E402
 from qnewton_mpi.parallel.communicator import COMMUNICATION, Communicator  # noqa: E402
 from qnewton_mpi.training import loop  # noqa: E402
-from qnewton_mpi.training.loop import ReplicaLoss, Run  # noqa: E402
+from qnewton_mpi.training.loop import Run  # noqa: E402
+from qnewton_mpi.training.replicas import ReplicaLoss  # noqa: E402
 
 gradients, check, enter = ReplicaLoss.at_once, Run.check_replicas, Communicator.enter
 made = {}  # the run's watchdog and interruption

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qnewton_mpi.models.convnet import ACTIVATIONS, BLOCK, DENSE_WIDTHS, Convnet
-from qnewton_mpi.models.layers import Activation, ConvPool, ConvPoolShape
+from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
+from qnewton_mpi.models.layered import BLOCK
+from qnewton_mpi.models.layers import ACTIVATIONS, Activation, ConvPool, ConvPoolShape
+from qnewton_mpi.training.evaluation import judged
 
 SHAPES = [*DENSE_WIDTHS, (2, 19, 24)]
 
@@ -26,12 +28,12 @@ def parameters(network):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_is_pytorchs(shape, activation, count):
     torch = pytest.importorskip("torch")
-    from qnewton_mpi.models.reference import torch_convnet
+    from qnewton_mpi.models.reference import torch_layers
 
     network = Convnet(shape, activation, dtype=np.float64)
     w, (images, labels) = parameters(network), batch(shape, count)
     loss, gradient = network.loss_and_gradient(w, images, labels)
-    peer = torch_convnet(network, w)
+    peer = torch_layers(network, w)
     expected = torch.nn.functional.cross_entropy(peer(torch.tensor(images)), torch.tensor(labels))
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-12)
@@ -88,9 +90,9 @@ def test_about_16000_parameters():
 def test_evaluate_agrees_with_the_loss():
     network = Convnet((1, 28, 28), "relu")
     w, (images, labels) = parameters(network), batch((1, 28, 28), 2 * BLOCK + 3, np.float32)
-    total, correct = network.evaluate(w, images, labels)
+    total, correct = judged(network, w, images, labels)
     assert total / len(labels) == pytest.approx(network.loss_and_gradient(w, images, labels)[0], rel=1e-5)
-    single = [network.evaluate(w, images[i : i + 1], labels[i : i + 1])[1] for i in range(len(labels))]
+    single = [judged(network, w, images[i : i + 1], labels[i : i + 1])[1] for i in range(len(labels))]
     assert correct == sum(single)
 
 

@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 from problems import CUPY, VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi import load, train
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.kernels import combination, inner
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
-from qnewton_mpi.models.convnet import ACTIVATIONS, DENSE_WIDTHS, Convnet
+from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
+from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.device import to_host
-from qnewton_mpi.training.loop import ReplicaLoss
+from qnewton_mpi.predictions import predict
+from qnewton_mpi.training.replicas import ReplicaLoss
 from qnewton_mpi.training.runfile import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CUPY is None, reason="no GPU, or no CuPy")]
@@ -138,3 +141,24 @@ def test_the_pytorch_adapter(method):
             optimizer.step(closure)
         points.append(torch.cat([p.detach().reshape(-1).cpu() for p in model.parameters()]).numpy())
     np.testing.assert_allclose(*points, rtol=1e-8)
+
+
+NETWORKS = [{"model": "mlp", "hidden": "12,8"}, {"model": "resnet", "blocks": "1,1"}, {"model": "own_networks:Net"}]
+
+
+@pytest.mark.parametrize("options", NETWORKS)
+def test_networks_beside_the_convnet(tmp_path, options):
+    """Trained and gone on with on the GPU bit for bit; the first step is the CPU's, but for what is drawn at random."""
+    pytest.importorskip("torch")
+    common = {"replicas": 4, "batch": 64, "evaluate_every": 100, "progress": "off", "augment": "crop,flip", **options}
+    common |= {"label_smoothing": 0.1, "validation": 0.1, "device": "cuda"}
+    train(**common, steps=6, output=tmp_path / "whole.h5")
+    for steps in (3, 6):
+        saved = {"output": tmp_path / "run.h5", "checkpoint": tmp_path / "saved", "resume": True}
+        train(**common, **saved, steps=steps)
+    whole, run = (Run(tmp_path / name, "best_") for name in ("whole.h5", "run.h5"))
+    np.testing.assert_array_equal(run.steps["loss"], whole.steps["loss"])
+    assert predict(load(tmp_path / "run.h5")).nll == pytest.approx(run.last("test_nll"), rel=1e-3)
+    if "own" not in options["model"]:
+        train(**common | {"device": "cpu"}, steps=1, output=tmp_path / "cpu.h5")
+        assert Run(tmp_path / "cpu.h5").steps["loss"][0] == pytest.approx(run.steps["loss"][0], rel=1e-3)

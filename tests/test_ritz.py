@@ -70,12 +70,12 @@ def test_values_of_the_convnet_are_those_of_its_exact_hessian():
     The maximum of a pool makes the gradient jump where another pixel takes over, so the probes must be short.
     """
     torch = pytest.importorskip("torch")
-    from qnewton_mpi.models.reference import torch_convnet
+    from qnewton_mpi.models.reference import torch_layers
 
     data = datasets.load(datasets.EMBEDDED, None, dtype=np.float64)
     network = Convnet(data.input_shape, "tanh", dtype=np.float64)
     w, (images, labels) = network.initial_parameters(0), data.train.batch(slice(0, 64))
-    peer = torch_convnet(network, w)
+    peer = torch_layers(network, w)
     loss = torch.nn.functional.cross_entropy(peer(torch.tensor(images)), torch.tensor(labels).long())
     gradients = torch.autograd.grad(loss, list(peer.parameters()), create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradients])

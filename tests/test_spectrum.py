@@ -9,8 +9,9 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from qnewton_mpi.cli.spectrum import Products
 from qnewton_mpi.core.spectrum import density, leading
 from qnewton_mpi.data import datasets
-from qnewton_mpi.models.convnet import ACTIVATIONS, Convnet
-from qnewton_mpi.models.reference import torch_convnet
+from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.models.layers import ACTIVATIONS
+from qnewton_mpi.models.reference import torch_layers
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.spectrum import Iterate, layer_spans, spectrum_of
 
@@ -70,8 +71,8 @@ def test_density_has_the_moments_of_the_spectrum():
 def test_convnets_pairs_are_those_of_pytorchs_hessian(activation):
     network = Convnet((1, 28, 28), activation, dtype=np.float64)
     w = network.initial_parameters(0)
-    found = spectrum_of(Iterate(w, datasets.EMBEDDED, activation), Communicator(), 3, SAMPLES, by_layer=True)
-    model = torch_convnet(network, w)
+    found = spectrum_of(Iterate(w, datasets.EMBEDDED, network.description), Communicator(), 3, SAMPLES, by_layer=True)
+    model = torch_layers(network, w)
     images, labels = datasets.load(datasets.EMBEDDED, None, dtype=np.float64).train.batch(slice(0, SAMPLES))
     data = torch.tensor(images), torch.tensor(labels).long()
     parameters = list(model.parameters())
@@ -154,8 +155,8 @@ def test_products_are_counted_and_the_time_left_told(capsys, monkeypatch):
 
 def test_no_more_products_than_were_told():
     counted = []
-    w = np.zeros(Convnet((1, 28, 28), "tanh").size)
-    iterate = Iterate(w, datasets.EMBEDDED, "tanh")
+    network = Convnet((1, 28, 28), "tanh")
+    iterate = Iterate(np.zeros(network.size), datasets.EMBEDDED, network.description)
     found = spectrum_of(iterate, Communicator(), 1, 2, by_layer=True, tell=counted.append)
     assert len(set(counted)) == 1
     assert found.pairs.products + sum(pairs.products for pairs in found.layers.values()) == len(counted) <= counted[0]

@@ -84,8 +84,8 @@ def test_a_checkpoint_is_the_same_model(folder):
     assert load(folder / "saved").description == load(folder / "run.h5").description
     with pytest.raises(UserError, match="mean of the last quarter is in the run's file"):
         load(folder / "saved", "tail")
-    with pytest.raises(UserError, match="which = 'best': must be one of last, ema, tail"):
-        load(folder / "run.h5", "best")
+    with pytest.raises(UserError, match="which = 'first': must be one of last, ema, tail, best"):
+        load(folder / "run.h5", "first")
 
 
 def test_parameters_are_in_the_file_by_name_and_shape(folder):
@@ -303,7 +303,8 @@ def test_what_cannot_be_evaluated(folder, tmp_path, capsys):
         ((other,), "are not the data that the run had"),
         ((folder / "run.h5", "--part", "none"), "has no none part: there are train, test"),
         ((folder / "missing.h5",), "missing.h5: no such file"),
-        ((folder / "run.h5", "--which", "best"), "must be one of last, ema, tail"),
+        ((folder / "run.h5", "--which", "first"), "must be one of last, ema, tail, best"),
+        ((folder / "run.h5", "--which", "best"), "has no best parameters: no part was held out (--validation)"),
     ):
         code, said = said_by(capsys, "evaluate", *arguments)
         assert (code, said.count("\n")) == (2, 1)

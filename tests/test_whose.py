@@ -189,11 +189,11 @@ def test_rows_after_the_checkpoint_are_done_again(go, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"steps": 4}, "c is at step 6 already, of 4: ask for more"),
         (
-            {"steps": 10},
-            r"steps was 6 and is 10, the schedule and the mean of the last quarter depend on .* begin another",
+            {"steps": 10, "schedule": "cosine"},
+            "schedule was constant and is cosine, steps was 6 and is 10, .* begin another",
         ),
-        ({"steps": None, "epochs": 1}, "epochs was None and is 1, steps was 6 and is None, .* begin another"),
         ({"seed": 1, "batch": 64}, "batch was 32 and is 64, seed was 0 and is 1$"),
         ({"replicas": 4}, "replicas was 2 and is 4$"),
     ],

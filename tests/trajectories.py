@@ -15,7 +15,7 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
-from qnewton_mpi.training.loop import ReplicaLoss
+from qnewton_mpi.training.replicas import ReplicaLoss
 
 REPLICAS, BATCH, STEPS = 8, 32, 4
 

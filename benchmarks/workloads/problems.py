@@ -22,7 +22,7 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.whole import read_whole
 from qnewton_mpi.models.convnet import Convnet
-from qnewton_mpi.models.reference import torch_convnet
+from qnewton_mpi.models.reference import torch_layers
 
 Batch = tuple[Tensor, ...]
 REPLICAS = 8
@@ -151,7 +151,7 @@ class ConvnetImages(Images):
     def network(self) -> nn.Module:
         """Return the network with the package's own initial parameters, of PyTorch's seed."""
         network = Convnet(self.images.input_shape, "tanh")
-        return torch_convnet(network, network.initial_parameters(torch.initial_seed()))
+        return torch_layers(network, network.initial_parameters(torch.initial_seed()))
 
 
 class ResNet(Images):

@@ -15,7 +15,8 @@ from qnewton_mpi.core.settings import FRACTION, base_type, describe
 RUN = "run"
 PURPOSES: dict[str, tuple[str, ...]] = {
     RUN: (),
-    "data": ("data", "data_dir", "validation", "image_size"),
+    "data": ("data", "data_dir", "validation", "image_size", "augment", "label_smoothing"),
+    "network": ("model", "activation", "hidden", "blocks", "width", "init_from", "init_which"),
     "ranks and devices": ("device", "exchange", "transport", "check_replicas", "stall_timeout"),
     "checkpoints and limits": (
         *("checkpoint", "checkpoint_every", "resume", "time_limit", "stop_signals", "on_nonfinite"),
@@ -31,6 +32,13 @@ UNITS = {
     "output": "FILE.h5",
     "data": "NAME|PATH",
     "image_size": "HEIGHTxWIDTH",
+    "augment": "KIND,KIND",
+    "model": "NAME|MODULE:FACTORY",
+    "hidden": "WIDTH,WIDTH,…",
+    "blocks": "NUMBER,NUMBER,…",
+    "width": "CHANNELS",
+    "init_from": "FILE|FOLDER",
+    "patience": "EVALUATIONS",
     "replicas": "M",
     "batch": "SAMPLES",
     "epochs": "EPOCHS",

@@ -34,8 +34,9 @@ def add_sources(parser: Parser) -> None:
     parser.add_argument(
         "--which",
         default="last",
-        choices=("last", "ema", "tail"),
-        help="the last iterate, their exponential mean, or the mean of the last quarter (default %(default)s)",
+        choices=("last", "ema", "tail", "best"),
+        help="the last iterate, their exponential mean, the mean of the last quarter, or that of the lowest validation "
+        "NLL (default %(default)s)",
     )
 
 

@@ -19,7 +19,7 @@ EXAMPLES = (
 def add(commands: Commands) -> None:
     """Add the command's parser."""
     usage = "qnewton-mpi train [CONFIG.toml] [OPTIONS]"
-    says = "train the convnet; run it under mpiexec or srun"
+    says = "train a network on images; run it under mpiexec or srun"
     parser = add_command(commands, "train", says, EXAMPLES, usage)
     parser.add_argument(
         "toml", nargs="?", metavar="CONFIG.toml", help="options as a flat table; those of the command line win"

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace
 
 from qnewton_mpi.data.arrays import read_arrays
 from qnewton_mpi.data.parts import (
@@ -57,9 +58,22 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Any) -> tuple[Array, Array]:
-        """Return normalised images (b, C, H, W) and labels (b,) of an index array or a slice."""
-        return self.images[indices] * self.scale + self.shift, self.labels[indices]
+    def batch(self, indices: Any, pixels: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+        """Return normalised images (…, C, H, W) and labels (…,).
+
+        Parameters
+        ----------
+        indices : (…,) integers, or a slice
+        pixels : ((…, H), (…, W)) integers, optional
+            Which rows and columns of each image, instead of all.
+        """
+        if pixels is None:
+            images = self.images[indices]
+        else:
+            channels = array_namespace(self.images).arange(self.images.shape[1])[:, None, None]
+            rows, columns = pixels[0][..., None, :, None], pixels[1][..., None, None, :]
+            images = self.images[indices[..., None, None, None], channels, rows, columns]
+        return images * self.scale + self.shift, self.labels[indices]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which samples each replica sees at each step: a function of the seed and the step alone."""
+"""Which samples and random numbers each replica sees at each step: a function of the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -38,3 +38,7 @@ class BatchOrder:
             self._epoch = epoch
         start = position * self.batch + replica * self.share
         return self._permutation[start : start + self.share]
+
+    def drawn(self, step: int, replica: int) -> int:
+        """Return a seed, from 0 to 2⁶³ − 1, of what a replica's loss draws at random at a step (from 0)."""
+        return int(np.random.SeedSequence([self.seed, 2, step, replica]).generate_state(1, np.uint64)[0] >> 1)

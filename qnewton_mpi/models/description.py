@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from qnewton_mpi.data.datasets import Dataset
-from qnewton_mpi.models.convnet import Convnet
-
-NETWORKS = {"convnet": Convnet}
+from qnewton_mpi.models.choice import build
+from qnewton_mpi.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Description:
     Attributes
     ----------
     network : dict
-        Its `kind`, of `NETWORKS`, and the arguments that make it.
+        Its `kind`, of `choice.NETWORKS`, and the arguments that make it.
     mean, deviation : tuple of float
         Of the training images' pixels, for each channel: a pixel p enters the network as (p − mean)/deviation.
     pixels : str
@@ -38,7 +37,7 @@ class Description:
     classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, network: Convnet, dataset: Dataset) -> Description:
+    def of(cls, network: Network, dataset: Dataset) -> Description:
         """Describe a network that is trained on a data set. Local."""
         scale, shift = (
             np.asarray(constant.tolist(), float).ravel() for constant in (dataset.train.scale, dataset.train.shift)
@@ -58,13 +57,6 @@ class Description:
         """Return it as JSON."""
         return json.dumps(asdict(self))
 
-    def build(self, xp: ModuleType = np, dtype: Any = np.float32) -> Convnet:
-        """Return the network. Local.
-
-        Raises
-        ------
-        KeyError, TypeError, ValueError
-            For a kind or arguments that this version does not know.
-        """
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.network.items()}
-        return NETWORKS[arguments.pop("kind")](**arguments, xp=xp, dtype=dtype)
+    def build(self, xp: ModuleType = np, dtype: Any = np.float32) -> Network:
+        """Return the network, as `choice.build` does. Local."""
+        return build(self.network, xp, dtype)

@@ -16,12 +16,14 @@ from types import ModuleType
 
 from qnewton_mpi.parallel.device import Array
 
+ACTIVATIONS = ("tanh", "relu")
+
 
 class Activation:
     """Elementwise φ and its derivative, expressed through φ's value."""
 
     def __init__(self, xp: ModuleType, name: str) -> None:
-        self.xp = xp
+        self.xp, self.name = xp, name
         self.tanh = name == "tanh"
 
     def apply(self, z: Array) -> None:

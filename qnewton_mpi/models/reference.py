@@ -1,12 +1,13 @@
-"""The same network in PyTorch (extra `torch`): to test gradients against and to time beside, and trained ones."""
+"""Networks in PyTorch (extra `torch`): to test gradients against and to time beside, and trained ones."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import torch
 
-from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.models.layered import Layered
 from qnewton_mpi.models.layers import ConvPoolShape
 from qnewton_mpi.parallel.device import Array, to_host
 
@@ -32,8 +33,8 @@ class Normalisation(torch.nn.Module):
         return (images.to(self.mean.dtype) - self.mean) / self.deviation
 
 
-def torch_convnet(network: Convnet, parameters: Array) -> torch.nn.Sequential:
-    """Return a PyTorch module of a convnet's layers, dtype and parameters; their order and their names are ours."""
+def torch_layers(network: Layered, parameters: Array) -> torch.nn.Sequential:
+    """Return a PyTorch module of a network's layers, dtype and parameters; their order and their names are ours."""
     activation = torch.nn.Tanh if network.activation.tanh else torch.nn.ReLU
     layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
     for name, shape in zip(network.layer_names, network.shapes, strict=True):
@@ -52,8 +53,7 @@ def torch_convnet(network: Convnet, parameters: Array) -> torch.nn.Sequential:
     return module
 
 
-def trained_convnet(network: Convnet, parameters: Array, mean: Array, deviation: Array) -> torch.nn.Sequential:
-    """Return a module from images as files have them, (n, C, H, W), to log-probabilities (n, K)."""
-    layers = torch_convnet(network, parameters).named_children()
+def with_ends(layers: Mapping[str, torch.nn.Module], mean: Array, deviation: Array) -> torch.nn.Sequential:
+    """Return a module of layers by name, from images as files have them, (n, C, H, W), to log-probabilities (n, K)."""
     ends = Normalisation(mean, deviation), torch.nn.LogSoftmax(dim=1)
-    return torch.nn.Sequential(OrderedDict([("normalisation", ends[0]), *layers, ("log_softmax", ends[1])]))
+    return torch.nn.Sequential(OrderedDict([("normalisation", ends[0]), *layers.items(), ("log_softmax", ends[1])]))

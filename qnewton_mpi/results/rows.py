@@ -14,6 +14,7 @@ from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.data.datasets import short_name
 from qnewton_mpi.data.parts import TEST, VALIDATION
+from qnewton_mpi.models.choice import title as title_of
 from qnewton_mpi.training.runfile import FINISHED, Run, two_digits
 from qnewton_mpi.training.whose import DIGEST, FREE
 
@@ -99,9 +100,10 @@ def title(runs: Iterable[Run]) -> str:
         values = {a.get(name, default) for a in attributes}
         return values.pop() if len(values) == 1 else None
 
-    network, activation, data, batch = (common(name) for name in ("network", "activation", "data", "batch"))
+    networks, model = {title_of(a) for a in attributes}, common("model", "convnet")
+    data, batch = common("data"), common("batch")
     words = [
-        f"{network or 'convnet'} ({activation})" if activation else network or "convnet",
+        networks.pop() if len(networks) == 1 else model or "",
         short_name(data) if data else "",
         f"batch {batch:,}" if batch else "",
     ]

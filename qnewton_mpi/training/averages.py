@@ -13,6 +13,9 @@ TAIL = 0.25
 class Averages:
     """The mean of the last quarter of a run's iterates and an exponential mean of all. Local.
 
+    A run that is made longer keeps the second. The first begins anew: where the last quarter of the longer run would
+    have begun before, it is of what follows.
+
     Parameters
     ----------
     parameters : (N,)
@@ -25,17 +28,32 @@ class Averages:
     Attributes
     ----------
     exponential, tail : (N,)
-        `tail` is the first iterate until the last quarter of the run begins.
+        `tail` is none before step `first` + 1.
+    steps, first : int
+        Of the whole run; the last step before the mean of its last quarter.
     """
 
-    state: ClassVar = {"exponential": Kind.SHARED, "tail": Kind.SHARED}
+    state: ClassVar = dict.fromkeys(("exponential", "tail", "steps", "first"), Kind.SHARED)
 
     def __init__(self, parameters: Array, steps: int, decay: float) -> None:
         self.exponential, self.tail = 1 * parameters, 1 * parameters
-        self._first, self._decay = steps - max(1, round(TAIL * steps)), decay
+        self._decay = decay
+        self.steps = self.first = 0
+        self.lengthen(steps, 0)
+
+    def lengthen(self, steps: int, done: int) -> None:
+        """Have the whole run so many steps, of which some are done."""
+        if steps != self.steps:
+            self.steps, self.first = steps, max(done, steps - max(1, round(TAIL * steps)))
+
+    def iterates(self, step: int) -> dict[str, Array]:
+        """Return the means that there are after a step, by their names in a run's file."""
+        return {"ema_": self.exponential, **({"tail_": self.tail} if step > self.first else {})}
 
     def add(self, parameters: Array, step: int) -> None:
         """Take in the iterate after a step (from 1)."""
         self.exponential += (1 - self._decay) / (1 - self._decay**step) * (parameters - self.exponential)
-        if step > self._first:
-            self.tail += (parameters - self.tail) / (step - self._first)
+        if step == self.first + 1:
+            self.tail = 1 * parameters
+        elif step > self.first:
+            self.tail += (parameters - self.tail) / (step - self.first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from qnewton_mpi.config import RunConfig, configured
+from qnewton_mpi.models import choice
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 from qnewton_mpi.parallel.environment import THREAD_VARIABLES
 from qnewton_mpi.trained import Model, load
@@ -72,6 +74,9 @@ def train(
     settled, told = ranks.from_root(settle)  # whether there is a callback, as rank 0 has it
     if told is not None:
         told = replace(told, call=callback)
+    if choice.kind_of(settled.training.model) in choice.WITH_TORCH:
+        with contextlib.suppress(ImportError):  # which is told later
+            import torch  # noqa: F401  so that it is limited, too
     with threadpool_limits(None if any(name in os.environ for name in THREAD_VARIABLES) else 1):
         path = loop.train(settled, ranks, listener=told)
     return ranks.from_root(lambda: load(path))

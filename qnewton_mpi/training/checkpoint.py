@@ -56,9 +56,13 @@ MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5
 MOST_SUMS = 2**26  # bytes, of a million ranks' sums
 PARAMETERS, STEP = "optimizer/held", "position/step"
-# The entry of an iterate's parameters, by its name (`training.runfile.ITERATES`). The mean of the last quarter is none
+# The entries of an iterate's weights, by its name (`training.runfile.ITERATES`). The mean of the last quarter is none
 # before that quarter begins, which a checkpoint does not say.
-ITERATES = {"": (PARAMETERS, Kind.HELD), "ema_": ("averages/exponential", Kind.SHARED)}
+ITERATES = {
+    "": {PARAMETERS: Kind.HELD, "network/statistics": Kind.SHARED},
+    "ema_": {"averages/exponential": Kind.SHARED},
+    "best_": {"best/weights": Kind.SHARED},
+}
 UNREADABLE = (*HDF5_ERRORS, IndexError)
 SHORTAGES = {errno.EMFILE: "allow more open files (ulimit -n)", errno.ENFILE: "too many files are open on this machine"}
 
@@ -318,7 +322,7 @@ class Checkpoints:
 
     def _compare(self, source: Path, about: Mapping[str, Any]) -> None:
         """Raise `UserError` where a checkpoint is of a run with other options, or of another model."""
-        if told := differences(about["configuration"], self.configuration):
+        if told := differences(about["configuration"], self.configuration, going_on=True):
             raise UserError(f"--resume: {source} is of another run: {told}")
         if about["size"] != self.exchange.size:
             raise UserError(
@@ -468,11 +472,12 @@ class _Saved:
 
 
 def parameters_of(folder: Path, iterate: str = "") -> tuple[HostArray, dict[str, Any], list[str]]:
-    """Read the parameters of an iterate in the newest sound checkpoint of a folder. Local.
+    """Read the weights of an iterate in the newest sound checkpoint of a folder. Local.
 
     Returns
     -------
-    parameters : (N,) float32 or float64
+    weights : (N + K,) float32 or float64
+        Parameters, and the network's statistics, if it has any.
     about : dict
         What checkpoint.h5 says: the `configuration` of the run, its `network`.
     passed_over : list of str
@@ -485,14 +490,19 @@ def parameters_of(folder: Path, iterate: str = "") -> tuple[HostArray, dict[str,
     """
     if iterate not in ITERATES:
         raise UserError(f"{folder}: the mean of the last quarter is in the run's file, at its end, not in checkpoints")
-    path, kind = ITERATES[iterate]
 
     def read(source: Path, step: int) -> tuple[HostArray, dict[str, Any]]:
         with contextlib.ExitStack() as stack:
             saved = _Saved(source, step, stack)
-            parameters = saved.read({path: kind}, slice(0, saved.about["size"]))[path]
-            state.check_finite(path, parameters)
-            return parameters, saved.about
+            parts = saved.read(ITERATES[iterate], slice(0, saved.about["size"]))
+            if not parts:
+                raise UserError(f"{source}: has no parameters of that name: its run held out no validation part")
+            for path, part in parts.items():
+                state.check_finite(path, part)
+            dtype = parts[next(iter(ITERATES[iterate]))].dtype
+            return np.concatenate(
+                [parts[path].astype(dtype) for path in ITERATES[iterate] if path in parts]
+            ), saved.about
 
     step, found, passed_over = _newest_sound(
         folder, steps_in(folder), lambda source, step: _attempted(source, lambda: read(source, step))

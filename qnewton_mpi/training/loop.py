@@ -7,8 +7,8 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +20,31 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.optimizers.base import Piggyback
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
+from qnewton_mpi.data.augmentation import Augmentation, kinds_of
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.data.parts import TRAIN
 from qnewton_mpi.errors import DivergedError, InterruptedRunError, NonFiniteGradientError, UserError, printable
-from qnewton_mpi.models.convnet import Convnet
+from qnewton_mpi.models import choice
 from qnewton_mpi.models.description import Description
-from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array, open_device, to_host
+from qnewton_mpi.parallel.device import Array, open_device, to_device, to_host
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
 from qnewton_mpi.training.averages import Averages
+from qnewton_mpi.training.beginning import beginning
+from qnewton_mpi.training.best import Best
 from qnewton_mpi.training.checkpoint import Checkpoints, Position
+from qnewton_mpi.training.evaluation import evaluate
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.listeners import Listener, Listeners
 from qnewton_mpi.training.progress import Progress
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, QUALITIES, Parameters, RunFile
+from qnewton_mpi.training.replicas import ReplicaLoss
+from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
-EVALUATION_BATCH = 1024
 DIVERGED = 2.0  # times the first training NLL, and a run that ends there has diverged
 MOST_SKIPPED = 10  # steps with gradients that are not finite, before it is the run that is at fault
-
-
-@dataclass
-class ReplicaLoss:
-    """`loss, gradient = f(w, replica)` on the replica's share of the batch of the current step. Local.
-
-    Within a step it may be called again, at other parameters, and sees the same samples.
-    """
-
-    network: Convnet
-    split: datasets.Split
-    order: BatchOrder
-    step: int = 0
-
-    def __call__(self, parameters: Array, replica: int) -> tuple[float, Array]:
-        return self.network.loss_and_gradient(parameters, *self.split.batch(self.order.indices(self.step, replica)))
-
-    def at_once(self, parameters: Array, replicas: Sequence[int]) -> tuple[Array, Array]:
-        """Return the losses (R,) and gradients (R, N) of several replicas, at parameters (N,) or (R, N)."""
-        return self.network.losses_and_gradients(parameters, *self._batches(replicas))
-
-    def losses(self, parameters: Array, replicas: Sequence[int]) -> Array:
-        """Return the losses (R,) alone, at parameters (N,)."""
-        return self.network.losses(parameters, *self._batches(replicas))
-
-    def _batches(self, replicas: Sequence[int]) -> tuple[Array, Array]:
-        indices = np.stack([self.order.indices(self.step, replica) for replica in replicas])
-        return self.split.batch(self.network.xp.asarray(indices))
 
 
 def train(
@@ -133,7 +108,9 @@ class Run:
         interruption.check()
         communicator.enter("algebra")
         shape, classes = self.dataset.input_shape, len(self.dataset.classes)
-        self.network = network = Convnet(shape, training.activation, device.xp, classes=classes)
+        about = choice.described(asdict(training), shape, classes, training.seed)
+        smoothing = training.label_smoothing
+        self.network = network = communicator.together(lambda: choice.build(about, device.xp, smoothing=smoothing))
         samples = len(self.dataset.train)
         if training.batch > samples:
             raise UserError(
@@ -141,12 +118,13 @@ class Run:
             )
         self.order = BatchOrder(samples, training.batch, config.replicas, training.seed)
         self.steps = training.steps or (training.epochs or 0) * self.order.steps_per_epoch
-        self.loss = ReplicaLoss(network, self.dataset.train, self.order)
         self.listeners = Listeners(communicator, listener, self.steps, self.order.steps_per_epoch)
 
+        augmentation = Augmentation(kinds_of(training.augment), shape[1:], self.order) if training.augment else None
+        self.loss = ReplicaLoss(network, self.dataset.train, self.order, augmentation)
         self.optimizer = create(
             training.method,
-            network.initial_parameters(training.seed),
+            beginning(network, training, communicator),
             config.replicas,
             self.order.share,
             shapes=network.parameter_shapes,
@@ -158,10 +136,14 @@ class Run:
         )
         self.optimizer.piggyback = Piggyback(interruption.sent, interruption.received)
         self.exchange = self.optimizer.exchange
-        self.averages = Averages(self.optimizer.parameters, self.steps, training.ema)
+        self.averages = Averages(self.weights, self.steps, training.ema)
+        self.best = Best(self.weights) if self.dataset.validation is not None else None
+        if training.patience is not None and self.best is None:
+            raise UserError(f"--patience needs a part of {self.dataset.name} to judge by: --validation 0.1")
         drawn = communicator.from_root(lambda: secrets.token_bytes(8))
         self.position = Position(skipped=np.zeros(0, np.int64), run=np.frombuffer(drawn, np.uint8))
         machine = {"ranks": communicator.size, "parameters": network.size, "device_name": device.name}
+        machine |= {"statistics": len(network.statistics)} if len(network.statistics) else {}
         samples_of = {f"{name}_samples": len(split) for name, split in self.dataset.splits.items()}
         self.configuration = {**config.flat(), DIGEST: self.dataset.digest}
         self.description = Description.of(network, self.dataset).text()
@@ -174,15 +156,22 @@ class Run:
             **labels,
         }
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do: all steps are done, or patience is at its end."""
+        patience = self.training.patience
+        waited = self.best is not None and patience is not None and self.best.since >= patience
+        return waited or self.position.step >= self.steps
+
     def go(self) -> None:
         """Do all steps that are left, evaluate and save between them."""
         resumed = self.open_checkpoints()
         self.interruption.check()
         self.communicator.enter("output")
         rows = self.communicator.from_root(
-            lambda: rows_of(self.config, self.configuration, self.identifier, resumed, self.steps)
+            lambda: rows_of(self.config, self.configuration, self.identifier, resumed, self.steps, self.over)
         )
-        if rows is Rows.DONE and self.position.step == self.steps:
+        if rows is Rows.DONE and self.over:
             return
         if resumed is not None:
             LOG.info("goes on after step %d", resumed)
@@ -200,16 +189,16 @@ class Run:
                 self.save()
             every = self.training.evaluate_every or self.order.steps_per_epoch
             saves = self.training.checkpoint_every or self.order.steps_per_epoch
-            if self.position.step < self.steps:
+            if not self.over:
                 self.interruption.begin()
-            while self.position.step < self.steps:
+            while not self.over:
                 step = self.step()
                 if step % every == 0 or step == self.steps:
                     self.evaluate()
                 stop = self.interruption.agreed()
-                if stop or step % saves == 0 or step == self.steps:
+                if stop or step % saves == 0 or self.over:
                     saved = self.save()
-                    if stop and step < self.steps:
+                    if stop and not self.over:
                         how = "; go on with --resume" if saved else ", without a checkpoint (--checkpoint DIR)"
                         raise InterruptedRunError(f"stopped after step {step} of {self.steps}{how} ({stop})")
             self.communicator.enter("output")
@@ -220,7 +209,8 @@ class Run:
         if self.file is None:
             return
         nll = self.file.evaluations("train_nll")
-        if len(nll) and not nll[-1] <= DIVERGED * nll[0]:
+        chance = math.log(self.network.classes)  # below which a run may have begun that others' parameters were given
+        if len(nll) and not nll[-1] <= DIVERGED * max(nll[0], chance):
             raise DivergedError(
                 f"diverged: training NLL {nll[-1]:.4g} after step {self.position.step}, {nll[0]:.4g} at the start "
                 f"({printable(self.config.output)} has the curve): use a smaller --lr, or auto"
@@ -257,6 +247,12 @@ class Run:
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
             # The run that was not interrupted did without this collective.
             self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas = counted
+            if step > self.steps:
+                raise UserError(
+                    f"--resume: {self.checkpoints.folder} is at step {step} already, of {self.steps}: ask for more "
+                    "--steps or --epochs"
+                )
+            self.averages.lengthen(self.steps, step)
         self.communicator.enter("algebra")
         return step
 
@@ -266,8 +262,10 @@ class Run:
         return {
             "optimizer": self.optimizer,
             "exchange": self.exchange,
+            "network": self.network,
             "averages": self.averages,
             "position": self.position,
+            **({} if self.best is None else {"best": self.best}),
         }
 
     def open_file(self, resumed: int | None, rows: Rows) -> RunFile:
@@ -277,15 +275,26 @@ class Run:
         if self.checkpoints is not None:
             saved = NONE_SAVED if resumed is None else resumed
             attributes |= {SAVED: saved, SAVED_IN: printable(self.checkpoints.folder.resolve())}
+        best, told = self.best.among({}, {}, 0) if self.best is not None else ({}, {})
+        attributes |= told
+        iterates = self.named({"": self.weights, **best})
         kept = resumed if rows is Rows.KEPT else None
-        return RunFile(self.config.output, attributes, figures, self.named({"": self.optimizer.parameters}), kept)
+        return RunFile(self.config.output, attributes, figures, iterates, kept)
 
     def named(self, iterates: Mapping[str, Array]) -> dict[str, Parameters]:
-        """Return the parameters of iterates by name and in shape, in host memory. Local."""
+        """Return the weights of iterates by name and in shape, in host memory. Local."""
         return {
-            iterate: {name: to_host(array) for name, array in self.network.named(parameters).items()}
-            for iterate, parameters in iterates.items()
+            iterate: {name: to_host(array) for name, array in self.network.named(weights).items()}
+            for iterate, weights in iterates.items()
         }
+
+    @property
+    def weights(self) -> Array:
+        """The parameters, and after them the network's statistics, (N + K,). Valid until the next step. Local."""
+        parameters, statistics = self.optimizer.parameters, self.network.statistics
+        if not len(statistics):
+            return parameters
+        return self.network.xp.concatenate([parameters, to_device(statistics, parameters)])
 
     def open_progress(self) -> Progress:
         """Return what tells of the run, on one rank. Local."""
@@ -313,7 +322,8 @@ class Run:
             return self.pass_over(error)
         whole, gradient, communication = self.readings() - before
         position.seconds += whole
-        self.averages.add(optimizer.parameters, step)
+        self.share_statistics()
+        self.averages.add(self.weights, step)
         self.check_replicas()
         self.progress.step(figures["loss"])
         phases = (gradient, communication, whole - gradient - communication)
@@ -322,6 +332,13 @@ class Run:
             self.file.add_step(row)
         self.listeners.tell("step", step, row)
         return step
+
+    def share_statistics(self) -> None:
+        """Take the mean of the statistics that all replicas have left, if the network has any."""
+        network = self.network
+        if len(network.statistics):
+            assert network.seen is not None
+            network.statistics = self.communicator.allgather(network.seen, self.exchange.counts).mean(axis=0)
 
     def readings(self) -> NDArray[np.float64]:
         """Return the seconds in all, in gradients and in communication, up to now. Local."""
@@ -360,14 +377,12 @@ class Run:
         """Evaluate the iterate, at the end its averages too, and write and tell the figures."""
         position, optimizer, started = self.position, self.optimizer, time.perf_counter()
         self.communicator.enter("evaluation")
-        iterates = {"": optimizer.parameters}
-        if position.step == self.steps:
-            iterates |= {"ema_": self.averages.exponential, "tail_": self.averages.tail}
-        quality = {
-            iterate + name: value
-            for iterate, parameters in iterates.items()
-            for name, value in evaluate(self.network, parameters, self.dataset, self.communicator).items()
-        }
+        quality = self.judged("", self.weights)
+        if self.best is not None:
+            self.best.add(self.weights, quality["validation_nll"], position.step)
+        averages = self.averages.iterates(position.step) if self.over else {}
+        for iterate, weights in averages.items():
+            quality |= self.judged(iterate, weights)
         self.communicator.enter("algebra")
         position.evaluation_seconds += time.perf_counter() - started
         figures = {
@@ -383,10 +398,17 @@ class Run:
             "bytes_sent_by_replicas": self.exchange.bytes_sent_by_replicas,
         }
         if self.file is not None:
-            self.file.add_epoch(figures, self.named(iterates))
+            kept, told = self.best.among(averages, figures, position.step) if self.best is not None else ({}, {})
+            self.file.attributes |= told
+            self.file.add_epoch(figures, self.named({"": self.weights, **averages, **kept}))
         LOG.debug("step %d: train NLL %.6f, %d bytes sent", position.step, figures["train_nll"], figures["bytes_sent"])
         self.progress.evaluated(figures, [part for part in self.dataset.splits if part != TRAIN])
         self.listeners.tell("evaluation", position.step, figures)
+
+    def judged(self, iterate: str, weights: Array) -> dict[str, float]:
+        """Return the qualities of an iterate, by their names in the file."""
+        found = evaluate(self.network, weights, self.dataset, self.communicator)
+        return {iterate + name: value for name, value in found.items()}
 
     def save(self) -> bool:
         """Write a checkpoint, if there is a folder; return whether it was written.
@@ -417,25 +439,3 @@ class Run:
 def data_options(training: TrainSettings) -> dict[str, Any]:
     """Return the options of a run that say which data it has, as `datasets.load_on_all` takes them. Local."""
     return {name: getattr(training, name) for name in datasets.OPTIONS}
-
-
-def evaluate(
-    network: Convnet, parameters: Array, dataset: datasets.Dataset, communicator: Communicator
-) -> dict[str, float]:
-    """Return the mean negative log-likelihood (nats) and the accuracy of each part, by QUALITIES' names. Collective.
-
-    The samples are shared by the ranks.
-    """
-    splits = dataset.splits
-    sums = np.zeros((len(splits), 2))
-    for total, split in zip(sums, splits.values(), strict=True):
-        mine = partition.share(len(split), communicator.size, communicator.rank)
-        for start in range(mine.start, mine.stop, EVALUATION_BATCH):
-            total += network.evaluate(parameters, *split.batch(slice(start, min(start + EVALUATION_BATCH, mine.stop))))
-    means = communicator.allreduce(sums) / [[len(split)] for split in splits.values()]
-    found = {
-        f"{name}_{what}": float(value)
-        for name, values in zip(splits, means, strict=True)
-        for what, value in zip(("nll", "accuracy"), values, strict=True)
-    }
-    return {name: value for name, value in found.items() if name in QUALITIES}

@@ -58,7 +58,7 @@ STATUS_BYTES = 1000
 NETWORK = "network"  # attribute: its `models.description.Description`
 WRITER = "writer_"  # before the names of the attributes that tell of the process
 # What readers rely on, by the attribute: of the file of a run, and of a run in a study's file.
-RUN_ATTRIBUTES = {"method": str, "data": str, "activation": str, "replicas": int, "batch": int, "seed": int}
+RUN_ATTRIBUTES = {"method": str, "data": str, "replicas": int, "batch": int, "seed": int}
 STUDY_ATTRIBUTES = {"row": str, "stage": str, "baseline": bool}
 
 
@@ -241,7 +241,7 @@ class Run:
             self.steps = _columns(file, "steps", ("step", *subgroup(file, "steps")))
             if iterate is not None:
                 self.parameters = _parameters(file, iterate)
-                count = sum(array.size for array in self.parameters.values())
+                count = sum(array.size for array in self.parameters.values()) - self.attributes.get("statistics", 0)
                 if self.parameters and count != self.attributes.get("parameters", count):
                     raise ValueError("parameters are not as many as the attribute says")
 

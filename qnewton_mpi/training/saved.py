@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
 from qnewton_mpi.training.runfile import NETWORK, Parameters, Run
 
-WHICH = {"last": "", "ema": "ema_", "tail": "tail_"}
-"""An iterate by what users call it: the last, the exponential mean (`--ema`), the mean of the last quarter."""
+WHICH = {"last": "", "ema": "ema_", "tail": "tail_", "best": "best_"}
+"""An iterate by what users call it.
+
+The last, the exponential mean (`--ema`), the mean of the last quarter, the one with the lowest validation NLL.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,33 @@ class Saved:
         return np.concatenate([array.reshape(-1) for array in self.parameters.values()])
 
 
+def weights_for(network: Network, saved: Saved) -> NDArray[Any]:
+    """Return the saved parameters as a network takes them, (N + K,). Local.
+
+    Raises
+    ------
+    UserError
+        Where they are not as many, or not of those names and shapes.
+    """
+    where, flat = printable(saved.path), np.asarray(saved.flat, network.dtype)
+    count = network.size + len(network.statistics)
+    if len(flat) != count:
+        raise UserError(f"{where}: has {len(flat):,} parameters, and its network takes {count:,}")
+    wanted = {name: array.shape for name, array in network.named(flat).items()}
+    found = {name: array.shape for name, array in saved.parameters.items()}
+    if "" not in found and found != wanted:
+        name = next(name for name in [*found, *wanted] if found.get(name) != wanted.get(name))
+        raise UserError(f"{where}: its parameters are not those of its network: {printable(name)} is another, or lacks")
+    return flat
+
+
 def read(path: Path, which: str = "last") -> Saved:
     """Read the parameters in a run's file, or in the newest sound checkpoint of a folder. Local.
 
     Parameters
     ----------
     path : Path
-    which : {"last", "ema", "tail"}
+    which : {"last", "ema", "tail", "best"}
         See `WHICH`.
 
     Raises
@@ -73,7 +97,8 @@ def read(path: Path, which: str = "last") -> Saved:
         else:
             run = Run(path, WHICH[which])
             if not run.parameters:
-                raise UserError(f"{printable(path)}: has no {which} parameters: they come with the end of a run")
+                why = "no part was held out (--validation)" if which == "best" else "they come with the end of a run"
+                raise UserError(f"{printable(path)}: has no {which} parameters: {why}")
             found = Saved(path, run.parameters, run.attributes, str(run.attributes.get(NETWORK, "")), run.epochs)
     except UNREADABLE as error:
         raise UserError(

@@ -45,7 +45,8 @@ FREE = {
     "log_dir",
     "log",
 }
-LENGTH = {"steps", "epochs"}
+LENGTH = {"steps", "epochs"}  # which may differ, too, where the rates of a run do not depend on its length
+STOPS = {"patience"}
 OTHERWISE = "name another --output, or replace it with --overwrite"
 
 
@@ -89,7 +90,9 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def rows_of(config: RunConfig, configuration: Mapping[str, Any], run: str, step: int | None, steps: int) -> Rows:
+def rows_of(
+    config: RunConfig, configuration: Mapping[str, Any], run: str, step: int | None, steps: int, over: bool
+) -> Rows:
     """Decide what becomes of the output that is there, and tell it. Local, on one rank.
 
     Parameters
@@ -101,6 +104,8 @@ def rows_of(config: RunConfig, configuration: Mapping[str, Any], run: str, step:
         The identifier of this run, that of the checkpoint that it goes on from.
     step, steps : int or None, int
         Of that checkpoint, if there is one; the last one.
+    over : bool
+        Whether nothing is left to do after that checkpoint.
 
     Raises
     ------
@@ -117,7 +122,7 @@ def rows_of(config: RunConfig, configuration: Mapping[str, Any], run: str, step:
         return Rows.NEW
     try:
         before = Run(output)
-        other = differences(before.attributes, configuration)
+        other = differences(before.attributes, configuration, going_on=True)
         if not other and before.attributes.get("run", run) != run:
             other = "the options are the same, but it began at another time"
         if other:
@@ -127,11 +132,11 @@ def rows_of(config: RunConfig, configuration: Mapping[str, Any], run: str, step:
             raise UserError(f"{error}: {OTHERWISE}") from error
         LOG.warning("%s: it is replaced, and starts after step %d", error, step)
         return Rows.NEW
-    if before.finished and (step == steps or not training.overwrite):
-        again = "" if step == steps else f": what follows step {step} is done again for its checkpoints alone"
+    last = int(before.steps["step"].max(initial=0))
+    if before.finished and (over or (last >= steps and not training.overwrite)):
+        again = "" if over else f": what follows step {step} is done again for its checkpoints alone"
         LOG.info("%s is finished and stays as it is%s", output, again)
         return Rows.DONE
-    last = int(before.steps["step"].max(initial=0))
     if last > step:
         LOG.info("%s: its rows after step %d are done again", output, step)
     if last < step:
@@ -153,7 +158,7 @@ def _rows_without_checkpoint(config: RunConfig, configuration: Mapping[str, Any]
     except UserError as error:
         raise UserError(f"{error}: {OTHERWISE}") from error
     saved = before.attributes.get(SAVED)
-    if other := differences(before.attributes, configuration):
+    if other := differences(before.attributes, configuration, going_on=True):
         problem = f"is of another run: {other}"
     elif before.finished:
         problem = "is finished"
@@ -169,7 +174,7 @@ def _rows_without_checkpoint(config: RunConfig, configuration: Mapping[str, Any]
     )
 
 
-def differences(before: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
+def differences(before: Mapping[str, Any], configuration: Mapping[str, Any], going_on: bool = False) -> str:
     """Return what tells two runs apart, in words; empty where one may be the continuation of the other.
 
     Parameters
@@ -179,21 +184,25 @@ def differences(before: Mapping[str, Any], configuration: Mapping[str, Any]) -> 
         digest is missing in those of earlier versions.
     configuration : mapping
         All options of this run and the digest of its data.
+    going_on : bool
+        Whether this run goes on with that one, and so may be longer.
     """
     told = []
+    constant = configuration.get("schedule") == "constant"
+    free = FREE | (STOPS | (LENGTH if constant else set()) if going_on else set())
     for name, is_now in sorted(configuration.items()):
         was = before.get(name)
         was = was.item() if isinstance(was, np.generic) else was
         same_data = name == "data" and before.get(DIGEST, "") == configuration.get(DIGEST)  # files that were moved
-        if name in FREE or was == is_now or same_data:
+        if name in free or was == is_now or same_data:
             continue
         if name != DIGEST:
             told.append(f"{name} was {was} and is {is_now}")
         elif was is not None:
             told.append("the data set differs")
-    if any(before.get(name) != configuration.get(name) for name in LENGTH):
+    if not constant and any(before.get(name) != configuration.get(name) for name in LENGTH):
         told.append(
-            "the schedule and the mean of the last quarter depend on the length of a run, so begin another for another "
-            "length, with an --output and a --checkpoint of its own"
+            f"the rates of a {configuration.get('schedule')} schedule depend on the length of a run, so begin another "
+            "for another length, with an --output and a --checkpoint of its own"
         )
     return ", ".join(told)

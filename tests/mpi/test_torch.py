@@ -14,10 +14,10 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.convnet import Convnet
-from qnewton_mpi.models.reference import torch_convnet
+from qnewton_mpi.models.reference import torch_layers
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.torch import QuasiNewton
-from qnewton_mpi.training.loop import ReplicaLoss
+from qnewton_mpi.training.replicas import ReplicaLoss
 
 STEPS, BATCH = 50, 32
 
@@ -46,7 +46,7 @@ def test_same_trajectory_as_the_built_in_network(communicator, sample, method, b
         0,
         network.parameter_shapes,
     )
-    model = torch_convnet(network, start)
+    model = torch_layers(network, start)
     optimizer = QuasiNewton(
         model.parameters(),
         samples=order.share,
