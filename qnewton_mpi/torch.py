@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 from qnewton_mpi.adapter import groups
 from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
-from qnewton_mpi.adapter.passes import Passes
+from qnewton_mpi.adapter.passes import Listening, Passes
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, gathered, saved
 from qnewton_mpi.adapter.shares import Shares, number_of_replicas
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
@@ -216,9 +216,10 @@ class QuasiNewton(torch.optim.Optimizer):
         self._gradient_views = [tensors.views(row) for row in core.rows]
         self._shares = Shares(core.exchange.local, self._replicas if self._whole else None)
         self._passes = Passes(tensors, self._gradient_views)
-        self._passes.listening = len(core.rows) > 1
         self._accumulated = False  # whether a step's gradients are of backward passes before it
-        self._told_loss = math.nan  # with those
+        self._told_loss = math.nan  # with those, what the closure has returned
+        self._again = False  # whether it may compute that again
+        self._lacking: torch.Tensor | None = None  # of the slope of the losses, to that of the gradients that count
         self._given: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
         self._at_once = AtOnce(self._tensors, self._module)
         self._way = TO_BE_SEEN if len(core.rows) > 1 else ONE_BY_ONE
@@ -280,8 +281,8 @@ class QuasiNewton(torch.optim.Optimizer):
             )
         core, self._given = self.core, None
         self._closure, at_once = closure, None
-        self._accumulated = not batch and not self._probes and self._passes.begun
-        self._passes.listening = self._accumulated  # the closure may add the last pass
+        self._accumulated = not batch and not self._probes and self._passes.number > 0
+        self._told_loss, self._again, self._lacking = math.nan, False, None
         if self._accumulated:
             at_once = self._accumulated_gradients
         if batch:
@@ -294,8 +295,7 @@ class QuasiNewton(torch.optim.Optimizer):
         try:
             self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses, at_once))
         finally:
-            self._passes.clear()
-            self._passes.listening = len(core.rows) > 1
+            self._passes.begin()
         if batch:
             self._parameters.drop_gradients(unused=True)
         if core.parameters is not self._bound:
@@ -307,7 +307,7 @@ class QuasiNewton(torch.optim.Optimizer):
         """Clear the gradients, as any optimizer does. Local."""
         super().zero_grad(set_to_none)
         if hasattr(self, "_passes"):
-            self._passes.clear()
+            self._passes.begin(self._passes.listening)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, before the first step. Collective.
@@ -476,18 +476,36 @@ class QuasiNewton(torch.optim.Optimizer):
         return np.full(len(replicas), self._told_loss), self.core.gradients
 
     def _take_passes(self, points: Array) -> None:
-        self._told_loss = math.nan
         if points is not self.core.parameters or (self._whole and self.communicator.size > 1):
             raise UserError(
                 "there are gradients from before the step: for methods that evaluate at other parameters, and with "
                 "replicas=… on several ranks, the closure must compute all of them, after optimizer.zero_grad()"
             )
-        with torch.enable_grad():
-            loss = _number(self._closure())
         self._settle()
+        passes = self._passes.number
+        with self._surroundings.of(0), torch.enable_grad():
+            loss = _number(self._closure())
         self._found |= self._passes.finish()
         self._settle()
-        self._told_loss = loss
+        self._told_loss, self._again = loss, self._passes.number == passes
+
+    def _lacking_slope(self) -> torch.Tensor | None:
+        """Return ḡ − ∇c(w), (N,), c the loss that the closure computes; None where it computes none. Local.
+
+        So c(w') + (ḡ − ∇c(w))ᵀ(w' − w) has the gradient of all passes at w, and the curvature of those samples of which
+        the closure computes the loss.
+        """
+        free = [k for k, p in enumerate(self._tensors) if p.requires_grad and p.grad is not None]
+        slope = torch.zeros_like(self._flat)
+        try:
+            with self._surroundings.of(0), without_traces(True, self._surroundings.module):
+                own = torch.autograd.grad(self._closure(), [self._tensors[k] for k in free], allow_unused=True)
+        except Exception:  # as there is nothing to derive, or no longer
+            return None
+        for k, gradient in zip(free, own, strict=True):
+            whole = self._tensors[k].grad
+            slope[self._parameters.spans[k]] = (whole if gradient is None else whole - gradient).reshape(-1)
+        return slope
 
     def _evaluated_at_once(self) -> NDArray[np.float64] | None:
         """Return the losses, with the gradients in the core's rows; nothing where that cannot be done. Local."""
@@ -578,9 +596,12 @@ class QuasiNewton(torch.optim.Optimizer):
     def _trial_losses(self, point: Array, replicas: range) -> NDArray[np.float64]:
         """Return the closure's losses at a point, without a trace; not a number where it cannot be called again.
 
-        Of passes before the step there is no second value: they are told to be the same wherever a step leads.
+        With the slope of the gradients that count, where those are not the loss's. Where they are of passes before the
+        step, the closure may compute the loss of the last one anew.
         """
-        if self._accumulated:
+        if self._accumulated and self._again:
+            self._again, self._lacking = False, self._lacking_slope()
+        if self._accumulated and self._lacking is None:  # as one number, wherever a step leads
             return np.full(len(replicas), self._told_loss)
         kept, gradients = self._flat.clone(), [p.grad for p in self._tensors]
         self._flat.copy_(to_tensor(point))
@@ -590,8 +611,12 @@ class QuasiNewton(torch.optim.Optimizer):
         losses = np.full(len(replicas), np.nan)
         try:
             at_once = self._trial_at_once() if self._given and self._way == AT_ONCE else None
-            for k in range(len(replicas)):
+            for k in range(1 if self._accumulated else len(replicas)):
                 losses[k] = self._trial_loss(k, here) if at_once is None else at_once[k]
+            if self._accumulated:
+                losses[1:] = losses[0]
+            if self._lacking is not None and not (self._accumulated and losses[0] == self._told_loss):
+                losses += float(torch.sum(self._lacking * (self._flat - kept), dtype=torch.float64))
         finally:
             self._parameters.rebind()
             self._flat.copy_(kept)
@@ -703,12 +728,27 @@ class QuasiNewton(torch.optim.Optimizer):
                 "at other parameters, the closure must compute all of them, after optimizer.zero_grad()"
             )
         self._parameters.drop_gradients(unused=fresh)
+        before = self._parameters.marks()
+        self._passes.begin(Listening.TO_SUMS)
         with self._surroundings.of(replica), torch.enable_grad():
             loss = _number(self._closure())
+        self._note_changes()
+        if not fresh and self._parameters.marks() == before:  # with one replica there is no telling passes apart
+            self._accumulated, self._again, self._told_loss = True, True, loss
         found = self._parameters.take_gradients(self._gradient_views[replica])
         self._found |= found
         self._settle()
         return loss
+
+    def _note_changes(self) -> None:
+        """Note what the closure has made of its loss's gradient, as by clipping: a trial is to have the same slope."""
+        changes = self._passes.changes()
+        self._passes.listening = Listening.NOT
+        for span, change in zip(self._parameters.spans, changes, strict=True):
+            if change is not None:
+                if self._lacking is None:
+                    self._lacking = torch.zeros_like(self._flat)
+                self._lacking[span] += change.reshape(-1) / len(self.core.rows)
 
     def _settle(self) -> None:
         """Wait for the GPU: PyTorch and CuPy need not be on the same stream."""

@@ -1,4 +1,4 @@
-"""A convnet with batch norm, on images, by AdamW and OneCycleLR."""
+"""A convnet with batch norm, on images, and OneCycleLR."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A convnet with batch norm, on images, by QuasiNewton and OneCycleLR."""
+"""A convnet with batch norm, on images, and OneCycleLR."""
 
 import torch
 

@@ -1,7 +1,6 @@
-"""A transformer that learns the characters of a text, by AdamW: groups with weight decay, clipping, warm-up, cosine."""
+"""A transformer that learns the characters of a text: groups with weight decay, clipping, warm-up, decay."""
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -42,9 +41,7 @@ groups = [
     {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
 ]
 optimizer = torch.optim.AdamW(groups, lr=RATE)
-schedule = torch.optim.lr_scheduler.LambdaLR(
-    optimizer, lambda step: min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
-)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1, (STEPS - step) / 50))
 
 for _ in range(STEPS):
     starts = torch.randint(len(codes) - LENGTH - 1, (BATCH, 1))

@@ -1,7 +1,6 @@
-"""A transformer that learns the characters of a text, by QuasiNewton: groups with weight decay, warm-up, cosine."""
+"""A transformer that learns the characters of a text: groups with weight decay, warm-up, decay."""
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -44,9 +43,7 @@ groups = [
     {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
 ]
 optimizer = QuasiNewton(groups, samples=BATCH * LENGTH // 8, replicas=8, module=model)
-schedule = torch.optim.lr_scheduler.LambdaLR(
-    optimizer, lambda step: min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / STEPS))
-)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1, (STEPS - step) / 50))
 
 for _ in range(STEPS):
     starts = torch.randint(len(codes) - LENGTH - 1, (BATCH, 1))
