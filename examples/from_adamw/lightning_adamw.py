@@ -1,4 +1,4 @@
-"""A convnet with dropout, with Lightning: OneCycleLR, clipping."""
+"""A convnet with dropout, with Lightning and a cosine schedule."""
 
 import lightning
 import torch
@@ -31,8 +31,7 @@ class Convnet(lightning.LightningModule):
     def configure_optimizers(self):
         """Return the optimizer, and a schedule by steps."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=RATE)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
@@ -42,7 +41,7 @@ train = torch.utils.data.TensorDataset(torch.tensor(images), torch.tensor(labels
 loader = torch.utils.data.DataLoader(train, 128, shuffle=True)
 model = Convnet()
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-trainer = lightning.Trainer(max_epochs=EPOCHS, accelerator="cpu", gradient_clip_val=1.0, **quiet)
+trainer = lightning.Trainer(max_epochs=EPOCHS, accelerator="cpu", **quiet)
 trainer.fit(model, loader)
 
 model.eval()

@@ -1,11 +1,11 @@
-"""A transformer that learns the characters of a text: groups with weight decay, clipping, warm-up, decay."""
+"""A transformer that learns the characters of a text, with a weight decay by groups, warm-up and decay."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-LENGTH, WIDTH, BATCH, STEPS, RATE = 32, 48, 64, 200, 0.003
+LENGTH, WIDTH, BATCH, STEPS, RATE = 32, 48, 64, 200, 0.03
 
 text = Path(argparse.__file__).read_text()[:32768]
 alphabet = sorted(set(text))

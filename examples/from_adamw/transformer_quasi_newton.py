@@ -1,4 +1,4 @@
-"""A transformer that learns the characters of a text: groups with weight decay, warm-up, decay."""
+"""A transformer that learns the characters of a text, with a weight decay by groups, warm-up and decay."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 from qnewton_mpi.torch import QuasiNewton
 
-LENGTH, WIDTH, BATCH, STEPS, RATE = 32, 48, 64, 200, 0.003
+LENGTH, WIDTH, BATCH, STEPS, RATE = 32, 48, 64, 200, 0.03
 
 text = Path(argparse.__file__).read_text()[:32768]
 alphabet = sorted(set(text))

@@ -63,12 +63,12 @@ class Passes:
     def take(self, k: int) -> None:
         """Take what a pass has added to the gradient of a parameter."""
         gradient, holder, before = self._moved[k].grad, self._holders[k], self._sums[k]
-        again, turn = divmod(self._counts[k], len(self._rows))
-        self._counts[k] += 1
+        goes_on = before is not None and holder is not None and holder() is gradient
+        count = self._counts[k] if goes_on else 0  # they may have been cleared meanwhile
+        self._counts[k], (again, turn) = count + 1, divmod(count, len(self._rows))
         if gradient is None or gradient.is_sparse:  # told later: an exception has no place here
             return
         if self.listening is Listening.TO_PARTS:
-            goes_on = before is not None and holder is not None and holder() is gradient
             added = gradient - before if before is not None and goes_on else gradient
             row = self._rows[turn][k]
             row.copy_(row + added if again else added)
