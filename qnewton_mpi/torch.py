@@ -25,7 +25,9 @@ except ModuleNotFoundError as error:
 
 from qnewton_mpi.adapter import groups
 from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
+from qnewton_mpi.adapter.passes import Listening, Passes
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, gathered, saved
+from qnewton_mpi.adapter.shares import Shares, number_of_replicas
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.core import state
@@ -138,7 +140,8 @@ class QuasiNewton(torch.optim.Optimizer):
         *,
         samples: int,
         method: str = "kronecker",
-        replicas_per_rank: int = 1,
+        replicas_per_rank: int | None = None,
+        replicas: int | None = None,
         module: torch.nn.Module | None = None,
         average_buffers: bool = False,
         exchange: str = "auto",
@@ -154,8 +157,8 @@ class QuasiNewton(torch.optim.Optimizer):
             torch.set_num_threads(1)
 
         def prepare() -> Tensors:
-            for name, count, least in (("samples", samples, 1), ("replicas_per_rank", replicas_per_rank, 1)):
-                check_count(name, count, least)
+            check_count("samples", samples, 1)
+            self._replicas = number_of_replicas(replicas, replicas_per_rank, self.communicator.size)
             if module is not None and not isinstance(module, torch.nn.Module):
                 raise UserError(f"module={module!r:.60}: must be the model, a torch.nn.Module")
             chosen = method_settings(method, **settings)
@@ -166,6 +169,7 @@ class QuasiNewton(torch.optim.Optimizer):
         tensors = self.communicator.together(prepare)
         self.communicator.agree(
             {
+                "replicas": replicas,
                 "replicas_per_rank": replicas_per_rank,
                 "module": None if module is None else type(module).__name__,
                 "average_buffers": average_buffers,
@@ -173,13 +177,13 @@ class QuasiNewton(torch.optim.Optimizer):
             "start all ranks with the same settings",
         )
         self._module, self._average_buffers = module, average_buffers
-        self._method, self._replicas_per_rank = method, replicas_per_rank
+        self._method, self._whole = method, replicas is not None  # whether a batch is that of all ranks
 
         def build(vector: Array, shapes: list[tuple[int, ...]]) -> Optimizer[Any]:
             return create(
                 method,
                 vector,
-                replicas_per_rank * self.communicator.size,
+                self._replicas,
                 samples,
                 shapes=shapes,
                 exchange=exchange,
@@ -195,10 +199,10 @@ class QuasiNewton(torch.optim.Optimizer):
     def _build(self, tensors: Tensors) -> None:
         """Build the method on the parameters, before its first step. Collective."""
         flat = tensors.vector()
-        surroundings = Surroundings(flat.device, self._module)
+        core = self._create(to_array(flat), [tuple(p.shape) or (1,) for p in tensors.moved])
+        surroundings = Surroundings(flat.device, self._module, core.exchange.local if self._whole else None)
         buffers = repr([(buffer.dtype, tuple(buffer.shape)) for buffer in surroundings.buffers])
         self.communicator.agree({"buffers": digest(buffers.encode())}, "build the same module on all ranks")
-        core = self._create(to_array(flat), [tuple(p.shape) or (1,) for p in tensors.moved])
         self._probes = isinstance(core, Probing) and core.probes
         if self._probes and self._module is None:
             raise UserError(
@@ -210,12 +214,16 @@ class QuasiNewton(torch.optim.Optimizer):
         self._tensors = tensors.moved
         self.figures: dict[str, float] = {}
         self._gradient_views = [tensors.views(row) for row in core.rows]
-        self._replica: int | torch.Tensor = 0  # of this rank's, the one being evaluated; to vmap, all
+        self._shares = Shares(core.exchange.local, self._replicas if self._whole else None)
+        self._passes = Passes(tensors, self._gradient_views)
+        self._accumulated = False  # whether a step's gradients are of backward passes before it
+        self._told_loss = math.nan  # with those, what the closure has returned
+        self._again = False  # whether it may compute that again
+        self._lacking: torch.Tensor | None = None  # of the slope of the losses, to that of the gradients that count
         self._given: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
         self._at_once = AtOnce(self._tensors, self._module)
-        self._way = TO_BE_SEEN if self._replicas_per_rank > 1 else ONE_BY_ONE
+        self._way = TO_BE_SEEN if len(core.rows) > 1 else ONE_BY_ONE
         self._reason: str | None = None  # why they are one by one on this rank
-        self._shared = False  # whether the closure has asked for its share
         self._graph = False  # whether a trial needs one
         self._told = False  # that the closure cannot be called for its loss alone
         self._told_one_by_one = False
@@ -232,18 +240,7 @@ class QuasiNewton(torch.optim.Optimizer):
         UserError
             Where the rows of the batch are not a multiple of this rank's replicas.
         """
-        own = len(self.core.exchange.local)
-        self._shared = True
-        for k, tensor in enumerate(tensors, 1):
-            if not isinstance(tensor, torch.Tensor):
-                raise UserError(f"a batch is of tensors, and part {k} of this one is {tensor!r:.60}")
-            rows = len(tensor) if tensor.ndim else 0
-            if rows % own or not rows:
-                raise UserError(
-                    f"a batch of {rows} rows cannot be shared evenly by {own} replicas on this rank: give the "
-                    f"loader a multiple of {own} as batch size, and drop_last=True"
-                )
-        parts = [_rows(tensor, self._replica, own) for tensor in tensors]
+        parts = self._shares.of(*tensors)
         return parts[0] if len(parts) == 1 else parts
 
     @torch.no_grad()
@@ -284,6 +281,10 @@ class QuasiNewton(torch.optim.Optimizer):
             )
         core, self._given = self.core, None
         self._closure, at_once = closure, None
+        self._accumulated = not batch and not self._probes and self._passes.number > 0
+        self._told_loss, self._again, self._lacking = math.nan, False, None
+        if self._accumulated:
+            at_once = self._accumulated_gradients
         if batch:
             self._closure, self._given, at_once = self._of_batch, (closure, batch), self._losses_and_gradients
             self._parameters.drop_gradients(unused=True)
@@ -291,13 +292,22 @@ class QuasiNewton(torch.optim.Optimizer):
         self._surroundings.begin()
         self._found = np.zeros(len(self._tensors), bool)
         self._attempt(self._prepare)
-        self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses, at_once))
+        try:
+            self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses, at_once))
+        finally:
+            self._passes.begin()
         if batch:
             self._parameters.drop_gradients(unused=True)
         if core.parameters is not self._bound:
             self._bind()
         self._surroundings.share_buffers(self.communicator, self._average_buffers)
         return self.figures["loss"]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as any optimizer does. Local."""
+        super().zero_grad(set_to_none)
+        if hasattr(self, "_passes"):
+            self._passes.begin(self._passes.listening)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, before the first step. Collective.
@@ -457,6 +467,46 @@ class QuasiNewton(torch.optim.Optimizer):
                 losses[k], _ = self._loss_and_gradient(point, replica)
         return self._seen_at_once(losses) if to_be_seen else losses, core.gradients
 
+    def _accumulated_gradients(self, points: Array, replicas: range) -> tuple[NDArray[np.float64], Array]:
+        """Take the gradients of the backward passes before the step, and the loss that the closure tells for all."""
+        self._attempt(self._take_passes, points)
+        self._parameters.note_gradients()
+        self._attempt(self._follow)
+        self._attempt(self._parameters.check_present, (~self._found).tolist())
+        return np.full(len(replicas), self._told_loss), self.core.gradients
+
+    def _take_passes(self, points: Array) -> None:
+        if points is not self.core.parameters or (self._whole and self.communicator.size > 1):
+            raise UserError(
+                "there are gradients from before the step: for methods that evaluate at other parameters, and with "
+                "replicas=… on several ranks, the closure must compute all of them, after optimizer.zero_grad()"
+            )
+        self._settle()
+        passes = self._passes.number
+        with self._surroundings.of(0), torch.enable_grad():
+            loss = _number(self._closure())
+        self._found |= self._passes.finish()
+        self._settle()
+        self._told_loss, self._again = loss, self._passes.number == passes
+
+    def _lacking_slope(self) -> torch.Tensor | None:
+        """Return ḡ − ∇c(w), (N,), c the loss that the closure computes; None where it computes none. Local.
+
+        So c(w') + (ḡ − ∇c(w))ᵀ(w' − w) has the gradient of all passes at w, and the curvature of those samples of which
+        the closure computes the loss.
+        """
+        free = [k for k, p in enumerate(self._tensors) if p.requires_grad and p.grad is not None]
+        slope = torch.zeros_like(self._flat)
+        try:
+            with self._surroundings.of(0), without_traces(True, self._surroundings.module):
+                own = torch.autograd.grad(self._closure(), [self._tensors[k] for k in free], allow_unused=True)
+        except Exception:  # as there is nothing to derive, or no longer
+            return None
+        for k, gradient in zip(free, own, strict=True):
+            whole = self._tensors[k].grad
+            slope[self._parameters.spans[k]] = (whole if gradient is None else whole - gradient).reshape(-1)
+        return slope
+
     def _evaluated_at_once(self) -> NDArray[np.float64] | None:
         """Return the losses, with the gradients in the core's rows; nothing where that cannot be done. Local."""
         rows = to_tensor(self.core.gradients)
@@ -516,12 +566,12 @@ class QuasiNewton(torch.optim.Optimizer):
 
     def _loss_of(self, replica: torch.Tensor) -> torch.Tensor:
         """Return the loss of a replica of this rank, which vmap has for all."""
-        self._replica = replica
+        self._shares.turn = replica
         try:
             loss: torch.Tensor = self._loss_of_share()
             return loss.reshape(())
         finally:
-            self._replica = 0
+            self._shares.turn = 0
 
     def _loss_of_share(self) -> Any:
         """Return the loss of the present replica's rows of the batch."""
@@ -544,7 +594,15 @@ class QuasiNewton(torch.optim.Optimizer):
         return value
 
     def _trial_losses(self, point: Array, replicas: range) -> NDArray[np.float64]:
-        """Return the closure's losses at a point, without a trace; not a number where it cannot be called again."""
+        """Return the closure's losses at a point, without a trace; not a number where it cannot be called again.
+
+        With the slope of the gradients that count, where those are not the loss's. Where they are of passes before the
+        step, the closure may compute the loss of the last one anew.
+        """
+        if self._accumulated and self._again:
+            self._again, self._lacking = False, self._lacking_slope()
+        if self._accumulated and self._lacking is None:  # as one number, wherever a step leads
+            return np.full(len(replicas), self._told_loss)
         kept, gradients = self._flat.clone(), [p.grad for p in self._tensors]
         self._flat.copy_(to_tensor(point))
         here = torch.equal(kept, self._flat)
@@ -553,8 +611,12 @@ class QuasiNewton(torch.optim.Optimizer):
         losses = np.full(len(replicas), np.nan)
         try:
             at_once = self._trial_at_once() if self._given and self._way == AT_ONCE else None
-            for k in range(len(replicas)):
+            for k in range(1 if self._accumulated else len(replicas)):
                 losses[k] = self._trial_loss(k, here) if at_once is None else at_once[k]
+            if self._accumulated:
+                losses[1:] = losses[0]
+            if self._lacking is not None and not (self._accumulated and losses[0] == self._told_loss):
+                losses += float(torch.sum(self._lacking * (self._flat - kept), dtype=torch.float64))
         finally:
             self._parameters.rebind()
             self._flat.copy_(kept)
@@ -578,7 +640,7 @@ class QuasiNewton(torch.optim.Optimizer):
 
         Without a graph, unless it turns out to need one, for derivatives in the loss.
         """
-        self._replica = replica
+        self._shares.turn = replica
         for graph in (True,) if self._graph else (False, True):
             for p in self._tensors:
                 p.grad = None
@@ -599,7 +661,7 @@ class QuasiNewton(torch.optim.Optimizer):
         return math.nan
 
     def _evaluate_at(self, point: Array, replica: int) -> float:
-        several = len(self.core.exchange.local) > 1
+        several = len(self.core.rows) > 1
         if point is self.core.parameters:
             loss = self._evaluate(replica, fresh=several or self._probes)
         else:
@@ -612,8 +674,9 @@ class QuasiNewton(torch.optim.Optimizer):
             finally:
                 self._parameters.rebind()
                 self._flat.copy_(kept)
-        if several and not self._shared:
-            raise UserError("with several replicas a rank the closure must take its samples by optimizer.share(…)")
+        if (several or self._whole) and not self._shares.taken:
+            given = "replicas=…" if self._whole else "several replicas a rank"
+            raise UserError(f"with {given} the closure must take its samples by optimizer.share(…)")
         return loss
 
     def _flags(self) -> NDArray[np.int64]:
@@ -657,7 +720,7 @@ class QuasiNewton(torch.optim.Optimizer):
 
         Its gradients are what is in `.grad` then; where they have to be `fresh`, what the closure has computed alone.
         """
-        self._replica = replica
+        self._shares.turn = replica
         self._settle()
         if fresh and not self._surroundings.begun and self._parameters.has_unused_gradients():
             raise UserError(
@@ -665,12 +728,27 @@ class QuasiNewton(torch.optim.Optimizer):
                 "at other parameters, the closure must compute all of them, after optimizer.zero_grad()"
             )
         self._parameters.drop_gradients(unused=fresh)
+        before = self._parameters.marks()
+        self._passes.begin(Listening.TO_SUMS)
         with self._surroundings.of(replica), torch.enable_grad():
             loss = _number(self._closure())
+        self._note_changes()
+        if not fresh and self._parameters.marks() == before:  # with one replica there is no telling passes apart
+            self._accumulated, self._again, self._told_loss = True, True, loss
         found = self._parameters.take_gradients(self._gradient_views[replica])
         self._found |= found
         self._settle()
         return loss
+
+    def _note_changes(self) -> None:
+        """Note what the closure has made of its loss's gradient, as by clipping: a trial is to have the same slope."""
+        changes = self._passes.changes()
+        self._passes.listening = Listening.NOT
+        for span, change in zip(self._parameters.spans, changes, strict=True):
+            if change is not None:
+                if self._lacking is None:
+                    self._lacking = torch.zeros_like(self._flat)
+                self._lacking[span] += change.reshape(-1) / len(self.core.rows)
 
     def _settle(self) -> None:
         """Wait for the GPU: PyTorch and CuPy need not be on the same stream."""
@@ -697,11 +775,3 @@ def _number(loss: Any) -> float:
     except (TypeError, ValueError, RuntimeError) as error:
         kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"{loss!r:.60}"
         raise UserError(f"the closure must return the loss, one number, and has returned {kind}") from error
-
-
-def _rows(tensor: torch.Tensor, replica: int | torch.Tensor, replicas: int) -> torch.Tensor:
-    """Return the rows of a replica, a number or what vmap has in its place."""
-    if isinstance(replica, int):
-        return tensor.tensor_split(replicas)[replica]
-    parts = tensor.reshape(replicas, -1, *tensor.shape[1:])
-    return parts.index_select(0, replica.to(tensor.device).reshape(1)).squeeze(0)

@@ -23,16 +23,22 @@ class Surroundings:
         Of the parameters, whose random numbers are repeated beside those of the CPU.
     module : Module, optional
         Whose buffers are left alone.
+    replicas : range, optional
+        Of this rank, of those of all, where all ranks draw the same random numbers: each then has some of its own,
+        whichever rank it is on, and what the program draws elsewhere remains the same on all.
     """
 
-    def __init__(self, device: torch.device, module: torch.nn.Module | None) -> None:
+    def __init__(self, device: torch.device, module: torch.nn.Module | None, replicas: range | None = None) -> None:
         self._device = device
         self.module = module
+        self._replicas, self._drawn = replicas, 0
         self._first: dict[int, list[torch.Tensor]] = {}  # random states at the first evaluation in a step, by replica
 
     def begin(self) -> None:
         """Begin a step."""
         self._first.clear()
+        if self._replicas is not None:
+            self._drawn = int(torch.randint(2**62, ()))
 
     @property
     def begun(self) -> bool:
@@ -42,13 +48,20 @@ class Surroundings:
     @contextlib.contextmanager
     def of(self, replica: int) -> Iterator[None]:
         """Let a replica's first evaluation in a step be; give each after it the random numbers of the first."""
-        if replica not in self._first:
-            self._first[replica] = self._random()
-            yield
+        if replica in self._first:
+            with self._kept():
+                self._set_random(self._first[replica])
+                yield
             return
-        with self._kept():
-            self._set_random(self._first[replica])
+        before = self._random()
+        if self._replicas is not None:
+            torch.manual_seed(self._drawn + self._replicas[replica])
+        self._first[replica] = self._random()
+        try:
             yield
+        finally:
+            if self._replicas is not None:
+                self._set_random(before)
 
     @contextlib.contextmanager
     def on_trial(self) -> Iterator[None]:

@@ -171,6 +171,10 @@ class Tensors:
             for k, p in enumerate(self.moved)
         )
 
+    def marks(self) -> list[tuple[int, int]]:
+        """Return what changes where something is added to the gradients."""
+        return [(0, 0) if p.grad is None else (id(p.grad), p.grad._version) for p in self.moved]
+
     def note_gradients(self) -> None:
         """Take the gradients that are there for used, by a step or in vain by one that fails."""
         self._used = [p.grad if p.grad is None else (weakref.ref(p.grad), p.grad._version) for p in self.moved]

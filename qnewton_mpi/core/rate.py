@@ -28,7 +28,7 @@ class LossTrend:
     L_∞ + c/(c − p) a t⁻ᵖ, so 4 (L̃₂ − L̃₄) = 8/((2 − p)(4 − p)) · p a t⁻ᵖ, which is about −t dL/dt.
 
     A constant added to the losses changes nothing of the slope, nor of its standard error, which the differences of the
-    replicas' losses tell. Where the slope is three of those below zero, the loss has risen, and the trend starts anew
+    replicas' losses tell; where all have one loss, its distance from the recent ones. Where the slope is three of those below zero, the loss has risen, and the trend starts anew
     with t = 1: these means reach back as far as a share of the run.
 
     Attributes
@@ -60,10 +60,12 @@ class LossTrend:
         if self.slope < -RISEN * self.error:
             self.steps = 0
         self.steps += 1
-        loss = float(losses.mean())
+        loss, before = float(losses.mean()), self.level
         self.long += 2 / (self.steps + 1) * (loss - self.long)
         self.level += 4 / (self.steps + 3) * (loss - self.level)
         variance = float(losses.var(ddof=1)) / len(losses) if len(losses) > 1 else 0.0
+        if variance == 0 and self.steps > 1:
+            variance = (loss - before) ** 2
         self.variance += max(1 / self.steps, VARIANCE_WEIGHT) * (variance - self.variance)
 
     @property

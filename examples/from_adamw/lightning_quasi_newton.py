@@ -1,0 +1,51 @@
+"""A convnet with dropout, with Lightning and a cosine schedule."""
+
+import lightning
+import torch
+
+from qnewton_mpi.data import datasets
+from qnewton_mpi.torch import QuasiNewton
+
+EPOCHS, RATE = 5, 0.01
+
+
+class Convnet(lightning.LightningModule):
+    """Classes of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 16, 5, stride=2),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(16, 32, 3, stride=2),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(32 * 5 * 5, 10),
+        )
+
+    def training_step(self, batch, _):
+        """Return the loss of a batch."""
+        inputs, targets = self.optimizers().share(*batch)
+        return torch.nn.functional.cross_entropy(self.layers(inputs), targets)
+
+    def configure_optimizers(self):
+        """Return the optimizer, and a schedule by steps."""
+        optimizer = QuasiNewton(self.parameters(), samples=16, replicas=8, module=self, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+lightning.seed_everything(0, verbose=False)
+images, labels = datasets.load(datasets.EMBEDDED, None).train.batch(slice(2048))
+train = torch.utils.data.TensorDataset(torch.tensor(images), torch.tensor(labels).long())
+loader = torch.utils.data.DataLoader(train, 128, shuffle=True)
+model = Convnet()
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = lightning.Trainer(max_epochs=EPOCHS, accelerator="cpu", **quiet)
+trainer.fit(model, loader)
+
+model.eval()
+with torch.no_grad():
+    loss = torch.nn.functional.cross_entropy(model.layers(train.tensors[0]), train.tensors[1])
+print(f"training loss {loss:.4f}")

@@ -1,0 +1,54 @@
+"""The scripts of `examples/from_adamw`: few lines change, and the training loss is not above AdamW's."""
+
+import difflib
+import functools
+import importlib.util
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples" / "from_adamw"
+PAIRS = ["convnet", "transformer", "accelerate", "lightning"]
+
+
+def changed_lines(before, after):
+    """Return how many lines change from one program to another, each once; empty ones do not count."""
+    lines = [[line for line in text.splitlines() if line] for text in (before, after)]
+    matcher = difflib.SequenceMatcher(None, *lines, autojunk=False)
+    return sum(max(i1 - i0, j1 - j0) for tag, i0, i1, j0, j1 in matcher.get_opcodes() if tag != "equal")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_at_most_six_lines_change(name):
+    adamw, ours = ((FOLDER / f"{name}_{kind}.py").read_text() for kind in ("adamw", "quasi_newton"))
+    assert 0 < changed_lines(adamw, ours) <= 6
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def training_loss(mpiexec):
+    @functools.cache
+    def run(name, kind, ranks):
+        if importlib.util.find_spec(name) is None and name in ("accelerate", "lightning"):
+            pytest.skip(f"needs {name}")
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # Accelerate asks for them under mpiexec
+        finished = mpiexec(ranks, FOLDER / f"{name}_{kind}.py", env={"OMP_NUM_THREADS": "1"} | address)
+        assert finished.returncode == 0, finished.stderr
+        losses = {float(loss) for loss in re.findall(r"training loss ([\d.]+)", finished.stdout)}
+        assert len(losses) == 1  # all ranks have the same model
+        return losses.pop()
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_loss_is_not_above_tuned_adamws(training_loss, name, ranks):
+    assert training_loss(name, "quasi_newton", ranks) <= training_loss(name, "adamw", 1)
