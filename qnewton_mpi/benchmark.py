@@ -20,7 +20,8 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES, AllgatherExchange
 from qnewton_mpi.core.kernels import combination, inner
 from qnewton_mpi.core.layers import LayerShape
-from qnewton_mpi.core.optimizers.kronecker import KroneckerSettings, Layer
+from qnewton_mpi.core.optimizers.natural.kronecker import KroneckerSettings
+from qnewton_mpi.core.optimizers.natural.layer import Layer
 from qnewton_mpi.core.secants import multisecant
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder

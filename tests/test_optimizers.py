@@ -10,8 +10,8 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
-from qnewton_mpi.core.optimizers.kronecker import Layer, Side
-from qnewton_mpi.core.optimizers.rules import Curvature, Momentum, RelativeChange, fixed_point
+from qnewton_mpi.core.optimizers.natural.layer import Layer, Side
+from qnewton_mpi.core.optimizers.natural.rules import Curvature, Momentum, RelativeChange, fixed_point
 from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.core.state import objects
@@ -390,7 +390,7 @@ def test_kronecker_layers_cover_the_parameters(communicator):
 @pytest.mark.parametrize("piece", [2, 1 << 16])
 def test_kronecker_shares_of_signal(monkeypatch, piece):
     """By factors of 4 of V, all below 4⁻⁷ together; a fifth where there is no signal."""
-    monkeypatch.setattr("qnewton_mpi.core.optimizers.kronecker.PIECE", piece)
+    monkeypatch.setattr("qnewton_mpi.core.optimizers.natural.layer.PIECE", piece)
     layer = Layer(np.zeros(1), LayerShape(0, 1, 7, False), 0, max_side=9, leading=9)
     layer.variances = np.array([1.0, 0.2, 0.5, 0.05, 1e-6, 1e-9, 0.0])
     layer.compared = np.array([[8.0, 4, 2, 6, 3, 0, 0], [1.0, 0.4, 1, 6, 1, 0, 0.5]])

@@ -21,7 +21,7 @@ MUTED = pytest.StashKey()
 @pytest.fixture(autouse=True)
 def shares_of_signal_soon(monkeypatch):
     """The steps of these tests are few: let `kronecker` know its shares of signal after the first."""
-    monkeypatch.setattr("qnewton_mpi.core.optimizers.kronecker.FIRST_SHARES", 2)
+    monkeypatch.setattr("qnewton_mpi.core.optimizers.natural.kronecker.FIRST_SHARES", 2)
 
 
 def abort(text, code):

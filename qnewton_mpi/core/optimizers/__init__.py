@@ -8,9 +8,9 @@ from qnewton_mpi.core.optimizers.base import Optimizer, Settings
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGS
 from qnewton_mpi.core.optimizers.deflated import Deflated
 from qnewton_mpi.core.optimizers.first_order import SGD, Adam, Momentum
-from qnewton_mpi.core.optimizers.fisher import Fisher
-from qnewton_mpi.core.optimizers.kronecker import Kronecker
 from qnewton_mpi.core.optimizers.multisecant import Multisecant
+from qnewton_mpi.core.optimizers.natural.fisher import Fisher
+from qnewton_mpi.core.optimizers.natural.kronecker import Kronecker
 
 OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
     "kronecker": Kronecker,

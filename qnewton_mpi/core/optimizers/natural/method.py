@@ -14,7 +14,7 @@ import numpy as np
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.noise_scale import NoiseScale
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
-from qnewton_mpi.core.optimizers.rules import (
+from qnewton_mpi.core.optimizers.natural.rules import (
     FIRST_TRIALS,
     RUNNING,
     Curvature,
