@@ -16,6 +16,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES, AllgatherExchange
 from qnewton_mpi.core.kernels import combination, inner
@@ -30,7 +31,6 @@ from qnewton_mpi.files.whole import writing
 from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
 from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array
 from qnewton_mpi.training.replicas import ReplicaLoss
 
 METHODS = ("sgd", "multisecant", "fisher", "kronecker")

@@ -23,7 +23,7 @@ from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.plotting import pyplot, save
+from qnewton_mpi.results.plotting import pyplot, save
 from qnewton_mpi.training.saved import read
 from qnewton_mpi.training.whose import DIGEST
 

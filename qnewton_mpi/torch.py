@@ -30,13 +30,13 @@ from qnewton_mpi.adapter.saved import agree_on_steps, checked, gathered, saved
 from qnewton_mpi.adapter.shares import Shares, number_of_replicas
 from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
 from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
 from qnewton_mpi.core.optimizers.base import Group, Optimizer, Piggyback
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
-from qnewton_mpi.parallel.device import Array
 
 Closure = Callable[[], Any]
 TO_BE_SEEN, AT_ONCE, ONE_BY_ONE = "to be seen", "at once", "one by one"  # the replicas of a rank, by rows

@@ -13,9 +13,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from qnewton_mpi.plotting import label_decades
+from qnewton_mpi.results.plotting import label_decades
+from qnewton_mpi.results.runfile import rate_text
 from qnewton_mpi.studies.store import read_runs
-from qnewton_mpi.training.runfile import rate_text
 
 STUDIES = Path(__file__).parent.parent / "studies"
 PANELS = [(data, activation) for data in ("mnist", "cifar10") for activation in ("relu", "tanh")]

@@ -21,6 +21,7 @@ prepare()
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
+from qnewton_mpi.arrays import open_device  # noqa: E402
 from qnewton_mpi.benchmark import BATCH, Table, algebra  # noqa: E402
 from qnewton_mpi.core.exchange import EXCHANGES  # noqa: E402
 from qnewton_mpi.core.optimizers import OPTIMIZERS  # noqa: E402
@@ -29,7 +30,6 @@ from qnewton_mpi.data.order import BatchOrder  # noqa: E402
 from qnewton_mpi.models.convnet import Convnet  # noqa: E402
 from qnewton_mpi.models.reference import torch_layers  # noqa: E402
 from qnewton_mpi.parallel.communicator import Communicator  # noqa: E402
-from qnewton_mpi.parallel.device import open_device  # noqa: E402
 from qnewton_mpi.training.replicas import ReplicaLoss  # noqa: E402
 
 REPLICAS, RANK, SIDE, PRODUCT = 8, 32, 2048, 4096

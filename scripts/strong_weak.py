@@ -22,13 +22,13 @@ prepare()
 
 import numpy as np  # noqa: E402
 
+from qnewton_mpi.arrays import Array  # noqa: E402
 from qnewton_mpi.core.create import create  # noqa: E402
 from qnewton_mpi.core.exchange import EXCHANGES, choose  # noqa: E402
 from qnewton_mpi.core.exchange.cost import WORD, Network  # noqa: E402
 from qnewton_mpi.core.optimizers.natural.kronecker import Kronecker, KroneckerSettings  # noqa: E402
 from qnewton_mpi.core.optimizers.natural.method import LOSSES_EVERY  # noqa: E402
 from qnewton_mpi.parallel.communicator import Communicator  # noqa: E402
-from qnewton_mpi.parallel.device import Array  # noqa: E402
 from qnewton_mpi.parallel.partition import bounds_of_pieces  # noqa: E402
 
 RANKS = [2**k for k in range(11)]

@@ -5,12 +5,12 @@ import pytest
 from problems import LIBRARIES, Quadratic
 from scipy.optimize import minimize
 
+from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import BlockBFGS
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import to_host
 
 
 class SoftmaxRegression:

@@ -16,7 +16,7 @@ from test_data import idx, write_mnist
 
 from qnewton_mpi import cli
 from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run
+from qnewton_mpi.results.runfile import EPOCH_FIGURES, Run
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from qnewton_mpi.arrays import open_device
 from qnewton_mpi.config import read_toml, resolve, run_config
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import open_device
 from qnewton_mpi.parallel.environment import THREAD_VARIABLES, check_launcher, launched_tasks, prepare
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from qnewton_mpi import cli, train
 from qnewton_mpi.results.export import labelled, text_of
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.studies.store import read_runs
-from qnewton_mpi.training.runfile import Run
 
 SHORT = {"replicas": 2, "batch": 32, "steps": 4, "evaluate_every": 2, "progress": "off"}
 STUDY = Path(__file__).parents[1] / "studies" / "wall-time-fashion.h5"  # of an earlier version

@@ -12,10 +12,10 @@ from qnewton_mpi.data.augmentation import Augmentation
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.mlp import Mlp
+from qnewton_mpi.results.runfile import EPOCH_FIGURES, ITERATES, Run
 from qnewton_mpi.training import loop
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.replicas import ReplicaLoss
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, ITERATES, Run
 
 SHORT = {"model": "mlp", "hidden": "8", "replicas": 2, "batch": 16, "evaluate_every": 2, "progress": "off"}
 HELD_OUT = SHORT | {"validation": 0.1}

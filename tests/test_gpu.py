@@ -5,6 +5,7 @@ import pytest
 from problems import CUPY, VARIANTS, Quadratic, make_optimizer
 
 from qnewton_mpi import load, train
+from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.kernels import combination, inner
 from qnewton_mpi.core.optimizers import OPTIMIZERS
@@ -14,10 +15,9 @@ from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
 from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import to_host
 from qnewton_mpi.predictions import predict
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.training.replicas import ReplicaLoss
-from qnewton_mpi.training.runfile import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CUPY is None, reason="no GPU, or no CuPy")]
 

@@ -19,9 +19,9 @@ from qnewton_mpi.models.mlp import Mlp
 from qnewton_mpi.models.reference import torch_layers
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.results.rows import rows, title
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.spectrum import iterate_of, layer_spans, spectrum_of
 from qnewton_mpi.training import loop
-from qnewton_mpi.training.runfile import Run
 
 HERE = Path(__file__).parent
 SHORT = {"replicas": 4, "batch": 32, "steps": 4, "evaluate_every": 100, "progress": "off"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
@@ -17,7 +18,6 @@ from qnewton_mpi.core.settings import build
 from qnewton_mpi.core.state import objects
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import to_host
 
 SIZE, REPLICAS = 12, 6
 # Nothing bounds a step of the natural-gradient methods.

@@ -17,12 +17,12 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.predictions import predict
 from qnewton_mpi.results.rows import table
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.spectrum import iterate_of, spectrum_of
 from qnewton_mpi.studies.compare import compare
 from qnewton_mpi.studies.plan import read_study
 from qnewton_mpi.trained import load
 from qnewton_mpi.training.loop import train
-from qnewton_mpi.training.runfile import Run
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (12, 8, 6, 3), dtype=np.uint8)

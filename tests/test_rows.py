@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
-from qnewton_mpi.plotting import MANY, apart, in_panels, plot_runs
+from qnewton_mpi.results.plotting import MANY, apart, in_panels, plot_runs
 from qnewton_mpi.results.rows import distinct, rows, table, title
+from qnewton_mpi.results.runfile import EPOCH_FIGURES, Run, RunFile
 from qnewton_mpi.training.progress import Progress
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, Run, RunFile
 
 ATTRIBUTES = {
     "method": "kronecker",
@@ -98,7 +98,7 @@ def test_the_title_says_what_all_have_in_common(tmp_path):
 def test_a_picture_has_a_panel_for_few_lines_and_says_each_name_once(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     drawn = []
-    monkeypatch.setattr("qnewton_mpi.plotting.save", lambda _, figure, *more, **others: drawn.append(figure))
+    monkeypatch.setattr("qnewton_mpi.results.plotting.save", lambda _, figure, *more, **others: drawn.append(figure))
     runs = [run(tmp_path, f"{k}-{seed}", replicas=k, seed=seed) for k in range(1, 10) for seed in (0, 1)]
     plot_runs(runs, tmp_path / "p.png")
     (figure,) = drawn
@@ -114,7 +114,7 @@ def test_a_picture_has_a_panel_for_few_lines_and_says_each_name_once(tmp_path, m
 def test_runs_evaluated_at_other_steps_are_lines_of_their_own(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr("qnewton_mpi.plotting.save", lambda _, figure, *more, **others: drawn.append(figure))
+    monkeypatch.setattr("qnewton_mpi.results.plotting.save", lambda _, figure, *more, **others: drawn.append(figure))
     plot_runs([run(tmp_path, "a"), run(tmp_path, "b", seed=1, nll=(2.0, 1.0, 0.5))], tmp_path / "p.png")
     assert [len(axes.lines) for axes in drawn[0].axes] == [2, 2]
 

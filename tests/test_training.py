@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qnewton_mpi.core.schedules import factor
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.training.averages import Averages
-from qnewton_mpi.training.runfile import Run
 
 
 @given(warmup=st.integers(0, 5), steps=st.integers(6, 30))

@@ -15,9 +15,9 @@ from qnewton_mpi.errors import InterruptedRunError, UserError
 from qnewton_mpi.files.images import USER_BLOCK
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.training import loop
 from qnewton_mpi.training.checkpoint import name_of, steps_in
-from qnewton_mpi.training.runfile import Run
 
 STEPS, SAVES = 6, 3
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.batches.study import BATCHES
 from benchmarks.batches.tables import Results
 from benchmarks.workloads.optimizers import PEERS
-from qnewton_mpi.plotting import COLOURS, label_decades, label_ends, pyplot, save
+from qnewton_mpi.results.plotting import COLOURS, label_decades, label_ends, pyplot, save
 
 
 def draw(results: Results, target: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.workloads.optimizers import PEERS
 from benchmarks.workloads.tables import Results, Summary, goals
-from qnewton_mpi.plotting import COLOURS, label_ends, pyplot, save
+from qnewton_mpi.results.plotting import COLOURS, label_ends, pyplot, save
 
 WIDEST = 16.0  # τ
 Cost = Callable[[Summary, float], float]

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core import state
 from qnewton_mpi.core.optimizers import Optimizer
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel.device import to_host
 
 PLACE = ("rank", "ranks", "exchange")  # where a rank's own state belongs; the gathered one of all belongs anywhere
 TYPES = {"state": dict, "param_groups": list, "core": dict, "origin": dict, "digest": str}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel.device import Array
 
 FLOATS = (torch.float32, torch.float64)
 

@@ -30,7 +30,7 @@ def process(command: argparse.Namespace, communicator: Communicator) -> None:
     """Tell what the ranks run on."""
     from threadpoolctl import threadpool_info
 
-    from qnewton_mpi.parallel.device import open_device
+    from qnewton_mpi.arrays import open_device
 
     try:
         device = open_device("cuda", communicator.node_rank).name

@@ -42,6 +42,6 @@ def pause(text: str) -> float:
 
 def process(command: argparse.Namespace) -> None:
     """Show a run while it goes on."""
-    from qnewton_mpi.watching import watch
+    from qnewton_mpi.results.watching import watch
 
     watch(command.run, command.every, command.once)

@@ -12,13 +12,13 @@ from array_api_compat import is_cupy_array
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.core.exchange import EXCHANGES, choose
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
 from qnewton_mpi.core.settings import build, check_count
 from qnewton_mpi.errors import UserError, did_you_mean
 from qnewton_mpi.parallel import farewell
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
-from qnewton_mpi.parallel.device import Array, to_host
 from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
 
 MOST_ALIKE = 8  # samples that all replicas have in common, one step after the other, before that is no chance

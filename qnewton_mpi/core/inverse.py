@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_api_compat import array_namespace
 
+from qnewton_mpi.arrays import Array, to_device, to_host
 from qnewton_mpi.core import secants
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.ritz import RitzPairs
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array
 
-from qnewton_mpi.parallel.device import Array, to_host
+from qnewton_mpi.arrays import Array, to_host
 
 # Numbers at a time: few enough to stay in a core's cache until they are added.
 PIECE = 1 << 16

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from qnewton_mpi.arrays import Array, to_device
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array, to_device
 
 # Power iteration with H + δ‖H‖ I: directions in the null space of H stay directions.
 SHIFT = 1e-3

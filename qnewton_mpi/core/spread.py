@@ -10,8 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.inverse import InverseHessian
-from qnewton_mpi.parallel.device import Array
 
 RANDOM_SCALE = 0.01
 

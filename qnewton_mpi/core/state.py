@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.parallel.device import to_device, to_host
+from qnewton_mpi.arrays import to_device, to_host
 
 Change = tuple[Any, str, NDArray[Any]]
 """An object, the name of an attribute, and what it is to be set to, as a host array."""

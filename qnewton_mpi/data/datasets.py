@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.data.arrays import read_arrays
 from qnewton_mpi.data.parts import (
     TEST,
@@ -28,7 +29,6 @@ from qnewton_mpi.data.published import EMBEDDED as EMBEDDED
 from qnewton_mpi.data.published import NAMES, download, may_download, read_published
 from qnewton_mpi.errors import UserError, did_you_mean, printable
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array
 
 DEFAULT_VALIDATION = 0.1  # of what has no other part than one to train on
 IMAGE_SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")

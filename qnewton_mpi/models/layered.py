@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import MissingPackageError
 from qnewton_mpi.models.layers import Activation, ConvPool, ConvPoolShape, Dense, DenseShape
 from qnewton_mpi.models.network import Seeds
 from qnewton_mpi.origin import pip_install
-from qnewton_mpi.parallel.device import Array
 
 if TYPE_CHECKING:
     import torch

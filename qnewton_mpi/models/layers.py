@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from types import ModuleType
 
-from qnewton_mpi.parallel.device import Array
+from qnewton_mpi.arrays import Array
 
 ACTIVATIONS = ("tanh", "relu")
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, log_softmax
 
 from qnewton_mpi.adapter.tensors import to_array, to_tensor
+from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.models.network import Seeds
-from qnewton_mpi.parallel.device import Array, to_host
 
 # How far what describes a constant may be off, relatively and absolutely: another processor rounds otherwise.
 SAME, SMALL = 1e-3, 1e-6

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.parallel.device import Array
+from qnewton_mpi.arrays import Array
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
+from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.models.layered import Layered
 from qnewton_mpi.models.layers import ConvPoolShape
-from qnewton_mpi.parallel.device import Array, to_host
 
 
 class Normalisation(torch.nn.Module):

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, is_cupy_array, is_numpy_array
 
+from qnewton_mpi.arrays import Array, to_device, to_host
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator, HostArray
-from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 TRANSPORTS = ("auto", "host", "cuda", "nccl")
 

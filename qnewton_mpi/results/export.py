@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import OLD, kind_of, open_image
 from qnewton_mpi.results.rows import distinct, rows
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.studies.store import runs_in
-from qnewton_mpi.training.runfile import Run
 
 EPOCHS, STEPS = "epochs", "steps"
 # Whose a line is: the file (of a study, and the run in it), what the row is called in tables and legends, and what

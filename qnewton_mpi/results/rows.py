@@ -15,7 +15,7 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.data.datasets import short_name
 from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.models.choice import title as title_of
-from qnewton_mpi.training.runfile import FINISHED, Run, two_digits
+from qnewton_mpi.results.runfile import FINISHED, Run, two_digits
 from qnewton_mpi.training.whose import DIGEST, FREE
 
 # The options that a run may have otherwise and come to the same end but for rounding; two change how long it takes.

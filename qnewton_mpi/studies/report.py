@@ -13,11 +13,21 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.errors import UserError, printable
-from qnewton_mpi.plotting import COLOURS, MANY, draw_row, in_panels, label_decades, label_ends, plain, pyplot, save
+from qnewton_mpi.results.plotting import (
+    COLOURS,
+    MANY,
+    draw_row,
+    in_panels,
+    label_decades,
+    label_ends,
+    plain,
+    pyplot,
+    save,
+)
 from qnewton_mpi.results.rows import title
+from qnewton_mpi.results.runfile import Run, rate_text
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
-from qnewton_mpi.training.runfile import Run, rate_text
 
 COSTS = {
     "sample_gradients": "sample gradients",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array
 
 TAIL = 0.25
 

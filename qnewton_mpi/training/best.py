@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array
 
 
 class Best:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.data.datasets import Dataset
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array
-from qnewton_mpi.training.runfile import QUALITIES
+from qnewton_mpi.results.runfile import QUALITIES
 
 EVALUATION_BATCH = 1024
 

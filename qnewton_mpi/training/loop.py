@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Array, open_device, to_device, to_host
 from qnewton_mpi.config import RunConfig, TrainSettings
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.optimizers.base import Piggyback
@@ -27,9 +28,9 @@ from qnewton_mpi.errors import DivergedError, InterruptedRunError, NonFiniteGrad
 from qnewton_mpi.models import choice
 from qnewton_mpi.models.description import Description
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array, open_device, to_device, to_host
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
+from qnewton_mpi.results.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.beginning import beginning
 from qnewton_mpi.training.best import Best
@@ -39,7 +40,6 @@ from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.listeners import Listener, Listeners
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.replicas import ReplicaLoss
-from qnewton_mpi.training.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
 from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.data.augmentation import Augmentation
 from qnewton_mpi.data.datasets import Split
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.models.network import Network
-from qnewton_mpi.parallel.device import Array
 
 
 @dataclass

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.log import LOG
+from qnewton_mpi.results.runfile import NETWORK, Parameters, Run
 from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
-from qnewton_mpi.training.runfile import NETWORK, Parameters, Run
 
 WHICH = {"last": "", "ema": "ema_", "tail": "tail_", "best": "best_"}
 """An iterate by what users call it.

@@ -7,6 +7,7 @@ import pytest
 from mpi4py import MPI
 from problems import LIBRARIES, VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.exchange.cost import Network
@@ -16,7 +17,6 @@ from qnewton_mpi.core.settings import build
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import to_host
 
 SIZE = 23  # divisible by no number of ranks
 REPLICAS = [4, 5, 8]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from problems import CUPY, VARIANTS, Quadratic, make_optimizer
 
+from qnewton_mpi.arrays import open_device, to_host
 from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.parallel.device import open_device, to_host
 from qnewton_mpi.parallel.transport import open_transport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CUPY is None, reason="no GPU, or no CuPy")]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from qnewton_mpi import cli
+from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.training.checkpoint import steps_in
-from qnewton_mpi.training.runfile import Run
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ("--replicas", "4", "--steps", "60", "--evaluate-every", "20")

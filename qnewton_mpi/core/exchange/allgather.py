@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.exchange.base import Exchange
 from qnewton_mpi.core.exchange.cost import Network
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.parallel import partition
-from qnewton_mpi.parallel.device import Array
 
 
 class AllgatherExchange(Exchange):

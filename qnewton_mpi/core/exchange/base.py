@@ -11,13 +11,13 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Array, to_device, to_host
 from qnewton_mpi.core.exchange.cost import WORD, Network, Traffic
 from qnewton_mpi.core.kernels import blockwise_products, double_products, inner
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.parallel.device import Array, to_device, to_host
 from qnewton_mpi.parallel.transport import Transport
 
 

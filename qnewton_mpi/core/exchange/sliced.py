@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from array_api_compat import array_namespace
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.exchange.base import Exchange
 from qnewton_mpi.core.exchange.cost import Network
 from qnewton_mpi.parallel import partition
-from qnewton_mpi.parallel.device import Array
 
 
 class SlicedExchange(Exchange):

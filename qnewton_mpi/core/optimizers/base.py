@@ -15,6 +15,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Array, to_device, to_host
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
@@ -23,7 +24,6 @@ from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind, Memory, objects
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
-from qnewton_mpi.parallel.device import Array, to_device, to_host
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 """`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica.

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qnewton_mpi.arrays import Array, to_device
 from qnewton_mpi.core.optimizers.base import LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.ritz import orthonormal
 from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel.device import Array, to_device
 
 SUFFICIENT_DECREASE = 1e-4
 NOTHING_LEFT = 1e-8  # of a squared norm of one

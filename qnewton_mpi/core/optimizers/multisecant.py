@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from array_api_compat import device
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.inverse import InverseHessian
 from qnewton_mpi.core.optimizers.base import LossAndGradient, Optimizer, Settings, Step
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
 from qnewton_mpi.core.spread import POLICIES
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, LossAndGradient, Optimizer, Settings
 from qnewton_mpi.core.rate import GAIN_SHARE, noise_limited_rate
 from qnewton_mpi.core.ritz import RitzPairs
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
-from qnewton_mpi.parallel.device import Array
 
 FIRST_PROBES = 6
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.optimizers.base import Batch, Figures
@@ -17,7 +18,6 @@ from qnewton_mpi.core.optimizers.natural.layer import Layer
 from qnewton_mpi.core.optimizers.natural.method import BATCH, NaturalGradient, NaturalGradientSettings
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array, to_host
 
 FIRST_UPDATES, FIRST_COMBINATIONS = 10, 8
 FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping

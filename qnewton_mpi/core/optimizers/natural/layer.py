@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from qnewton_mpi.arrays import Array, to_device
 from qnewton_mpi.core.kernels import PIECE
 from qnewton_mpi.core.layers import LayerShape
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array, to_device
 
 GROUPS = 8  # of a layer's directions, by factors of 4 from its largest V on down
 RIDGE = 1e-3  # ρ, relative to the mean eigenvalue

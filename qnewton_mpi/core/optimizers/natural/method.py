@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.noise_scale import NoiseScale
 from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
@@ -28,7 +29,6 @@ from qnewton_mpi.core.rate import noise_limited_rate
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel.device import Array
 
 BATCH = 256
 # Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.

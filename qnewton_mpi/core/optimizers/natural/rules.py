@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from array_api_compat import array_namespace
 
+from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.kernels import combination
 from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
-from qnewton_mpi.parallel.device import Array
 
 RUNNING = 0.02  # weight of a step in running means
 NOISE_WEIGHT = 0.1  # of a step in the running share of noise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qnewton_mpi.training.runfile import PERHAPS_DEAD, RUNNING, Run, qualities_text, two_digits
+from qnewton_mpi.results.runfile import PERHAPS_DEAD, RUNNING, Run, qualities_text, two_digits
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
