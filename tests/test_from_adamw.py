@@ -38,7 +38,10 @@ def training_loss(mpiexec):
     def run(name, kind, ranks):
         if importlib.util.find_spec(name) is None and name in ("accelerate", "lightning"):
             pytest.skip(f"needs {name}")
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # Accelerate asks for them under mpiexec
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }  # Accelerate asks for them under mpiexec
         finished = mpiexec(ranks, FOLDER / f"{name}_{kind}.py", env={"OMP_NUM_THREADS": "1"} | address)
         assert finished.returncode == 0, finished.stderr
         losses = {float(loss) for loss in re.findall(r"training loss ([\d.]+)", finished.stdout)}
