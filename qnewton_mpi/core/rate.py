@@ -28,8 +28,9 @@ class LossTrend:
     L_∞ + c/(c − p) a t⁻ᵖ, so 4 (L̃₂ − L̃₄) = 8/((2 − p)(4 − p)) · p a t⁻ᵖ, which is about −t dL/dt.
 
     A constant added to the losses changes nothing of the slope, nor of its standard error, which the differences of the
-    replicas' losses tell; where all have one loss, its distance from the recent ones. Where the slope is three of those below zero, the loss has risen, and the trend starts anew
-    with t = 1: these means reach back as far as a share of the run.
+    replicas' losses tell; where all have one loss, its distance from the recent ones. Where the slope is three of those
+    below zero, the loss has risen, and the trend starts anew with t = 1: these means reach back as far as a share of
+    the run.
 
     Attributes
     ----------

@@ -413,3 +413,61 @@ def test_all_ranks_do_as_one_has_to(communicator):
         losses = [optimizer.step(loss, torch.randn(16, 3, generator=random)) for _ in range(20)]
     assert losses[-1] < losses[0]
     assert sum("one after the other" in str(warning.message) for warning in told) == (communicator.rank == 0)
+
+
+def whole_batches(communicator, **options):
+    """Return losses of steps on batches of all ranks, with dropout, by as many replicas on any number of ranks."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1))
+    model.double()
+    optimizer = QuasiNewton(
+        model.parameters(), samples=8, replicas=6, module=model, communicator=communicator, **options
+    )
+
+    def squares(x):
+        return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def closure():
+        loss = squares(optimizer.share(x))
+        loss.backward()
+        return loss
+
+    losses = []
+    for step in range(8):
+        x = torch.randn(48, 5, dtype=torch.float64)  # drawn by all alike
+        losses.append(optimizer.step(closure) if step % 2 else optimizer.step(squares, x))
+    return losses
+
+
+@pytest.mark.parametrize("method", ["kronecker", "deflated"])
+def test_a_batch_of_all_ranks_is_the_same_run_on_any_number(communicator, method):
+    """Each replica has its share of the rows, and random numbers of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = whole_batches(communicator, method=method)
+        alone = whole_batches(Communicator(MPI.COMM_SELF), method=method)
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
+    assert len(set(communicator.mpi.allgather(found[-1]))) == 1
+
+
+def test_a_batch_of_all_ranks_has_to_be_shared(communicator):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    options = {"samples": 4, "method": "momentum", "communicator": communicator}
+    optimizer = QuasiNewton(model.parameters(), replicas=4, **options)
+    with pytest.raises(UserError, match=r"5 rows cannot be shared evenly by 4 replicas:"):
+        optimizer.share(torch.ones(5, 3))
+    optimizer = QuasiNewton(model.parameters(), replicas=communicator.size, **options)
+
+    def closure():
+        loss = model(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(UserError, match=r"with replicas=… the closure must take its samples by optimizer\.share"):
+        optimizer.step(closure)
+    with pytest.raises(UserError, match="not both"):
+        QuasiNewton(model.parameters(), replicas=4, replicas_per_rank=1, **options)
+    if communicator.size > 1:
+        with pytest.raises(UserError, match=rf"replicas=1: there are {communicator.size} ranks, and each needs one"):
+            QuasiNewton(model.parameters(), replicas=1, **options)
