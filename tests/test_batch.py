@@ -125,7 +125,7 @@ def requirements():
 
 
 def test_the_recipe_of_spack_has_the_dependencies():
-    text = (ROOT / "containers/spack_repo/qnewton/packages/py_qnewton_mpi/package.py").read_text()
+    text = (ROOT / "recipes/spack_repo/qnewton/packages/py_qnewton_mpi/package.py").read_text()
     compile(text, "package.py", "exec")
     told = dict(re.findall(r'depends_on\("py-([\w-]+)@([\d.]+):"', text))
     needed, project = requirements()
@@ -136,7 +136,7 @@ def test_the_recipe_of_spack_has_the_dependencies():
 
 @pytest.mark.parametrize("name", ["Containerfile", "qnewton.def"])
 def test_containers_install_extras_that_there_are(name):
-    text = (ROOT / "containers" / name).read_text()
+    text = (ROOT / "recipes" / name).read_text()
     extras = requirements()[1]["optional-dependencies"]
     named = re.findall(r"(?:\[|EXTRAS=)([\w,]+)", text)
     assert named

@@ -1,6 +1,6 @@
 """The recipe by which Spack builds the program on a site's MPI library, from a checkout or a repository.
 
-spack repo add containers/spack_repo/qnewton
+spack repo add recipes/spack_repo/qnewton
 spack develop --path "$PWD" py-qnewton-mpi@main      # in an environment, for this checkout
 spack install py-qnewton-mpi@main +plot ^mpich       # or ^openmpi, or what packages.yaml has
 """
