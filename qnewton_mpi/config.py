@@ -106,7 +106,7 @@ class TrainSettings:
     init_from: str | None = setting(
         None, "a run's file or folder of checkpoints, whose parameters the run begins with (default: random ones)"
     )
-    init_which: str = setting("last", "which of those", one_of("last", "ema", "tail", "best"))
+    init_which: str = setting("last", "which of that run's parameters", one_of("last", "ema", "tail", "best"))
     seed: int = setting(0, "of the initial parameters, the order of the samples and random spreads", NOT_NEGATIVE)
     device: str = setting("cpu", "where arrays are; cuda needs CuPy", one_of("cpu", "cuda"))
     exchange: str = setting(

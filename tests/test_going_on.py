@@ -82,11 +82,16 @@ def test_a_cosine_cannot_be_longer(steps):
 
 
 def test_a_run_cannot_be_shorter_than_it_is():
-    train(**SHORT, **SGD, steps=4, output="run.h5", checkpoint="saved")
+    saved = {"checkpoint": "saved", "checkpoint_every": 2, "resume": True}
+    train(**SHORT, **SGD, steps=4, output="run.h5", **saved | {"resume": False})
     before = Path("run.h5").read_bytes()
     with pytest.raises(UserError, match="saved is at step 4 already, of 2: ask for more --steps or --epochs"):
-        train(**SHORT, **SGD, steps=2, output="run.h5", checkpoint="saved", resume=True)
-    train(**SHORT, **SGD, steps=4, output="run.h5", checkpoint="saved", resume=True)
+        train(**SHORT, **SGD, steps=2, output="run.h5", **saved)
+    shutil.copytree("saved", "early")
+    shutil.rmtree(next(Path("early").glob("step-*4")))
+    with pytest.raises(UserError, match="early is at step 2 already, of 2"):  # it has no evaluation of an end
+        train(**SHORT, **SGD, steps=2, output="other.h5", **saved | {"checkpoint": "early"})
+    train(**SHORT, **SGD, steps=4, output="run.h5", **saved)
     assert Path("run.h5").read_bytes() == before
 
 
@@ -134,6 +139,8 @@ def test_patience_ends_a_run_and_is_kept(scripted):
     before = Path("run.h5").read_bytes()
     train(**HELD_OUT, **SGD, steps=18, patience=3, **saved, resume=True)  # nothing is left to do
     assert Path("run.h5").read_bytes() == before
+    scripted([3.3])
+    train(**HELD_OUT, **SGD, steps=18, patience=3, **saved | {"output": "again.h5"}, resume=True)  # counts once
     scripted(nlls[8:])
     train(**HELD_OUT, **SGD, steps=18, patience=4, **saved, resume=True)
     assert [Run(Path("run.h5")).attributes[name] for name in BEST] == [18, "last", 1]

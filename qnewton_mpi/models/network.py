@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.arrays import Array
+from qnewton_mpi.core.state import Kind
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,8 @@ class Network(Protocol):
         In host memory; where a replica's pass begins. Whoever does a step sets it to the mean of all replicas' `seen`.
     seen : (R, K) float64 or None
         The statistics after each replica's pass in the last `losses_and_gradients`.
+    state : mapping
+        As of `core.state`: the statistics, if there are any.
     hessian_dtype : dtype
         Of the network to be built for `hessian_times`.
     """
@@ -56,6 +59,9 @@ class Network(Protocol):
 
     @property
     def seen(self) -> NDArray[np.float64] | None: ...
+
+    @property
+    def state(self) -> Mapping[str, Kind]: ...
 
     @property
     def hessian_dtype(self) -> Any: ...

@@ -29,16 +29,21 @@ class Best:
         Evaluations after that one: none was better.
     found : bool
         Whether there was one that is a number.
+    judged : int
+        The step of the last evaluation, which counts once, though a new file has it again; -1 before any.
     """
 
-    state: ClassVar = dict.fromkeys(("weights", "nll", "step", "since", "found"), Kind.SHARED)
+    state: ClassVar = dict.fromkeys(("weights", "nll", "step", "since", "found", "judged"), Kind.SHARED)
 
     def __init__(self, weights: Array) -> None:
         self.weights = 1 * weights
-        self.nll, self.step, self.since, self.found = 0.0, 0, 0, False
+        self.nll, self.step, self.since, self.found, self.judged = 0.0, 0, 0, False, -1
 
     def add(self, weights: Array, nll: float, step: int) -> None:
         """Take in an evaluation after a step."""
+        if step == self.judged:
+            return
+        self.judged = step
         self.since += 1
         if math.isfinite(nll) and (not self.found or nll < self.nll):
             self.weights, self.nll, self.step, self.since, self.found = 1 * weights, nll, step, 0, True

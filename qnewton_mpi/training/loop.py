@@ -247,7 +247,7 @@ class Run:
             self.optimizer.parameters = self.exchange.collect(self.optimizer.held)
             # The run that was not interrupted did without this collective.
             self.exchange.bytes_sent, self.exchange.bytes_sent_by_replicas = counted
-            if step > self.steps:
+            if step >= self.steps != self.averages.steps or step > self.steps:
                 raise UserError(
                     f"--resume: {self.checkpoints.folder} is at step {step} already, of {self.steps}: ask for more "
                     "--steps or --epochs"
