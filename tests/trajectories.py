@@ -9,7 +9,8 @@ import numpy as np
 from problems import VARIANTS
 
 from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers import OPTIMIZERS, kronecker
+from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.optimizers.natural import kronecker
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
