@@ -97,7 +97,7 @@ class TrainSettings:
     )
     augment: str | None = setting(
         None,
-        "of the images of a step: crop (moved by up to an eighth of the sides), flip (every other), or crop,flip",
+        "of the images of a step: crop (moved by up to an eighth of the sides), flip (one in two), or crop,flip",
         (augmentation.are_kinds, "must be crop, flip or crop,flip"),
     )
     patience: int | None = setting(

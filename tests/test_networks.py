@@ -207,6 +207,22 @@ def test_tables_and_pictures_say_the_network(tmp_path):
     assert ["model=mlp" in name and "hidden=12,8" in name for name in rows(runs)] == [True, False, False]
 
 
+def test_a_study_of_networks(qnewton, tmp_path):
+    shutil.copy(HERE / "own_networks.py", tmp_path)
+    common = 'seeds = [0]\n[common]\nsteps = 2\nbatch = 32\nreplicas = 2\nmethod = "sgd"\nlr = 0.1\n'
+    rows_of_it = '[[row]]\nname = "mlp"\nmodel = "mlp"\nhidden = ["8", "12,8"]\n'
+    (tmp_path / "s.toml").write_text(f'{common}{rows_of_it}[[row]]\nname = "own"\nmodel = "own_networks:Net"\n')
+    for times in (3, 0):  # what is there is not done again
+        finished = qnewton(2, "compare", "s.toml", "--output", "s.h5", cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr.count("final: train NLL") == times
+    with (tmp_path / "s.toml").open("a") as file:
+        file.write('hidden = "8"\n')
+    finished = qnewton(2, "compare", "s.toml", "--output", "s.h5", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "s.toml, line 15: row 'own': --hidden is an option of --model mlp, not of own_net" in finished.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -201,6 +201,9 @@ class Run:
                     if stop and not self.over:
                         how = "; go on with --resume" if saved else ", without a checkpoint (--checkpoint DIR)"
                         raise InterruptedRunError(f"stopped after step {step} of {self.steps}{how} ({stop})")
+            if self.position.step < self.steps and self.best is not None and self.communicator.rank == 0:
+                text = "ends after step %d of %d: no lower validation NLL since step %d"
+                LOG.info(text, self.position.step, self.steps, self.best.step)
             self.communicator.enter("output")
             self.communicator.from_root(self.check_end)
 
