@@ -175,7 +175,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self.communicator.agree(
             {
                 "replicas": replicas,
-                "replicas_per_rank": replicas_per_rank,
+                "replicas_per_rank": 1 if replicas_per_rank is None else replicas_per_rank,
                 "module": None if module is None else type(module).__name__,
                 "average_buffers": average_buffers,
             },
@@ -243,7 +243,7 @@ class QuasiNewton(torch.optim.Optimizer):
         Raises
         ------
         UserError
-            Where the rows of the batch are not a multiple of this rank's replicas.
+            Where the rows of the batch are not a multiple of the replicas that share it.
         """
         parts = self._shares.of(*tensors)
         return parts[0] if len(parts) == 1 else parts
@@ -288,7 +288,7 @@ class QuasiNewton(torch.optim.Optimizer):
             )
         core, self._given = self.core, None
         self._closure, at_once = closure, None
-        self._accumulated = not batch and not self._probes and self._passes.number > 0
+        self._accumulated = not batch and not self._probes and self._passes.begun
         self._told_loss, self._again, self._lacking = math.nan, False, None
         if self._accumulated:
             at_once = self._accumulated_gradients

@@ -118,6 +118,29 @@ def test_passes_with_parts_that_are_dropped(per_rank):
         torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()))
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_pass_that_is_cleared_is_none(to_none):
+    """As for an example that is to be hard: the closure computes all."""
+    runs = []
+    for more in (False, True):
+        model = perceptron()
+        optimizer = QuasiNewton(model.parameters(), samples=16, replicas_per_rank=4)
+
+        def closure(model=model, optimizer=optimizer):
+            loss = squares(model)(*optimizer.share(X, Y))
+            loss.backward()
+            return loss
+
+        losses = []
+        for _ in range(3):
+            if more:
+                squares(model)(X, Y).backward()
+                model.zero_grad(to_none)
+            losses.append(optimizer.step(closure))
+        runs.append(losses)
+    assert runs[0] == runs[1]
+
+
 def test_passes_that_are_no_replicas_are_told():
     model = perceptron()
     optimizer = QuasiNewton(model.parameters(), samples=16, replicas_per_rank=4)

@@ -52,7 +52,13 @@ class Passes:
         self.listening = self.between_steps if listening is None else listening
         self._counts = [0] * len(self._moved)
         self._sums: list[torch.Tensor | None] = [None] * len(self._moved)  # what `.grad` was after the last pass
-        self._holders: list[weakref.ref[torch.Tensor] | None] = [None] * len(self._moved)
+        self._marks: list[tuple[weakref.ref[torch.Tensor], int] | None] = [None] * len(self._moved)  # of `.grad` then
+
+    @property
+    def begun(self) -> bool:
+        """Whether there has been one, whose gradients are still there."""
+        live = [p.grad for k, p in enumerate(self._moved) if self._counts[k] and self._holds(k)]
+        return any(gradient is not None and (gradient.is_sparse or bool(gradient.any())) for gradient in live)
 
     @property
     def number(self) -> int:
@@ -62,11 +68,13 @@ class Passes:
     @torch.no_grad()
     def take(self, k: int) -> None:
         """Take what a pass has added to the gradient of a parameter."""
-        gradient, holder, before = self._moved[k].grad, self._holders[k], self._sums[k]
-        goes_on = before is not None and holder is not None and holder() is gradient
+        gradient, before, goes_on = self._moved[k].grad, self._sums[k], self._holds(k)
         count = self._counts[k] if goes_on else 0  # they may have been cleared meanwhile
         self._counts[k], (again, turn) = count + 1, divmod(count, len(self._rows))
-        if gradient is None or gradient.is_sparse:  # told later: an exception has no place here
+        if gradient is None:
+            return
+        self._marks[k] = weakref.ref(gradient), gradient._version
+        if gradient.is_sparse:  # told later: an exception has no place here
             return
         if self.listening is Listening.TO_PARTS:
             added = gradient - before if before is not None and goes_on else gradient
@@ -76,13 +84,23 @@ class Passes:
             self._sums[k] = gradient.clone()
         else:
             before.copy_(gradient)
-        self._holders[k] = weakref.ref(gradient)
 
     @torch.no_grad()
     def changes(self) -> list[torch.Tensor | None]:
         """Return what has been added to the gradients since the last pass, as by clipping; None where nothing has."""
-        pairs = [(None if s is None else p.grad, s) for p, s in zip(self._moved, self._sums, strict=True)]
-        return [None if g is None or s is None or torch.equal(g, s) else g - s for g, s in pairs]
+        return [self._change(k) for k in range(len(self._moved))]
+
+    def _change(self, k: int) -> torch.Tensor | None:
+        gradient, total, mark = self._moved[k].grad, self._sums[k], self._marks[k]
+        if gradient is None or total is None or mark is None:
+            return None
+        untouched = self._holds(k) and mark[1] == gradient._version  # a GPU need not be waited for
+        return None if untouched or torch.equal(gradient, total) else gradient - total
+
+    def _holds(self, k: int) -> bool:
+        """Whether the gradient of a parameter is the one of the last pass, whatever its values."""
+        mark = self._marks[k]
+        return mark is not None and mark[0]() is not None and mark[0]() is self._moved[k].grad
 
     @torch.no_grad()
     def finish(self) -> list[bool]:
