@@ -55,3 +55,21 @@ def training_loss(mpiexec):
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_loss_is_not_above_tuned_adamws(training_loss, name, ranks):
     assert training_loss(name, "quasi_newton", ranks) <= training_loss(name, "adamw", 1)
+
+
+def test_lightnings_own_accumulation(mpiexec):
+    """Each of four batches is a replica, whose loss is not had again."""
+    if importlib.util.find_spec("lightning") is None:
+        pytest.skip("needs lightning")
+    program = (FOLDER / "lightning_quasi_newton.py").read_text()
+    for before, after in {
+        "self.optimizers().share(*batch)": "batch",
+        "samples=16, replicas=8": "samples=32, replicas_per_rank=4",
+        "DataLoader(train, 128": "DataLoader(train, 32",
+        "max_epochs=EPOCHS": "max_epochs=2, accumulate_grad_batches=4",
+    }.items():
+        assert before in program
+        program = program.replace(before, after)
+    finished = mpiexec(1, "-c", program, env={"OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0, finished.stderr
+    assert float(re.search(r"training loss ([\d.]+)", finished.stdout)[1]) < 1.5  # of equal probabilities: 2.3
