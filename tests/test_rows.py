@@ -38,7 +38,8 @@ def run(tmp_path, name, nll=(2.0, 1.0), **attributes):
     ("other", "called"),
     [
         ({"batch": 32}, "batch=32"),
-        ({"activation": "relu"}, "activation=relu"),
+        ({"activation": "relu"}, ", convnet (relu)"),
+        ({"model": "mlp", "hidden": "64"}, ", mlp 64 (tanh)"),
         ({"data": "cifar10", "data_digest": "9"}, "data=cifar10"),
         ({"data_digest": "98fe76dc54"}, "data_digest=98fe76"),
         ({"damping": 0.1}, "damping=0.1"),

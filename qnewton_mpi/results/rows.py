@@ -14,7 +14,7 @@ from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.data.datasets import short_name
 from qnewton_mpi.data.parts import TEST, VALIDATION
-from qnewton_mpi.models.choice import title as title_of
+from qnewton_mpi.models import choice
 from qnewton_mpi.results.runfile import FINISHED, Run, two_digits
 from qnewton_mpi.training.whose import DIGEST, FREE
 
@@ -22,6 +22,7 @@ from qnewton_mpi.training.whose import DIGEST, FREE
 PASSING = FREE - {"exchange", "transport"} | {"evaluate_every", "seed"}
 BESIDES = (DIGEST, "ranks", "version_qnewton_mpi")  # attributes that are no options, and tell runs apart
 IN_LABEL = ("method", "replicas", "lr", "nesterov")  # what `Run.label` says
+NETWORK = "network"  # for the options that choose it, which are one word of a label
 DIGITS = 6  # of a digest
 
 
@@ -58,11 +59,11 @@ def configuration(run: Run) -> dict[str, Any]:
         item.name: None if item.default is MISSING else item.default
         for kind in kinds
         for item in fields(kind)
-        if item.name not in PASSING
+        if item.name not in (*PASSING, "model", *choice.ALL)
     }
-    return {name: run.attributes.get(name, default) for name, default in options.items()} | {
-        name: run.attributes.get(name) for name in BESIDES
-    }
+    own = {name: run.attributes.get(name, default) for name, default in options.items()}
+    besides = {name: run.attributes.get(name) for name in BESIDES}
+    return {NETWORK: choice.title(run.attributes)} | own | besides
 
 
 def differences(configurations: list[dict[str, Any]]) -> list[str]:
@@ -89,7 +90,7 @@ def said(name: str, value: Any) -> str:
         value = f"{value:g}"
     if name == DIGEST:
         value = value[:DIGITS]
-    return f"{name.removeprefix('version_')}={value}"
+    return str(value) if name == NETWORK else f"{name.removeprefix('version_')}={value}"
 
 
 def title(runs: Iterable[Run]) -> str:
@@ -100,7 +101,7 @@ def title(runs: Iterable[Run]) -> str:
         values = {a.get(name, default) for a in attributes}
         return values.pop() if len(values) == 1 else None
 
-    networks, model = {title_of(a) for a in attributes}, common("model", "convnet")
+    networks, model = {choice.title(a) for a in attributes}, common("model", "convnet")
     data, batch = common("data"), common("batch")
     words = [
         networks.pop() if len(networks) == 1 else model or "",
