@@ -57,11 +57,11 @@ def initial_for(network: Network, path: Path, which: str) -> NDArray[Any]:
     if saved.network:
         theirs, ours = Description.read(saved.network).network, json.loads(json.dumps(network.description))
         for name in {**theirs, **ours}:
-            if name not in ("seed", "constants") and theirs.get(name) != ours.get(name):
+            if name not in ("seed", "shapes", "constants") and theirs.get(name) != ours.get(name):
                 raise UserError(
                     f"--init-from {printable(path)}: is of another network: {name} was {theirs.get(name)} and is "
                     f"{ours.get(name)}"
                 )
-        if "constants" in theirs:  # which may follow from the seed
+        if "constants" in theirs:  # which may follow from the seed; shapes are compared, too
             build({**theirs, "seed": ours["seed"]})
     return weights_for(network, saved)
