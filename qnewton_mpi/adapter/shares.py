@@ -59,7 +59,9 @@ class Shares:
                 )
         if first and not self._whose:
             for tensor in tensors:
-                self.mark = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), self.mark)
+                self.mark = zlib.crc32(
+                    tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), self.mark
+                )
         return [self._rows(tensor) for tensor in tensors]
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
