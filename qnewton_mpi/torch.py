@@ -688,7 +688,7 @@ class QuasiNewton(torch.optim.Optimizer):
 
     def _flags(self) -> NDArray[np.int64]:
         """Return what each tensor of this rank has: a gradient, or none for good; and what befell the rank. Local."""
-        told = [groups.digest(self._groups), self._reason is not None, self._failure is not None]
+        told = [self._shares.mark, groups.digest(self._groups), self._reason is not None, self._failure is not None]
         return np.concatenate([self._found, self._frozen, told]).astype(np.int64)
 
     def _agree_on_step(self, words: NDArray[np.int64]) -> None:
@@ -697,16 +697,23 @@ class QuasiNewton(torch.optim.Optimizer):
         Raises
         ------
         UserError
-            On all ranks, where one has failed, or not all have the same groups or frozen parameters.
+            On all ranks, where one has failed, or not all have the same groups, frozen parameters or, where it is to
+            be that of all, the same first batch.
         """
         known, size, counts = len(self._tensors), len(words), words.sum(axis=0)
-        found, frozen, one_by_one, failed = counts[:known], counts[known:-3], counts[-2], counts[-1]
+        found, frozen, one_by_one, failed = counts[:known], counts[known:-4], counts[-2], counts[-1]
         if failed:
             self.communicator.together(self._fail)
         if others := np.flatnonzero(words[:, -3] != words[0, -3]).tolist():
             raise UserError(
                 f"the groups of rank(s) {', '.join(map(str, others))} have other lr or weight_decay than those of rank "
                 "0: let all ranks set the same"
+            )
+        if others := np.flatnonzero(words[:, -4] != words[0, -4]).tolist():
+            ranks = ", ".join(map(str, others))
+            raise UserError(
+                f"with replicas=… each batch is that of all ranks, and rank(s) {ranks} have another than rank 0: leave "
+                "out the DistributedSampler and seed all ranks alike, or say replicas_per_rank"
             )
         if one_by_one:
             self._tell_one_by_one()

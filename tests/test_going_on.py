@@ -11,11 +11,14 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.augmentation import Augmentation
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.mlp import Mlp
 from qnewton_mpi.results.runfile import EPOCH_FIGURES, ITERATES, Run
 from qnewton_mpi.training import loop
 from qnewton_mpi.training.averages import Averages
+from qnewton_mpi.training.beginning import initial_for
 from qnewton_mpi.training.replicas import ReplicaLoss
+from qnewton_mpi.training.saved import read
 
 SHORT = {"model": "mlp", "hidden": "8", "replicas": 2, "batch": 16, "evaluate_every": 2, "progress": "off"}
 HELD_OUT = SHORT | {"validation": 0.1}
@@ -224,6 +227,16 @@ def test_a_run_begins_with_the_parameters_of_another(source, which):
     for path in ("run.h5", "saved"):
         shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
     train(**HELD_OUT | {"seed": 7}, method="kronecker", steps=4, **begun, resume=True)  # needs it no more
+
+
+def test_classes_in_another_order_are_told(caplog):
+    train(**SHORT, **SGD, steps=1, output="run.h5")
+    description = Description.read(read(Path("run.h5")).network)
+    for classes in (description.classes, description.classes[::-1]):
+        initial_for(description.build(), classes, Path("run.h5"), "last")
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "class 0 was" in told
+    assert "outputs go by the place of a class" in told
 
 
 def test_statistics_come_along():

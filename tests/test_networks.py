@@ -231,6 +231,8 @@ def test_a_study_of_networks(qnewton, tmp_path):
         ("--model own_networks:gone", "own_networks.py has no function or class gone"),
         ("--model own_networks:thousand", "makes (2, 1000) of 2 images of 1×28×28, and must make logits of 10 classes"),
         ("--model own_networks:elsewhere", "does not take images of 1×28×28: RuntimeError: mat1 and mat2"),
+        ("--model own_networks:made", "own_networks:made: fails when it is called: TypeError"),
+        ("--model leaves:Net", "importing leaves fails (SystemExit: 0)"),
         ("--model own_networks:constant", "has no parameters that require a gradient"),
         ("--model own_networks:lazy", "has no shape yet: have the factory call the module once"),
         ("--model nothing_here:Net", "there is no module nothing_here, here or installed"),
@@ -246,6 +248,7 @@ def test_a_study_of_networks(qnewton, tmp_path):
 def test_what_will_not_do_is_told_in_a_line(tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("def Net(:\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
     code = cli.run(["train", *words.split(), "--output", "run.h5", "--progress", "off", "--steps", "1"])
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (2, 1)
@@ -269,9 +272,42 @@ def test_a_module_that_has_changed_since(tmp_path, monkeypatch):
     train(**SHORT | {"steps": 1}, model="changing:make", output="run.h5")
     Path("changing.py").write_text(text.format(9, 9))
     sys.modules.pop("changing")
-    with pytest.raises(UserError, match=r"run.h5: has 5,575 parameters, and its network takes 7,165"):
+    with pytest.raises(UserError, match=r"changing:make: 1.weight is another than in the run: the module has changed"):
         load("run.h5")
     Path("changing.py").unlink()
     sys.modules.pop("changing")
     with pytest.raises(UserError, match="there is no module changing"):
         load("run.h5")
+
+
+TURNED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.{} = nn.Linear(784, 784)
+        self.{} = nn.Linear(784, 784)
+        self.out = nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.out(self.a(self.b(images.flatten(1)).tanh()))
+"""
+
+
+def test_parameters_of_the_same_shapes_in_another_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # both files are as long, and of the same second
+    options = {**SHORT, "steps": 1, "model": "turned:Net", "output": "run.h5", "method": "sgd", "lr": 0.1}
+    Path("turned.py").write_text(TURNED.format("a", "b"))
+    train(**options, checkpoint="saved")
+    Path("turned.py").write_text(TURNED.format("b", "a"))
+    sys.modules.pop("turned")
+    for path in ("run.h5", "saved"):
+        with pytest.raises(UserError, match=r"turned:Net: a.weight is another than in the run"):
+            load(path)
+        with pytest.raises(UserError, match=r"turned:Net: a.weight is another than in the run"):
+            train(**options | {"output": "other.h5"}, init_from=path)
+    with pytest.raises(UserError, match=r"--resume: saved.* is of another run: a.weight was another"):
+        train(**options | {"steps": 2}, checkpoint="saved", resume=True)
+    sys.modules.pop("turned")

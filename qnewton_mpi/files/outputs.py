@@ -41,14 +41,15 @@ def check_output(path: Path, kind: str, overwrite: bool) -> None:
     if kind == "picture" and path.suffix.lower() not in PICTURES:
         raise UserError(f"{printable(path)}: a picture cannot be written with this suffix: use {', '.join(PICTURES)}")
     check_replaceable(path)
+    other = "folder" if kind == "batch script" else "--output"
     if not path.exists():
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{printable(path)}: cannot be written (no permission in {printable(folder)})")
     elif not overwrite:
-        raise UserError(f"{printable(path)} exists: name another --output, or replace it with --overwrite")
+        raise UserError(f"{printable(path)} exists: name another {other}, or replace it with --overwrite")
     elif path.stat().st_size and not _is_of(path, kind):
-        raise UserError(f"{printable(path)}: is not a {kind}, which alone is replaced: name another --output")
+        raise UserError(f"{printable(path)}: is not a {kind}, which alone is replaced: name another {other}")
 
 
 def _is_of(path: Path, kind: str) -> bool:

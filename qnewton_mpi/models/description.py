@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -12,6 +15,33 @@ import numpy as np
 from qnewton_mpi.data.datasets import Dataset
 from qnewton_mpi.models.choice import build
 from qnewton_mpi.models.network import Network
+
+# How far what describes a constant may be off, relatively and absolutely: another processor rounds otherwise.
+SAME, SMALL = 1e-3, 1e-6
+
+
+def changed(said: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return the first tensor of which two descriptions of a module say something else; empty where there is none.
+
+    The shapes of what steps change are to be the same, in the same order; the constants are numbers. What one of them
+    does not say is not compared.
+
+    Examples
+    --------
+    >>> changed({"shapes": {"a": [2], "b": [2]}}, {"shapes": {"b": [2], "a": [2]}})
+    'a'
+    """
+    if "shapes" in said and "shapes" in found:
+        theirs, ours = (list(about["shapes"].items()) for about in (said, found))
+        for was, is_now in itertools.zip_longest(theirs, ours):
+            if was != is_now:
+                return str((was or is_now)[0])
+    if "constants" in said and "constants" in found:
+        before, now = said["constants"], found["constants"]
+        for name in {**before, **now}:
+            if not math.isclose(before.get(name, math.inf), now.get(name, math.inf), rel_tol=SAME, abs_tol=SMALL):
+                return str(name)
+    return ""
 
 
 @dataclass(frozen=True)

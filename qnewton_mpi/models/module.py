@@ -19,10 +19,8 @@ from qnewton_mpi.adapter.tensors import to_array, to_tensor
 from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError, printable
+from qnewton_mpi.models.description import changed
 from qnewton_mpi.models.network import Seeds
-
-# How far what describes a constant may be off, relatively and absolutely: another processor rounds otherwise.
-SAME, SMALL = 1e-3, 1e-6
 
 
 class ModuleNetwork:
@@ -38,7 +36,8 @@ class ModuleNetwork:
         Returns the module.
     about : mapping
         The network's description: "input_shape", "classes", "seed", for messages "kind" or "factory", and, where it is
-        made once more, "constants", a number for each of those that are as `make` leaves them.
+        made once more, "shapes" of parameters and statistics, in turn, and "constants", a number for each of those that
+        are as `make` leaves them.
     xp : module, optional
         numpy, or cupy for the GPU that is current.
     dtype : optional
@@ -49,8 +48,8 @@ class ModuleNetwork:
     Raises
     ------
     UserError
-        Where `make` returns no module, or one that has no parameters, or does not take the images, or gives something
-        other than K numbers an image, or has other constants than before.
+        Where `make` fails or returns no module, or one that has no parameters, or does not take the images, or gives
+        something other than K numbers an image, or has other shapes or constants than before.
     """
 
     state: ClassVar[Mapping[str, Kind]] = {"statistics": Kind.SHARED}
@@ -71,7 +70,10 @@ class ModuleNetwork:
         self._name = printable(str(about.get("factory", about["kind"])))
         self._device = torch.device("cpu") if xp is np else torch.device("cuda", xp.cuda.Device().id)
         with self._seeded(about["seed"]):
-            module = make()
+            try:
+                module = make()
+            except (Exception, SystemExit) as error:
+                raise UserError(f"{self._name}: fails when it is called: {_said(error)}") from error
         if not isinstance(module, torch.nn.Module):
             raise UserError(f"{self._name}: makes {type(module).__name__}, and must make a torch.nn.Module")
         self._module = module
@@ -84,7 +86,7 @@ class ModuleNetwork:
         self.size = sum(p.numel() for p in self._parameters.values())
         self._initial = to_array(torch.cat([p.detach().reshape(-1) for p in self._parameters.values()]))
         self._running = self._try_out()
-        self._check_constants()
+        self._check_description()
         self.statistics = self._read_statistics()
 
     def _check_whole(self) -> None:
@@ -95,18 +97,24 @@ class ModuleNetwork:
             if tensor.is_complex():
                 raise UserError(f"{self._name}: {name} is complex: only real numbers are served")
 
-    def _check_constants(self) -> None:
-        """Note what is neither a parameter nor a statistic, or compare it with what the description says of it."""
+    def _check_description(self) -> None:
+        """Note shapes, and what is neither a parameter nor a statistic, or compare with what the description says."""
         tensors = itertools.chain(self._module.named_parameters(), self._module.named_buffers())
         rest = {name: t for name, t in tensors if name not in (*self._parameters, *self._running) and t.numel()}
-        found = {name: _sign(tensor) for name, tensor in rest.items()}
-        said = self.description.setdefault("constants", found)
-        for name in {**said, **found}:
-            if not math.isclose(said.get(name, math.inf), found.get(name, math.inf), rel_tol=SAME, abs_tol=SMALL):
-                raise UserError(
-                    f"{self._name}: {printable(name)}, which no step changes, is another than in the run: give --seed "
-                    "as the run had it, or has the module changed since?"
-                )
+        kept = {**self._parameters, **dict(zip(self._running, self._buffers(), strict=True))}
+        found: dict[str, dict[str, Any]] = {
+            "shapes": {name: list(tensor.shape) for name, tensor in kept.items()},
+            "constants": {name: _sign(tensor) for name, tensor in rest.items()},
+        }
+        if other := changed(self.description, found):
+            where = f"{self._name}: {printable(other)}"
+            if other in {**found["shapes"], **self.description.get("shapes", {})}:
+                raise UserError(f"{where} is another than in the run: the module has changed since")
+            raise UserError(
+                f"{where}, which no step changes, is another than in the run: give --seed as the run had it, or has "
+                "the module changed since?"
+            )
+        self.description = {**found, **self.description}
 
     def _try_out(self) -> list[str]:
         """Call the module on two images of noise; put back the buffers that this changes, and return their names."""
@@ -118,8 +126,7 @@ class ModuleNetwork:
             with self._seeded(0), torch.no_grad():
                 logits = self._module(images.to(self._device, getattr(torch, self.dtype.name)))
         except Exception as error:
-            said = printable(" ".join(f"{type(error).__name__}: {error}".split()))
-            raise UserError(f"{self._name}: does not take images of {shape}: {said}") from error
+            raise UserError(f"{self._name}: does not take images of {shape}: {_said(error)}") from error
         if not isinstance(logits, torch.Tensor) or logits.shape != (2, self.classes):
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise UserError(
@@ -261,6 +268,11 @@ class ModuleNetwork:
             yield
         finally:
             torch.backends.cudnn.deterministic = before
+
+
+def _said(error: BaseException) -> str:
+    """Return an exception in one line."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _sign(tensor: torch.Tensor) -> float:

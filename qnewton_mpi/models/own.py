@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ def own(
     input_shape: tuple[int, int, int],
     classes: int,
     seed: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     constants: Mapping[str, float] | None = None,
     xp: ModuleType = np,
     dtype: Any = np.float32,
@@ -38,7 +39,7 @@ def own(
     classes : int
     seed : int
         Of PyTorch's random numbers when it is called.
-    constants : mapping, optional
+    shapes, constants : mapping, optional
         As of `ModuleNetwork`.
     xp, dtype, smoothing : optional
         As of `ModuleNetwork`.
@@ -52,7 +53,8 @@ def own(
     shape = tuple(map(int, input_shape))
     arguments = accepted(make, factory, {"input_shape": shape, "classes": classes, "num_classes": classes})
     about: dict[str, Any] = {"kind": "own", "factory": factory, "input_shape": shape, "classes": classes, "seed": seed}
-    about |= {} if constants is None else {"constants": constants}
+    before = {"shapes": shapes, "constants": constants}
+    about |= {name: said for name, said in before.items() if said is not None}
     return ModuleNetwork(functools.partial(make, **arguments), about, xp, dtype, smoothing)
 
 
@@ -63,7 +65,7 @@ def imported(factory: str) -> Callable[..., Any]:
         sys.path.append(here)  # last: a file there is not to hide a package
     try:
         found: Any = importlib.import_module(where[0])
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself is not to end the run in silence
         if isinstance(error, ModuleNotFoundError) and error.name and f"{where[0]}.".startswith(f"{error.name}."):
             raise UserError(f"model = {shown}: there is no module {error.name}, here or installed") from error
         said = printable(" ".join(f"{type(error).__name__}: {error}".split()))

@@ -83,6 +83,7 @@ def resnet(
     activation: str,
     classes: int,
     seed: int,
+    shapes: Mapping[str, Sequence[int]] | None = None,
     constants: Mapping[str, float] | None = None,
     xp: ModuleType = np,
     dtype: Any = np.float32,
@@ -96,8 +97,8 @@ def resnet(
         As of `ResNet`.
     seed : int
         Of the initial parameters.
-    constants : mapping, optional
-        There are none.
+    shapes, constants : mapping, optional
+        Those that follow from the sizes; of constants there are none.
     xp, dtype, smoothing : optional
         As of `ModuleNetwork`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from qnewton_mpi.models.choice import build
 from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.checkpoint import steps_in
 from qnewton_mpi.training.saved import read, weights_for
 
 
-def beginning(network: Network, training: TrainSettings, communicator: Communicator) -> Array:
+def beginning(network: Network, classes: Sequence[str], training: TrainSettings, communicator: Communicator) -> Array:
     """Return the first parameters of a run (N,), and give the network the statistics that go with them. Collective.
 
     A run that is gone on with has no need of the run that it began with.
@@ -36,7 +38,7 @@ def beginning(network: Network, training: TrainSettings, communicator: Communica
         goes_on = training.resume and training.checkpoint is not None and steps_in(Path(training.checkpoint))
         if training.init_from is None or goes_on:
             return None
-        return initial_for(network, Path(training.init_from), training.init_which)
+        return initial_for(network, classes, Path(training.init_from), training.init_which)
 
     weights = communicator.from_root(of_another)
     if weights is None:
@@ -45,8 +47,10 @@ def beginning(network: Network, training: TrainSettings, communicator: Communica
     return to_device(weights[: network.size], initial)
 
 
-def initial_for(network: Network, path: Path, which: str) -> NDArray[Any]:
+def initial_for(network: Network, classes: Sequence[str], path: Path, which: str) -> NDArray[Any]:
     """Return the weights in a run's file or checkpoints that another run begins with, (N + K,). Local.
+
+    Where the names of its classes are not those of this run, in turn, that is told.
 
     Raises
     ------
@@ -55,13 +59,25 @@ def initial_for(network: Network, path: Path, which: str) -> NDArray[Any]:
     """
     saved = read(path, which)
     if saved.network:
-        theirs, ours = Description.read(saved.network).network, json.loads(json.dumps(network.description))
+        before = Description.read(saved.network)
+        theirs, ours = before.network, json.loads(json.dumps(network.description))
         for name in {**theirs, **ours}:
-            if name not in ("seed", "constants") and theirs.get(name) != ours.get(name):
+            if name not in ("seed", "shapes", "constants") and theirs.get(name) != ours.get(name):
                 raise UserError(
                     f"--init-from {printable(path)}: is of another network: {name} was {theirs.get(name)} and is "
                     f"{ours.get(name)}"
                 )
-        if "constants" in theirs:  # which may follow from the seed
+        if "constants" in theirs:  # which may follow from the seed; shapes are compared, too
             build({**theirs, "seed": ours["seed"]})
+        if before.classes != tuple(classes):
+            k, was, is_now = next(
+                (k, *pair) for k, pair in enumerate(zip(before.classes, classes, strict=True)) if len(set(pair)) > 1
+            )
+            LOG.warning(
+                "--init-from %s: class %d was %s and is %s: outputs go by the place of a class, not by its name",
+                printable(path),
+                k,
+                printable(was),
+                printable(is_now),
+            )
     return weights_for(network, saved)

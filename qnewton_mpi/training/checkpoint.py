@@ -45,6 +45,7 @@ from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import HDF5_ERRORS, child, dataset, image_of, open_summed
 from qnewton_mpi.files.whole import reason, regular_descriptor, replace_whole, sync_folder
+from qnewton_mpi.models.description import changed
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.training.whose import differences
 
@@ -327,6 +328,11 @@ class Checkpoints:
         if about["size"] != self.exchange.size:
             raise UserError(
                 f"--resume: {source} is of another run: of {about['size']} parameters, not {self.exchange.size}"
+            )
+        theirs, ours = (json.loads(text or "{}").get("network", {}) for text in (about.get("network"), self.network))
+        if other := changed(theirs, ours):
+            raise UserError(
+                f"--resume: {source} is of another run: {printable(other)} was another, as the module has changed since"
             )
 
     def _guarded(self, step: int, action: Callable[[], T]) -> T:

@@ -124,7 +124,7 @@ class Run:
         self.loss = ReplicaLoss(network, self.dataset.train, self.order, augmentation)
         self.optimizer = create(
             training.method,
-            beginning(network, training, communicator),
+            beginning(network, self.dataset.classes, training, communicator),
             config.replicas,
             self.order.share,
             shapes=network.parameter_shapes,

@@ -469,5 +469,9 @@ def test_a_batch_of_all_ranks_has_to_be_shared(communicator):
     with pytest.raises(UserError, match="not both"):
         QuasiNewton(model.parameters(), replicas=4, replicas_per_rank=1, **options)
     if communicator.size > 1:
+        optimizer = QuasiNewton(model.parameters(), replicas=communicator.size, **options)
+        mine = torch.full((4 * communicator.size, 3), 1.0 + communicator.rank)  # as by a DistributedSampler
+        with pytest.raises(UserError, match=r"rank\(s\) 1.* have another than rank 0: leave out the Distributed"):
+            optimizer.step(lambda x: model(x).square().mean(), mine)
         with pytest.raises(UserError, match=rf"replicas=1: there are {communicator.size} ranks, and each needs one"):
             QuasiNewton(model.parameters(), replicas=1, **options)
