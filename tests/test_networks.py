@@ -236,6 +236,7 @@ def test_a_study_of_networks(qnewton, tmp_path):
         ("--model own_networks:constant", "has no parameters that require a gradient"),
         ("--model own_networks:lazy", "has no shape yet: have the factory call the module once"),
         ("--model nothing_here:Net", "there is no module nothing_here, here or installed"),
+        ("--model own_networks.py:Net", "there is no module own_networks.py, here or installed: leave out .py"),
         ("--model broken:Net", "importing broken fails (SyntaxError"),
         ("--model lenet", "model = lenet: must be convnet, mlp, resnet, or MODULE:FACTORY"),
         ("--model own", "model = own: must be convnet"),

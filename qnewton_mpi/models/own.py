@@ -67,7 +67,8 @@ def imported(factory: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(where[0])
     except (Exception, SystemExit) as error:  # a script that ends itself is not to end the run in silence
         if isinstance(error, ModuleNotFoundError) and error.name and f"{where[0]}.".startswith(f"{error.name}."):
-            raise UserError(f"model = {shown}: there is no module {error.name}, here or installed") from error
+            hint = ": leave out .py" if where[0].endswith(".py") else ""
+            raise UserError(f"model = {shown}: there is no module {error.name}, here or installed{hint}") from error
         said = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise UserError(
             f'model = {shown}: importing {where[0]} fails ({said}): python -c "import {where[0]}" tells more'
