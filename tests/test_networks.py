@@ -268,6 +268,7 @@ def test_without_torch(options, tmp_path, monkeypatch):
 
 def test_a_module_that_has_changed_since(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # both files are as long, and of the same second
     text = "from torch.nn import *\ndef make():\n    return Sequential(Flatten(), Linear(784, {}), Linear({}, 10))\n"
     Path("changing.py").write_text(text.format(7, 7))
     train(**SHORT | {"steps": 1}, model="changing:make", output="run.h5")
