@@ -143,8 +143,8 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
         f"long as the best is at an edge, one more beyond it, up to {MORE} more. The better schedule at its "
         "best rate then has the other seeds: seed 0 is in the mean, which favours the peers. No weight decay anywhere. "
         "Training loss: the mean of the last 5% of the steps; of Schedule-Free at its average, which is what it hands "
-        "out. ± is the standard deviation over the seeds; bold is the lowest of a row, as far as it is done: – is a peer "
-        "that has not been run.",
+        "out. ± is the standard deviation over the seeds; bold is the lowest of a row, as far as it is done: – "
+        "is a peer that has not been run.",
         "To be known: SOAP, Muon and PSGD are heavyball's, not compiled, Muon's iteration in float32. In the default "
         "the batch norm of `resnet` normalises over a replica's share, 16 images, in the peers over the batch. The "
         "default's constants were chosen on networks of these kinds, with these seeds among others: it is not tuned on "
