@@ -197,8 +197,7 @@ def check(size: int, network: Network, steps: int = 100, warm_up: int = 20) -> N
             optimizer.step(problem)
             took.append(communicator.seconds - before)
         received = (exchange.bytes_sent - sent) / steps / n
-        like = "allgather" if name == "allgather" else "sliced"
-        bytes_, time = (EXCHANGES[like].seconds(w, traffic, n, replicas, size) for w in (Network(0.0, 1.0), network))
+        bytes_, time = (EXCHANGES[name].seconds(w, traffic, n, replicas, size) for w in (Network(0.0, 1.0), network))
         collectives = (communicator.collectives.total() - made) / steps
         if communicator.rank == 0 and n > 1:
             told = f"{statistics.mean(took[warm_up:]) / time:.2f}" if name != "server" else ""
