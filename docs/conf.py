@@ -11,10 +11,18 @@ project = "qnewton_mpi"
 author = "The qnewton_mpi developers"
 version = release = __version__
 
-extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_parser", "extension"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax with the site, from no other host
+    "numpydoc",
+    "myst_parser",
+    "extension",
+]
 exclude_patterns = ["_build"]
-highlight_language = "none"  # of indented blocks: equations, shell commands
+highlight_language = "none"  # of indented blocks: shell commands, tables that the program prints
 
+myst_enable_extensions = ["amsmath", "dollarmath"]
 # Links to a heading, as GitHub names it.
 myst_heading_anchors = 3
 
@@ -29,3 +37,8 @@ numpydoc_show_class_members = False
 
 html_theme = "furo"
 html_title = f"qnewton_mpi {__version__}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+templates_path = ["_templates"]
+html_context = {"author": author}
+html_show_copyright = False  # the line below every page has it

@@ -1,12 +1,16 @@
-"""What these pages need of Sphinx beside its own: docstrings that are plain text."""
+"""What these pages need of Sphinx beside its own: docstrings that are plain text, tables whose short cells do not wrap."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
 
+from docutils import nodes
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+
+SHORT = 30  # characters
 
 
 def marked_up(match: re.Match[str]) -> str:
@@ -36,7 +40,18 @@ def plain_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any,
     lines[:] = found
 
 
+def mark_short_columns(app: Sphinx, document: nodes.document) -> None:
+    """Give the cells of columns that are narrow the class `short`; the style sheet keeps them on one line."""
+    for group in document.findall(nodes.tgroup):
+        rows = [row.children for row in group.findall(nodes.row)]
+        for column in zip(*rows, strict=False):
+            if max(len(cell.astext()) for cell in column) <= SHORT:
+                for cell in column:
+                    cell["classes"].append("short")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Be an extension of Sphinx."""
+    app.connect("doctree-read", mark_short_columns)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before numpydoc
     return {"parallel_read_safe": True}
