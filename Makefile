@@ -54,7 +54,7 @@ lint: $(VENV)/.installed-dev  ## Check style (ruff) and types (mypy, strict)
 docs: $(VENV)/.installed-docs  ## Build the documents as a site, docs/_build/html/index.html; a warning is an error
 	$(BIN)/python -m sphinx -E -n -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
 
-reference: $(VENV)/.installed  ## Write what the program itself tells: the tables of options and keys in docs/, slurm/
+reference: $(VENV)/.installed  ## Write what the program itself tells: the tables of options and keys in docs/reference/, slurm/
 	$(BIN)/python docs/reference.py
 	$(BIN)/qnewton-mpi slurm slurm --overwrite
 

@@ -1,4 +1,4 @@
-"""What these pages need of Sphinx beside its own: docstrings that are plain text, tables whose short cells do not wrap."""
+"""What these pages need of Sphinx beside its own: docstrings that are plain text, tables whose cells do not wrap."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from qnewton_mpi.core.settings import base_type
 from qnewton_mpi.studies.plan import IN_A_ROW, OF_THE_STUDY, TOP_LEVEL
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = ("options.md", "studies.md")
+PAGES = ("reference/options.md", "reference/study-keys.md")
 PLACE = re.compile(r"(<!-- table: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -325,7 +325,8 @@ def page_of(done: int, seed: int, counts: dict[tuple[str, str], dict[str, int]],
     lines = [
         "# Files damaged at random",
         "",
-        f"`python scripts/fuzz.py {done} docs/fuzz.md {seed}`: {done} trials, {len(wrong)} not as they should be.",
+        f"`python scripts/fuzz.py {done} docs/reference/fuzz.md {seed}`: {done} trials, "
+        f"{len(wrong)} not as they should be.",
         "",
         f"| file | command | trials | {' | '.join(verdicts)} |",
         "|---" * (3 + len(verdicts)) + "|",

@@ -2,13 +2,13 @@
 # Everything that needs a GPU, in one command: the tests marked gpu, on 1 and 2 ranks, a training run on each device, and
 # the benchmark. Writes a report.
 #
-#   scripts/gpu_check.sh [REPORT.md]      default docs/gpu-report.md
+#   scripts/gpu_check.sh [REPORT.md]      default docs/reference/gpu-report.md
 #
 # Uses PYTHON (default python3) where that has all that is needed; else makes an environment, .venv-gpu, with CuPy and the
 # libraries of the driver's CUDA: EXTRA=cuda12 (the default) or cuda13. QNEWTON_TEST_CUDA_MPI=1 where MPI is CUDA-aware.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
-report=$(realpath -m "${1:-docs/gpu-report.md}")
+report=$(realpath -m "${1:-docs/reference/gpu-report.md}")
 python=${PYTHON:-python3}
 if ! command -v nvidia-smi >/dev/null; then
   echo "gpu_check.sh: no nvidia-smi here: run it on a machine with a GPU" >&2

@@ -3,9 +3,15 @@
 import importlib.util
 import math
 import re
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from qnewton_mpi import cli
+from qnewton_mpi.cli.options import METHODS
+from qnewton_mpi.config import TrainSettings, run_config
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -16,7 +22,8 @@ def blocks_of(path):
 
 
 BLOCKS = blocks_of(README)
-DOCUMENTS = [(path.name, k) for path in sorted((ROOT / "docs").glob("*.md")) for k in range(len(blocks_of(path)))]
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+DOCUMENTS = [(str(path.relative_to(ROOT / "docs")), k) for path in PAGES for k in range(len(blocks_of(path)))]
 
 
 @pytest.mark.parametrize(("name", "number"), DOCUMENTS)
@@ -86,19 +93,52 @@ def test_python_blocks_run_on_two_ranks(mpiexec, tmp_path, number):
     assert losses[0] == losses[1] < most
 
 
+def commands_of(path):
+    """Return the lines of its shell blocks without what a comment says."""
+    blocks = re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL)
+    return [line.partition("  #")[0].strip() for line in "".join(blocks).splitlines()]
+
+
+def arguments_of(line):
+    """Return what a line says to `qnewton-mpi`, or by a batch script to its `train`; none where it is a pattern."""
+    sbatch = re.match(r"sbatch (?:--\S+ )*\S+\.sbatch(.*)", line)
+    words = shlex.split(f"qnewton-mpi train{sbatch[1]}" if sbatch else re.split(" [|>] ", line)[0])
+    if "qnewton-mpi" not in words or line.startswith("export") or re.search("[…*)]", line):
+        return []
+    return words[words.index("qnewton-mpi") + 1 :]
+
+
+def test_the_commands_of_the_first_run(mpiexec, tmp_path):
+    for line in commands_of(ROOT / "docs" / "tutorials" / "first-run.md"):
+        if words := arguments_of(line):
+            ranks = 2 if line.startswith("mpiexec") else 1
+            finished = mpiexec(ranks, "-m", "qnewton_mpi", *words, cwd=tmp_path)
+            assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "first.png").stat().st_size > 0
+    assert " 3 " in finished.stdout  # epochs, in the table of the last command
+
+
 def test_the_example_of_own_images(mpiexec, tmp_path, monkeypatch):
-    page = ROOT / "docs" / "data.md"
+    page = ROOT / "docs" / "howto" / "data.md"
     monkeypatch.chdir(tmp_path)
     exec(blocks_of(page)[0])
     for line in re.search(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)[1].splitlines():
-        finished = mpiexec(
-            2 if line.startswith("mpiexec") else 1, "-m", "qnewton_mpi", *line.partition("-mpi ")[2].split()
-        )
+        finished = mpiexec(2 if line.startswith("mpiexec") else 1, "-m", "qnewton_mpi", *arguments_of(line))
         assert finished.returncode == 0, finished.stderr
     rows = (tmp_path / "leaves.csv").read_text().splitlines()
     assert len(rows) == 1 + 30  # what was held out
     right = [row.split(",")[1] == row.split(",")[2] for row in rows[1:]]
     assert sum(right) > 20
+
+
+@pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_of_documents_are_commands(path):
+    """What documents show of the command line is taken by its parser, and options of `train` by its settings."""
+    options = {item.name for kind in (TrainSettings, *METHODS.values()) for item in fields(kind)}
+    for words in filter(None, map(arguments_of, commands_of(path))):
+        parsed = cli.parse(words, first=False)
+        if parsed.command == "train":
+            run_config({name: value for name, value in vars(parsed).items() if name in options})
 
 
 def test_toml_example_is_accepted(qnewton, tmp_path):

@@ -34,19 +34,19 @@ def reference():
     return module
 
 
-@pytest.mark.parametrize("page", ["options.md", "studies.md"])
+@pytest.mark.parametrize("page", ["reference/options.md", "reference/study-keys.md"])
 def test_pages_are_what_the_program_reads(reference, page):
     text = (ROOT / "docs" / page).read_text()
     assert reference.written(text) == text, "run `make reference`"
 
 
 def test_every_method_and_command_has_its_table(reference):
-    tables = re.findall(r"<!-- table: ([\w -]+) -->", (ROOT / "docs" / "options.md").read_text())
+    tables = re.findall(r"<!-- table: ([\w -]+) -->", (ROOT / "docs" / "reference" / "options.md").read_text())
     assert sorted(tables) == sorted([*OPTIMIZERS, *COMMANDS])
 
 
 def test_the_study_of_the_page_is_one(tmp_path):
-    example = re.search(r"```toml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)[1]
+    example = re.search(r"```toml\n(.*?)```", (ROOT / "docs" / "howto" / "studies.md").read_text(), re.DOTALL)[1]
     (tmp_path / "study.toml").write_text(example)
     study = read_study(str(tmp_path / "study.toml"))
     assert [row.name for row in study.rows] == ["Nesterov", "kronecker replicas=4", "kronecker replicas=8"]

@@ -21,7 +21,7 @@ EXAMPLES = (
 def add(commands: Commands) -> None:
     """Add the command's parser."""
     parser = add_command(commands, "compare", "run a study: many runs, tuned alike; resumable", EXAMPLES)
-    parser.add_argument("study", metavar="STUDY.toml", help="rows, rates and seeds (docs/studies.md)")
+    parser.add_argument("study", metavar="STUDY.toml", help="rows, rates and seeds (docs/reference/study-keys.md)")
     parser.add_argument(
         "--output", type=file_path, required=True, metavar="STUDY.h5", help="finished runs are kept in STUDY.runs/"
     )

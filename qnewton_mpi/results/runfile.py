@@ -1,7 +1,7 @@
 """The HDF5 file of a run: an image that one rank writes anew as the run goes on, read back for tables and figures.
 
 /epochs/{epoch, train_nll, …}  one row an evaluation: EPOCH_FIGURES
-/steps/{loss, …}               one row a step: docs/runfile.md
+/steps/{loss, …}               one row a step: docs/reference/runfile.md
 /parameters/{conv1.weight, …}  by name and in shape, at the last evaluation; at the end /ema_parameters and
                                /tail_parameters, the averages, too
 /status                        running, finished, or what went wrong

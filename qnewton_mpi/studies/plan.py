@@ -37,7 +37,7 @@ from qnewton_mpi.errors import UserError, did_you_mean, printable
 from qnewton_mpi.files.whole import read_whole
 from qnewton_mpi.results.runfile import EPOCH_FIGURES
 
-# The keys of a study: what they may be, what they are without being given, what they mean; `docs/studies.md` has them.
+# The keys of a study: what they may be, what they are without being given, what they mean; docs/reference/study-keys.md
 TOP_LEVEL = {
     "seeds": ("integers, each once", "[0, 1, 2, 3, 4]", "of the runs that count"),
     "tuning_seed": ("an integer, none of the seeds", "1000", "rates are chosen on this one"),
