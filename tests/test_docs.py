@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qnewton_mpi import cli
-from qnewton_mpi.cli.options import METHODS
-from qnewton_mpi.config import TrainSettings, run_config
+from qnewton_mpi.cli.options import METHODS, purposes
+from qnewton_mpi.config import run_config
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -134,7 +134,8 @@ def test_the_example_of_own_images(mpiexec, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_of_documents_are_commands(path):
     """What documents show of the command line is taken by its parser, and options of `train` by its settings."""
-    options = {item.name for kind in (TrainSettings, *METHODS.values()) for item in fields(kind)}
+    options = {item.name for items in purposes().values() for item in items}
+    options |= {item.name for method in METHODS.values() for item in fields(method)}
     for words in filter(None, map(arguments_of, commands_of(path))):
         parsed = cli.parse(words, first=False)
         if parsed.command == "train":
