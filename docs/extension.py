@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 SHORT = 30  # characters
+NUMBER = re.compile(r"[-−+±–∞.,%\d\s]*(e[+-]?\d+)?")
 
 
 def marked_up(match: re.Match[str]) -> str:
@@ -40,18 +41,18 @@ def plain_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any,
     lines[:] = found
 
 
-def mark_short_columns(app: Sphinx, document: nodes.document) -> None:
-    """Give the cells of columns that are narrow the class `short`; the style sheet keeps them on one line."""
-    for group in document.findall(nodes.tgroup):
-        rows = [row.children for row in group.findall(nodes.row)]
-        for column in zip(*rows, strict=False):
-            if max(len(cell.astext()) for cell in column) <= SHORT:
-                for cell in column:
-                    cell["classes"].append("short")
+def mark_columns(app: Sphinx, document: nodes.document) -> None:
+    """Tell the style sheet, by classes, the cells that are to stay on one line, and those that are numbers."""
+    for body in document.findall(nodes.tbody):
+        for column in zip(*(row.children for row in body), strict=False):
+            texts = [cell.astext() for cell in column]
+            marks = {"short": max(map(len, texts)) <= SHORT, "number": all(map(NUMBER.fullmatch, texts))}
+            for cell in column:
+                cell["classes"] += [mark for mark, is_so in marks.items() if is_so]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Be an extension of Sphinx."""
-    app.connect("doctree-read", mark_short_columns)
+    app.connect("doctree-read", mark_columns)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)  # before numpydoc
     return {"parallel_read_safe": True}
