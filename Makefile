@@ -66,11 +66,11 @@ bench-peers: $(VENV)/.installed-peers  ## Time steps of the default beside Distr
 
 bench-workloads: $(VENV)/.installed-peers  ## The default beside tuned peers on 12 workloads (hours); JOBS, DATA (folder)
 	$(BIN)/python -m benchmarks.workloads suite --jobs $(JOBS) $(if $(DATA),--data-dir $(DATA))
-	$(BIN)/python -m benchmarks.workloads table --output docs/workloads.md
+	$(BIN)/python -m benchmarks.workloads table --output docs/explanation/workloads.md
 
 bench-batches: $(VENV)/.installed-peers  ## Steps to a fixed loss for batches of 256 to 16,384 (2 hours); JOBS, DATA
 	$(BIN)/python -m benchmarks.batches suite --jobs $(JOBS) $(if $(DATA),--data-dir $(DATA))
-	$(BIN)/python -m benchmarks.batches table --output docs/batches.md
+	$(BIN)/python -m benchmarks.batches table --output docs/explanation/batches.md
 
 clean:  ## Remove the virtual environments, the built site, and what the runs left
 	rm -rf .venv .venv-site .venv-gpu docs/_build $(RUNS)

@@ -1,6 +1,6 @@
 """Draw how SGD, `multisecant` and `deflated` cross a saddle and a plateau in two dimensions.
 
-Usage: python scripts/figure1.py [FILE.png]      default: docs/figure1.png
+Usage: python scripts/figure1.py [FILE.png]      default: docs/explanation/figure1.png
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def trajectory(method: str, surface: Callable[[Vector], tuple[float, Vector]], s
     return np.array(points)
 
 
-def main(target: str = "docs/figure1.png") -> None:
+def main(target: str = "docs/explanation/figure1.png") -> None:
     """Draw the figure."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for (above, below), (title, (surface, start)) in zip(panels.T, SURFACES.items(), strict=True):

@@ -1,6 +1,6 @@
 """Draw training NLL per epoch in the layout of the poster's Figure 2, from the studies that are there.
 
-Usage: python scripts/figure2.py [FILE.png]      default: docs/figure2.png
+Usage: python scripts/figure2.py [FILE.png]      default: docs/explanation/figure2.png
 """
 
 from __future__ import annotations

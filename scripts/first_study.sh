@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method on full Fashion-MNIST, 800 steps of batch 256, tanh: the table of docs/results.md.
+# Every method on full Fashion-MNIST, 800 steps of batch 256, tanh: the table of docs/explanation/results.md.
 #
 # Usage: first_study.sh [FOLDER]      (default runs/first-study; MPIEXEC, RANKS (2) and SEEDS ("0 1 2") from the environment)
 #

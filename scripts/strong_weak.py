@@ -1,6 +1,6 @@
 """Predict a step of the default on up to 1,024 ranks by the exchanges' model of their cost; check what it counts.
 
-Usage: python scripts/strong_weak.py predict [FILE.png]           default: docs/scaling.png; the tables on stdout
+Usage: python scripts/strong_weak.py predict [FILE.png]     default: docs/explanation/scaling.png; the tables on stdout
        mpiexec -n RANKS python scripts/strong_weak.py check [--size N] [--latency S] [--bandwidth B/S]
 
 `check` does steps, and compares the bytes that they count, and the seconds that they communicate, with the model's.
@@ -208,7 +208,8 @@ def main() -> int:
     """Do what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("predict").add_argument("file", type=Path, nargs="?", default=Path("docs/scaling.png"))
+    picture = Path("docs/explanation/scaling.png")
+    commands.add_parser("predict").add_argument("file", type=Path, nargs="?", default=picture)
     checking = commands.add_parser("check")
     checking.add_argument("--size", type=int, default=1 << 20)
     checking.add_argument("--latency", type=float, default=NETWORK.latency)

@@ -99,6 +99,12 @@ def commands_of(path):
     return [line.partition("  #")[0].strip() for line in "".join(blocks).splitlines()]
 
 
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("notebook/*.md")], ids=lambda path: path.name)
+def test_links_of_what_is_not_in_the_site_lead_to_files(path):
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
 def arguments_of(line):
     """Return what a line says to `qnewton-mpi`, or by a batch script to its `train`; none where it is a pattern."""
     sbatch = re.match(r"sbatch (?:--\S+ )*\S+\.sbatch(.*)", line)

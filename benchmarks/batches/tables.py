@@ -148,7 +148,7 @@ def page(results: Results, picture: str | None) -> str:
         f"{BATCHES[0]:,} to {BATCHES[-1]:,}: the default method (`QuasiNewton`, nothing set but the samples of a "
         f"replica) beside peers tuned at each batch ({peers}), in the layout of [Shallue et al. (2018)]"
         f"(https://arxiv.org/abs/1811.03600). One rank, one thread, {results.seeds} seeds.",
-        "    make bench-batches\n    python -m benchmarks.batches table --output docs/batches.md",
+        "    make bench-batches\n    python -m benchmarks.batches table --output docs/explanation/batches.md",
         f"The loss is that of {JUDGED:,} samples of the training set, the same at all batches, for all methods and "
         "seeds: the loss of a batch would favour large ones, which are less noisy. It is evaluated after every step up "
         f"to {APART}, then {100 // APART}% of the steps apart. A run ends when it is down to the target; between two "

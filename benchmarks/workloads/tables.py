@@ -137,7 +137,7 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
         "# Workloads",
         "The default method (`QuasiNewton`, nothing set but the samples of a replica) beside peers that were tuned, on "
         f"workloads of many kinds: equal samples, {REPLICAS} replicas on one rank, one thread, {seeds} seeds.",
-        "    make bench-workloads\n    python -m benchmarks.workloads table --output docs/workloads.md",
+        "    make bench-workloads\n    python -m benchmarks.workloads table --output docs/explanation/workloads.md",
         "A peer is run with seed 0 at constant rate and along a cosine after a warm-up of 5% (Schedule-Free: constant, "
         f"its own warm-up of 5%), each at {GRID} rates half a decade apart around where it is commonly used; as "
         f"long as the best is at an edge, one more beyond it, up to {MORE} more. The better schedule at its "

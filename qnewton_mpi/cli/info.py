@@ -64,4 +64,5 @@ def exchange_of(ranks: int) -> str:
     names = [choose(traffic, ranks, replicas, size) for size in sizes]
     text = ", ".join(f"{name} at N = {size:,}" for size, name in zip(sizes, names, strict=True))
     text = f"{names[0]} at any N" if len(set(names)) == 1 else text
-    return f"auto, by predicted seconds, for {TrainSettings().method} with M = {replicas}: {text} (docs/scaling.md)"
+    of = f"for {TrainSettings().method} with M = {replicas}"
+    return f"auto, by predicted seconds, {of}: {text} (docs/explanation/scaling.md)"

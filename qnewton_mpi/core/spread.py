@@ -2,7 +2,7 @@
 
 If every replica applied Ĥ⁻¹ to the mean gradient, the displacements W = [w_i − w̄] would stay as they are; if each
 applies it to its own gradient, they collapse, W ← (1 − α) W, whatever the curvature. So a rule must spread the replicas
-anew, and the poster's "1-step synchronous" can be read as several: docs/poster.md.
+anew, and the poster's "1-step synchronous" can be read as several: docs/explanation/poster.md.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Fisher(NaturalGradient[FisherSettings]):
     L (rank × held) has the rows √λ_k u_k. ε is a share of the mean eigenvalue of F, and at least the smallest one that
     the rank keeps; the bulk, outside the span, moves at the rate α/ε. Where the replicas' gradients are all equal,
     F = 0 and the step is that of gradient descent. F is updated at every step until its rank is reached. Kin are TONGA
-    (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/method.md.
+    (Le Roux et al. 2007) and GGT (Agarwal et al. 2019); see docs/explanation/method.md.
 
     Examples
     --------
