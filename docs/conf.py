@@ -23,6 +23,7 @@ exclude_patterns = ["_build"]
 highlight_language = "none"  # of indented blocks: shell commands, tables that the program prints
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
+mathjax3_config = {"chtml": {"matchFontHeight": False, "scale": 1.1}}  # as large as the text around it
 # Links to a heading, as GitHub names it.
 myst_heading_anchors = 3
 
