@@ -14,7 +14,7 @@ from qnewton_mpi.results.runfile import Run
 from qnewton_mpi.studies.store import read_runs
 
 SHORT = {"replicas": 2, "batch": 32, "steps": 4, "evaluate_every": 2, "progress": "off"}
-STUDY = Path(__file__).parents[1] / "studies" / "wall-time-fashion.h5"  # of an earlier version
+STUDY = Path(__file__).parents[1] / "tests" / "data" / "study-of-an-earlier-version.h5"  # of an earlier version
 
 
 @pytest.fixture(scope="module")
