@@ -47,7 +47,9 @@ def add(commands: Commands) -> None:
 
 def process(command: argparse.Namespace, communicator: Communicator) -> None:
     """Find the leading eigenpairs, tell them, and write them."""
-    from qnewton_mpi.spectrum import draw, iterate_of, spectrum_of, text, write
+    from qnewton_mpi.hessian.iterate import iterate_of
+    from qnewton_mpi.hessian.shown import draw, text, write
+    from qnewton_mpi.hessian.spectrum import spectrum_of
 
     path = Path(command.run)
     output = command.output or path.parent / f"{path.absolute().stem}.spectrum.h5"
