@@ -13,7 +13,8 @@ from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.mlp import Mlp
-from qnewton_mpi.results.runfile import EPOCH_FIGURES, ITERATES, Run
+from qnewton_mpi.results.layout import EPOCH_FIGURES, ITERATES
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training import loop
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.beginning import initial_for

@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from qnewton_mpi.errors import ENDED_BY_CTRL_C, INTERRUPTED, InterruptedRunError, UserError
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training import interruption
 from qnewton_mpi.training.checkpoint import steps_in
 from qnewton_mpi.training.interruption import Interruption, Noted

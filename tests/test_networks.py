@@ -20,7 +20,7 @@ from qnewton_mpi.models.mlp import Mlp
 from qnewton_mpi.models.reference import torch_layers
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.results.rows import rows, title
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.spectrum import iterate_of, spectrum_of
 from qnewton_mpi.training import loop
 

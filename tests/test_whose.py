@@ -15,7 +15,7 @@ from qnewton_mpi.errors import InterruptedRunError, UserError
 from qnewton_mpi.files.images import USER_BLOCK
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training import loop
 from qnewton_mpi.training.checkpoint import name_of, steps_in
 

@@ -12,7 +12,7 @@ from qnewton_mpi.cli.arguments import Commands, add_command, at_least_one, file_
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import duration
+from qnewton_mpi.results.words import duration
 from qnewton_mpi.training.progress import LINE_SECONDS
 
 EXAMPLES = (

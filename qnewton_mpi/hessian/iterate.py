@@ -17,8 +17,8 @@ from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.results.layout import DIGEST
 from qnewton_mpi.training.saved import read
-from qnewton_mpi.training.whose import DIGEST
 
 
 @dataclass(frozen=True)

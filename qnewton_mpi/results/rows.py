@@ -15,8 +15,10 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.data.datasets import short_name
 from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.models import choice
-from qnewton_mpi.results.runfile import FINISHED, Run, two_digits
-from qnewton_mpi.training.whose import DIGEST, FREE
+from qnewton_mpi.results.layout import DIGEST, FINISHED
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.results.words import two_digits
+from qnewton_mpi.training.whose import FREE
 
 # The options that a run may have otherwise and come to the same end but for rounding; two change how long it takes.
 PASSING = FREE - {"exchange", "transport"} | {"evaluate_every", "seed"}

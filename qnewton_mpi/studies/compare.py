@@ -19,13 +19,14 @@ from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.errors import DivergedError, InterruptedRunError, TooLateError, UserError
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import duration, rate_text
+from qnewton_mpi.results.layout import DIGEST
+from qnewton_mpi.results.words import duration, rate_text
 from qnewton_mpi.studies.halt import Halt
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
 from qnewton_mpi.training.interruption import Noted
 from qnewton_mpi.training.loop import data_options, train
-from qnewton_mpi.training.whose import DIGEST, LENGTH
+from qnewton_mpi.training.whose import LENGTH
 
 Labels = dict[str, dict[str, Any]]
 """What a study says of its runs, by their names: row, stage, baseline."""

@@ -57,7 +57,7 @@ MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5
 MOST_SUMS = 2**26  # bytes, of a million ranks' sums
 PARAMETERS, STEP = "optimizer/held", "position/step"
-# The entries of an iterate's weights, by its name (`results.runfile.ITERATES`). The mean of the last quarter is none
+# The entries of an iterate's weights, by its name (`results.layout.ITERATES`). The mean of the last quarter is none
 # before that quarter begins, which a checkpoint does not say.
 ITERATES = {
     "": {PARAMETERS: Kind.HELD, "network/statistics": Kind.SHARED},

@@ -30,7 +30,8 @@ from qnewton_mpi.models.description import Description
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
-from qnewton_mpi.results.runfile import EPOCH_FIGURES, NETWORK, Parameters, RunFile
+from qnewton_mpi.results.layout import DIGEST, EPOCH_FIGURES, NETWORK, NONE_SAVED, SAVED, SAVED_IN, Parameters
+from qnewton_mpi.results.runfile import RunFile
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.beginning import beginning
 from qnewton_mpi.training.best import Best
@@ -40,7 +41,7 @@ from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.listeners import Listener, Listeners
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.replicas import ReplicaLoss
-from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
+from qnewton_mpi.training.whose import Rows, held, rows_of
 
 PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
 DIVERGED = 2.0  # times the first training NLL, and a run that ends there has diverged

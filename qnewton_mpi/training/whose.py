@@ -21,11 +21,9 @@ from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import check_replaceable
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.layout import DIGEST, NONE_SAVED, SAVED, SAVED_IN
+from qnewton_mpi.results.run import Run
 
-# In a run's file, beside the options: the data, and the step and folder of the newest checkpoint.
-DIGEST, SAVED, SAVED_IN = "data_digest", "saved_step", "saved_in"
-NONE_SAVED = -1
 # Options that may differ between a run and its continuation; `exchange` then changes rounding.
 FREE = {
     "output",
