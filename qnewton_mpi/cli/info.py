@@ -7,10 +7,10 @@ import os
 
 from qnewton_mpi import __version__
 from qnewton_mpi.cli.arguments import Commands, add_command
-from qnewton_mpi.config import DEFAULT_REPLICAS, TrainSettings
 from qnewton_mpi.core.exchange import choose
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.options import DEFAULT_REPLICAS, TrainSettings
 from qnewton_mpi.parallel.communicator import Communicator, load_mpi
 
 EXAMPLES = (

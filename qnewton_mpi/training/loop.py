@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.arrays import Array, open_device, to_device, to_host
-from qnewton_mpi.config import RunConfig, TrainSettings
+from qnewton_mpi.config import RunConfig
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.optimizers.base import Piggyback
 from qnewton_mpi.core.schedules import factor
@@ -27,6 +27,7 @@ from qnewton_mpi.data.parts import TRAIN
 from qnewton_mpi.errors import DivergedError, InterruptedRunError, NonFiniteGradientError, UserError, printable
 from qnewton_mpi.models import choice
 from qnewton_mpi.models.description import Description
+from qnewton_mpi.options import TrainSettings
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.parallel.watchdog import Watchdog
