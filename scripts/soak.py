@@ -56,7 +56,8 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
     from mpi4py import MPI
 
     from qnewton_mpi import cli
-    from qnewton_mpi.training import checkpoint, loop
+    from qnewton_mpi.training import loop
+    from qnewton_mpi.training.checkpoint import checkpoints, folder, writing
 
     here = {"step": 0}
 
@@ -81,7 +82,7 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
         setattr(owner, name, wrapped)
 
     call, one_step = loop.ReplicaLoss.at_once, loop.Run.step
-    write, sync = checkpoint.replace_whole, checkpoint.sync_folder
+    write, sync = writing.replace_whole, folder.sync_folder
 
     def gradient(self: loop.ReplicaLoss, *arguments: object) -> object:
         here["step"] = self.step + 1
@@ -93,21 +94,21 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
         happen("after a step")
         return done
 
-    def writing(path: Path, *parts: bytes | memoryview) -> None:
-        if path.name == checkpoint.SUMS:
+    def written(path: Path, *parts: bytes | memoryview) -> None:
+        if path.name == writing.SUMS:
             happen("save: sums")
         write(path, *parts)
 
-    def syncing(folder: Path) -> None:
+    def synced(path: Path) -> None:
         happen("save: renamed")
-        sync(folder)
+        sync(path)
 
     loop.ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
     loop.Run.step = whole_step  # type: ignore[method-assign]
-    checkpoint.replace_whole, checkpoint.sync_folder = writing, syncing
+    writing.replace_whole, folder.sync_folder = written, synced
     before(loop.Run, "evaluate", "evaluation")
     before(loop.Run, "save", "save: begun")
-    before(checkpoint.Checkpoints, "_write_rank", "save: rank's file")
+    before(checkpoints, "write_rank", "save: rank's file")
     sys.exit(cli.run(sys.argv[7:]))
 
 

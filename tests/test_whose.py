@@ -17,7 +17,8 @@ from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.results.run import Run
 from qnewton_mpi.training import loop
-from qnewton_mpi.training.checkpoint import name_of, steps_in
+from qnewton_mpi.training.checkpoint import steps_in
+from qnewton_mpi.training.checkpoint.layout import name_of
 
 STEPS, SAVES = 6, 3
 

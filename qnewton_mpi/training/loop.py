@@ -36,10 +36,11 @@ from qnewton_mpi.results.runfile import RunFile
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.beginning import beginning
 from qnewton_mpi.training.best import Best
-from qnewton_mpi.training.checkpoint import Checkpoints, Position
+from qnewton_mpi.training.checkpoint import Checkpoints
 from qnewton_mpi.training.evaluation import evaluate
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.listeners import Listener, Listeners
+from qnewton_mpi.training.position import Position
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.replicas import ReplicaLoss
 from qnewton_mpi.training.whose import Rows, held, rows_of
