@@ -58,6 +58,7 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
     from qnewton_mpi import cli
     from qnewton_mpi.training import loop
     from qnewton_mpi.training.checkpoint import checkpoints, folder, writing
+    from qnewton_mpi.training.replicas import ReplicaLoss
 
     here = {"step": 0}
 
@@ -81,10 +82,10 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    call, one_step = loop.ReplicaLoss.at_once, loop.Run.step
+    call, one_step = ReplicaLoss.at_once, loop.Run.step
     write, sync = writing.replace_whole, folder.sync_folder
 
-    def gradient(self: loop.ReplicaLoss, *arguments: object) -> object:
+    def gradient(self: ReplicaLoss, *arguments: object) -> object:
         here["step"] = self.step + 1
         happen("gradient")
         return call(self, *arguments)  # type: ignore[arg-type]
@@ -103,7 +104,7 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
         happen("save: renamed")
         sync(path)
 
-    loop.ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
+    ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
     loop.Run.step = whole_step  # type: ignore[method-assign]
     writing.replace_whole, folder.sync_folder = written, synced
     before(loop.Run, "evaluate", "evaluation")

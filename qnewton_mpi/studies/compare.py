@@ -26,7 +26,8 @@ from qnewton_mpi.studies.halt import Halt
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
 from qnewton_mpi.training.interruption import Noted
-from qnewton_mpi.training.loop import data_options, train
+from qnewton_mpi.training.loop import train
+from qnewton_mpi.training.parts import data_options
 
 Labels = dict[str, dict[str, Any]]
 """What a study says of its runs, by their names: row, stage, baseline."""
