@@ -36,7 +36,8 @@ from qnewton_mpi.core.create import create, digest, method_settings
 from qnewton_mpi.core.optimizers.base import Group, Optimizer, Piggyback
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import abort_on_exception
 
 Closure = Callable[[], Any]
 TO_BE_SEEN, AT_ONCE, ONE_BY_ONE = "to be seen", "at once", "one by one"  # the replicas of a rank, by rows

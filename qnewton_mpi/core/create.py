@@ -19,7 +19,8 @@ from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
 from qnewton_mpi.core.settings import build, check_count
 from qnewton_mpi.errors import UserError, did_you_mean
 from qnewton_mpi.parallel import farewell
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import abort_on_exception
 from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
 
 Shapes = Sequence[tuple[int, ...]] | None
