@@ -1,6 +1,7 @@
 """The optimizers for any PyTorch model: `QuasiNewton`, a `torch.optim.Optimizer` (extra `torch`).
 
-What it is made of is in `qnewton_mpi.adapter`. Half of this module's lines are the text of its one public class.
+What it is made of is in `qnewton_mpi.adapter`. This module is as long as it is for the documentation of its one class,
+which is half of it.
 """
 
 from __future__ import annotations

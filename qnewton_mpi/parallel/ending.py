@@ -6,18 +6,25 @@ import os
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from qnewton_mpi.errors import ENDED_BY_CTRL_C, USAGE_ERROR, UserError
 from qnewton_mpi.parallel.library import load_mpi
 
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
-    from qnewton_mpi.parallel.communicator import Communicator
-
 GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
 LAST_WORDS = 0.3  # seconds from an error's text to MPI_Abort: launchers drop what they have not read by then
+
+
+class Ranks(Protocol):
+    """What knows which of how many ranks this one is: a `Communicator`, or one of MPI's."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this one."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
 
 
 def abort(text: str, code: int) -> NoReturn:
@@ -29,7 +36,7 @@ def abort(text: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-def abort_on_exception(communicator: Communicator | MPI.Comm) -> None:
+def abort_on_exception(communicator: Ranks) -> None:
     """Make an uncaught exception on any rank end the whole job: traceback on stderr, then MPI_Abort. Local.
 
     Without it the other ranks would wait for ever in their next collective. Of a `UserError` one line is printed, and
