@@ -14,6 +14,7 @@ from qnewton_mpi.bench.tables import Table
 from qnewton_mpi.bench.timing import Case, time_in_turn
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.optimizers.base import LossAndGradient
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.models.convnet import Convnet
@@ -27,8 +28,6 @@ SIDE = 128  # of the square layers that the N parameters are taken for
 WARM_UP = 16  # steps: `kronecker` does all its work in the first ten
 RANK = 64  # of `fisher`, which updates at every step until it is reached
 BATCH = 256
-
-LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 
 
 def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Communicator, seconds: float) -> Table:

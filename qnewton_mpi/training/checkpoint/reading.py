@@ -12,16 +12,15 @@ from typing import Any
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from qnewton_mpi.core import state
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import child, dataset, open_summed
+from qnewton_mpi.parallel.communicator import HostArray
 from qnewton_mpi.training.checkpoint.folder import attempted, newest_sound, steps_in
 from qnewton_mpi.training.checkpoint.layout import MASTER, SCHEMA, SUMS, TOGETHER, Entry, file_names, rank_name, sums_in
 
-HostArray = NDArray[Any]
 PARAMETERS = "optimizer/held"
 # The entries of an iterate's weights, by its name (`results.layout.ITERATES`). The mean of the last quarter is none
 # before that quarter begins, which a checkpoint does not say.

@@ -13,14 +13,13 @@ from typing import Any
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from qnewton_mpi.core import state
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.files.images import image_of
 from qnewton_mpi.files.whole import replace_whole
-from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.communicator import Communicator, HostArray
 from qnewton_mpi.training.checkpoint.layout import (
     MASTER,
     SCHEMA,
@@ -33,7 +32,6 @@ from qnewton_mpi.training.checkpoint.layout import (
     rank_name,
 )
 
-HostArray = NDArray[Any]
 Arrays = dict[str, tuple[Kind, HostArray]]
 
 
