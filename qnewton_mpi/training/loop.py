@@ -24,10 +24,10 @@ from qnewton_mpi.results.layout import EPOCH_FIGURES
 from qnewton_mpi.training.evaluation import evaluate
 from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.listeners import Listener
-from qnewton_mpi.training.output import PHASES, Output
+from qnewton_mpi.training.output import SECONDS, Output
 from qnewton_mpi.training.parts import made
 from qnewton_mpi.training.saving import Saving
-from qnewton_mpi.training.whose import Rows, held, rows_of
+from qnewton_mpi.training.whose import Rows, reserved, rows_of
 
 MOST_SKIPPED = 10  # steps with gradients that are not finite, before it is the run that is at fault
 
@@ -65,16 +65,16 @@ def train(
     training = config.training
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(communicator, training.log_dir))
-        stack.enter_context(held(config, communicator))
+        stack.enter_context(reserved(config, communicator))
         if training.stall_timeout is not None:
             stack.enter_context(Watchdog(communicator, training.stall_timeout))
         told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit, halted))
-        run = Run(config, communicator, labels or {}, told, listener)
+        run = Trainer(config, communicator, labels or {}, told, listener)
         communicator.together(run.go)  # rank 0 alone may fail to end its file
     return config.output
 
 
-class Run:
+class Trainer:
     """A run: its parts, and how far it is. All methods are collective.
 
     Parameters
@@ -182,7 +182,7 @@ class Run:
         parts.averages.add(parts.weights, step)
         self.check_replicas()
         phases = (gradient, communication, whole - gradient - communication)
-        self.output.add_step(step, {"step": step, **figures, **dict(zip(PHASES, phases, strict=True))})
+        self.output.add_step(step, {"step": step, **figures, **dict(zip(SECONDS, phases, strict=True))})
         return step
 
     def share_statistics(self) -> None:

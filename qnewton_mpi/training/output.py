@@ -19,7 +19,7 @@ from qnewton_mpi.training.parts import Parts
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.whose import Rows
 
-PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
+SECONDS = ("seconds_gradient", "seconds_communication", "seconds_algebra")
 DIVERGED = 2.0  # times the first training NLL, and a run that ends there has diverged
 
 
@@ -69,7 +69,7 @@ class Output:
     def _file(self, resumed: int | None, rows: Rows) -> RunFile:
         """Return the run's file. Local."""
         parts, folder = self._parts, self._parts.config.training.checkpoint
-        figures = ("step", *parts.optimizer.figures, *PHASES)
+        figures = ("step", *parts.optimizer.figures, *SECONDS)
         attributes = {**parts.attributes, **self._labels, "run": parts.identifier}
         if folder is not None:
             saved = NONE_SAVED if resumed is None else resumed
