@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qnewton_mpi.cli import build_parser
 from qnewton_mpi.cli.options import METHODS, metavar, purposes
-from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import base_type
+from qnewton_mpi.options import TrainSettings
 from qnewton_mpi.studies.plan import IN_A_ROW, OF_THE_STUDY, TOP_LEVEL
 
 FOLDER = Path(__file__).resolve().parent

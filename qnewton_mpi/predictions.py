@@ -17,9 +17,9 @@ from qnewton_mpi.data.parts import TEST, TRAIN, VALIDATION
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import write_image
 from qnewton_mpi.files.whole import replace_whole, writing
+from qnewton_mpi.results.layout import DIGEST
 from qnewton_mpi.results.plotting import pyplot, save
 from qnewton_mpi.trained import Model
-from qnewton_mpi.training.whose import DIGEST
 
 IN_ALL = 30  # classes, beyond which the cells of a confusion matrix have no numbers
 HEADER = ("sample", "label", "predicted")  # of a table of predictions, before a column for each class

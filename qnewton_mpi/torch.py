@@ -1,21 +1,21 @@
-"""The optimizers for any PyTorch model: `QuasiNewton`, a `torch.optim.Optimizer` (extra `torch`)."""
+"""The optimizers for any PyTorch model: `QuasiNewton`, a `torch.optim.Optimizer` (extra `torch`).
+
+What it is made of is in `qnewton_mpi.adapter`. This module is as long as it is for the documentation of its one class,
+which is half of it.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
+import functools
 import os
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import MissingPackageError, UserError, printable
+from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.origin import pip_install
 
 try:
@@ -24,23 +24,21 @@ except ModuleNotFoundError as error:
     raise MissingPackageError(f"QuasiNewton needs PyTorch: {pip_install('torch')}") from error
 
 from qnewton_mpi.adapter import groups
-from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
-from qnewton_mpi.adapter.passes import Listening, Passes
+from qnewton_mpi.adapter.binding import Binding
+from qnewton_mpi.adapter.closures import Closure
+from qnewton_mpi.adapter.refusals import check_addition, check_module, check_probing, check_step
 from qnewton_mpi.adapter.saved import agree_on_steps, checked, gathered, saved
-from qnewton_mpi.adapter.shares import Shares, number_of_replicas
-from qnewton_mpi.adapter.surroundings import Surroundings, without_traces
-from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.adapter.shares import number_of_replicas
+from qnewton_mpi.adapter.stepping import Stepping
+from qnewton_mpi.adapter.surroundings import Surroundings
+from qnewton_mpi.adapter.tensors import Tensors, to_array
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
-from qnewton_mpi.core.optimizers.base import Group, Optimizer, Piggyback
+from qnewton_mpi.core.optimizers.base import Piggyback, Settings
 from qnewton_mpi.core.optimizers.probing import Probing
 from qnewton_mpi.core.settings import check_count
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
-
-Closure = Callable[[], Any]
-TO_BE_SEEN, AT_ONCE, ONE_BY_ONE = "to be seen", "at once", "one by one"  # the replicas of a rank, by rows
-ALL = -1  # for a replica, whose random numbers are those of all
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import abort_on_exception
 
 
 class QuasiNewton(torch.optim.Optimizer):
@@ -160,16 +158,14 @@ class QuasiNewton(torch.optim.Optimizer):
         abort_on_exception(self.communicator)
         if self.communicator.size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
+        self._module, self._average_buffers = module, average_buffers
+        self._method, self._whole = method, replicas is not None  # whether a batch is that of all ranks
 
         def prepare() -> Tensors:
             check_count("samples", samples, 1)
             self._replicas = number_of_replicas(replicas, replicas_per_rank, self.communicator.size)
-            if module is not None and not isinstance(module, torch.nn.Module):
-                raise UserError(f"module={module!r:.60}: must be the model, a torch.nn.Module")
-            chosen = method_settings(method, **settings)
-            self._adaptive = isinstance(chosen.lr, str)
-            self._lr = 1.0 if isinstance(chosen.lr, str) else float(chosen.lr)
-            return self._gather(params, module, chosen.weight_decay)
+            check_module(module)
+            return self._gather(params, method_settings(method, **settings))
 
         tensors = self.communicator.together(prepare)
         self.communicator.agree(
@@ -181,61 +177,39 @@ class QuasiNewton(torch.optim.Optimizer):
             },
             "start all ranks with the same settings",
         )
-        self._module, self._average_buffers = module, average_buffers
-        self._method, self._whole = method, replicas is not None  # whether a batch is that of all ranks
-
-        def build(vector: Array, shapes: list[tuple[int, ...]]) -> Optimizer[Any]:
-            return create(
-                method,
-                vector,
-                self._replicas,
-                samples,
-                shapes=shapes,
-                exchange=exchange,
-                transport=transport,
-                communicator=self.communicator,
-                seed=seed,
-                **settings,
-            )
-
-        self._create = build
+        self._create = functools.partial(
+            create,
+            method,
+            replicas=self._replicas,
+            samples=samples,
+            exchange=exchange,
+            transport=transport,
+            communicator=self.communicator,
+            seed=seed,
+            **settings,
+        )
         self._build(tensors)
 
     def _build(self, tensors: Tensors) -> None:
         """Build the method on the parameters, before its first step. Collective."""
         flat = tensors.vector()
-        core = self._create(to_array(flat), [tuple(p.shape) or (1,) for p in tensors.moved])
+        core = self._create(parameters=to_array(flat), shapes=[tuple(p.shape) or (1,) for p in tensors.moved])
         surroundings = Surroundings(flat.device, self._module, core.exchange.local if self._whole else None)
         buffers = repr([(buffer.dtype, tuple(buffer.shape)) for buffer in surroundings.buffers])
         self.communicator.agree({"buffers": digest(buffers.encode())}, "build the same module on all ranks")
-        self._probes = isinstance(core, Probing) and core.probes
-        if self._probes and self._module is None:
-            raise UserError(
-                f"{self._method} evaluates gradients more than once a step: pass module=model, so that running "
-                "statistics are left alone"
-            )
+        probes = isinstance(core, Probing) and core.probes
+        if probes:
+            check_probing(self._method, self._module)
         core.piggyback = Piggyback(self._flags, self._agree_on_step)
-        self.core, self._parameters, self._surroundings = core, tensors, surroundings
-        self._tensors = tensors.moved
-        self.figures: dict[str, float] = {}
-        self._gradient_views = [tensors.views(row) for row in core.rows]
-        self._shares = Shares(core.exchange.local, self._replicas if self._whole else None)
-        self._passes = Passes(tensors, self._gradient_views)
-        self._accumulated = False  # whether a step's gradients are of backward passes before it
-        self._told_loss = math.nan  # with those, what the closure has returned
-        self._again = False  # whether it may compute that again
-        self._lacking: torch.Tensor | None = None  # of the slope of the losses, to that of the gradients that count
-        self._given: tuple[Closure, tuple[torch.Tensor, ...]] | None = None  # a loss and the batch of this step
-        self._at_once = AtOnce(self._tensors, self._module)
-        self._way = TO_BE_SEEN if len(core.rows) > 1 else ONE_BY_ONE
-        self._reason: str | None = None  # why they are one by one on this rank
-        self._graph = False  # whether a trial needs one
-        self._told = False  # that the closure cannot be called for its loss alone
-        self._told_one_by_one = False
-        self._failure: UserError | None = None  # of this rank, in this step
-        self._frozen = [False] * len(self._tensors)
-        self._groups: list[Group] = []
-        self._bind()
+        self.core, self.figures = core, dict[str, float]()
+        self._binding = Binding(core, tensors, surroundings, self._whole, probes)
+        self._stepping = Stepping(self._binding, self._module)
+
+    def _flags(self) -> NDArray[np.int64]:
+        return self._stepping.flags()
+
+    def _agree_on_step(self, words: NDArray[np.int64]) -> None:
+        self.core.groups = self._stepping.agreed(words)
 
     def share(self, *tensors: torch.Tensor) -> Any:
         """Return the present replica's part of the batch: an equal share of each tensor's rows. Local.
@@ -245,7 +219,7 @@ class QuasiNewton(torch.optim.Optimizer):
         UserError
             Where the rows of the batch are not a multiple of the replicas that share it.
         """
-        parts = self._shares.of(*tensors)
+        parts = self._binding.shares.of(*tensors)
         return parts[0] if len(parts) == 1 else parts
 
     @torch.no_grad()
@@ -276,45 +250,22 @@ class QuasiNewton(torch.optim.Optimizer):
         NonFiniteGradientError
             On all ranks, before any state has changed.
         """
-        if vars(self).pop("found_inf", None) is not None:
-            raise UserError(
-                "a GradScaler has scaled the loss: leave it out, and take torch.autocast(…, dtype=torch.bfloat16), "
-                "which needs none"
-            )
-        if closure is None:
-            raise UserError(
-                "step() needs the loss: say optimizer.step(lambda: loss) after loss.backward(), or give a closure that "
-                "computes both"
-            )
-        core, self._given = self.core, None
-        self._closure, at_once = closure, None
-        self._accumulated = not batch and not self._probes and self._passes.begun
-        self._told_loss, self._again, self._lacking = math.nan, False, None
-        if self._accumulated:
-            at_once = self._accumulated_gradients
-        if batch:
-            self._closure, self._given, at_once = self._of_batch, (closure, batch), self._losses_and_gradients
-            self._parameters.drop_gradients(unused=True)
-        self._failure = None
-        self._surroundings.begin()
-        self._found = np.zeros(len(self._tensors), bool)
-        self._attempt(self._prepare)
+        check_step(closure, scaled=vars(self).pop("found_inf", None) is not None)
+        assert closure is not None
+        evaluations = self._stepping.begin(closure, batch, self.param_groups, self._rates)
         try:
-            self.figures = core.step(Evaluations(self._loss_and_gradient, self._trial_losses, at_once))
+            self.figures = self.core.step(evaluations)
         finally:
-            self._passes.begin()
-        if batch:
-            self._parameters.drop_gradients(unused=True)
-        if core.parameters is not self._bound:
-            self._bind()
-        self._surroundings.share_buffers(self.communicator, self._average_buffers)
+            self._binding.passes.begin()
+        self._stepping.end(batch)
+        self._binding.surroundings.share_buffers(self.communicator, self._average_buffers)
         return self.figures["loss"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as any optimizer does. Local."""
         super().zero_grad(set_to_none)
-        if hasattr(self, "_passes"):
-            self._passes.begin(self._passes.listening)
+        if hasattr(self, "_binding"):
+            self._binding.passes.begin(self._binding.passes.listening)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, before the first step. Collective.
@@ -329,16 +280,12 @@ class QuasiNewton(torch.optim.Optimizer):
             return
 
         def add() -> Tensors:
-            if self.core.steps:
-                raise UserError(
-                    "parameters cannot be added after the first step: build another optimizer with all of them, or "
-                    "have them in this one from the start, frozen as soon as it is built"
-                )
+            check_addition(self.core.steps)
             try:
                 super(QuasiNewton, self).add_param_group(param_group)
             except (TypeError, ValueError) as error:
                 raise UserError(f"the parameters cannot be used: {error}") from error
-            return self._checked(self._module)
+            return self._checked()
 
         before = list(self.param_groups)
         try:
@@ -378,13 +325,13 @@ class QuasiNewton(torch.optim.Optimizer):
             groups.check(there)
             return found
 
-        self.communicator.together(self._follow)  # the model may have been loaded just now
+        self.communicator.together(self._binding.follow)  # the model may have been loaded just now
         found = self.communicator.together(check)
         agree_on_steps(self.core, state_dict)
         state.assign(found)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.core.parameters = self.core.exchange.collect(self.core.held)
-        self._bind()
+        self._binding.bind()
 
     def __getstate__(self) -> NoReturn:
         """Refuse to be copied or pickled: the model's memory and the other ranks do not come along."""
@@ -392,400 +339,18 @@ class QuasiNewton(torch.optim.Optimizer):
             "QuasiNewton cannot be copied or pickled: save its state_dict() on every rank, and load it into another one"
         )
 
-    def _gather(self, params: Iterable[Any], module: torch.nn.Module | None, weight_decay: float) -> Tensors:
+    def _gather(self, params: Iterable[Any], settings: Settings) -> Tensors:
         """Take the groups of parameters as PyTorch does."""
+        self._lr = settings.lr
+        usual = 1.0 if isinstance(self._lr, str) else float(self._lr)
         try:
-            super().__init__(params, {"lr": self._lr, "weight_decay": weight_decay})
+            super().__init__(params, {"lr": usual, "weight_decay": settings.weight_decay})
         except (TypeError, ValueError) as error:
             raise UserError(f"the parameters cannot be used: {error}") from error
-        return self._checked(module)
+        return self._checked()
 
-    def _checked(self, module: torch.nn.Module | None) -> Tensors:
-        """Take the tensors of the groups, and the rate of theirs that is the optimizer's."""
+    def _checked(self) -> Tensors:
+        """Take the tensors of the groups, and what their rates are relative to."""
         groups.check(self.param_groups)
-        self._unit = groups.unit_of(self.param_groups) if self._adaptive else self._lr
-        return Tensors(self.param_groups, module)
-
-    def _bind(self) -> None:
-        """Make the parameters views of the core's vector."""
-        self._bound = self.core.parameters
-        self._flat = to_tensor(self._bound)
-        self._parameters.bind(self._bound)
-
-    def _follow(self) -> None:
-        """Take what was done to the parameters since the last step, or by the closure."""
-        self._parameters.follow()
-        if self.core.held is not self.core.parameters:
-            self.core.held = self.core.exchange.hold(self.core.parameters)
-
-    def _prepare(self) -> None:
-        """Take what has become of the parameters and their groups since the last step."""
-        groups.check(self.param_groups)
-        self._follow()
-        self._frozen = self._parameters.frozen()
-        self.core.rate_factor = groups.rate_factor(self.param_groups, self._unit, self._adaptive)
-        self._groups = groups.parts(self.param_groups, self._lr, self._tensors, self._parameters.spans)
-        if self.core.steps == 0 and self._probes:
-            self._try()
-
-    def _try(self) -> None:
-        """See that the closure repeats itself."""
-        with self._surroundings.on_trial():
-            losses = [self._evaluate(0, fresh=True) for _ in range(2)]
-            self._parameters.note_gradients()
-        if not math.isclose(*losses, rel_tol=1e-6):
-            raise UserError(
-                f"the closure returned the loss {losses[0]:g}, then {losses[1]:g} for the same parameters: it must use "
-                "the same batch at each call within a step, and PyTorch's random numbers only"
-            )
-
-    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Do what may fail on this rank alone, unless something has already; `_agree_on_step` tells all ranks."""
-        if self._failure is None:
-            try:
-                return action(*arguments)
-            except UserError as error:
-                self._failure = error
-        return math.nan
-
-    def _loss_and_gradient(self, point: Array, replica: int) -> tuple[float, Array]:
-        own = replica - self.core.exchange.local.start
-        loss = self._attempt(self._evaluate_at, point, own)
-        if own == len(self.core.exchange.local) - 1:
-            self._parameters.note_gradients()
-            self._attempt(self._follow)
-            self._attempt(self._parameters.check_present, (~self._found).tolist())
-        return loss, self.core.rows[own]
-
-    def _losses_and_gradients(self, points: Array, replicas: range) -> tuple[NDArray[np.float64], Array]:
-        """Evaluate this rank's replicas: at once, where that is seen to be the same, or one after the other."""
-        core, here = self.core, points is self.core.parameters
-        if here and self._way == AT_ONCE and self._failure is None:
-            found = self._evaluated_at_once()
-            if found is not None:
-                self._attempt(self._follow)
-                self._attempt(self._parameters.check_present, (~self._found).tolist())
-                return found, core.gradients
-        to_be_seen = here and self._way == TO_BE_SEEN
-        losses = np.empty(len(replicas))
-        with self._at_once.watching() if to_be_seen else contextlib.nullcontext():
-            for k, replica in enumerate(replicas):
-                point = points[k, :] if points.ndim > 1 else points
-                losses[k], _ = self._loss_and_gradient(point, replica)
-        return self._seen_at_once(losses) if to_be_seen else losses, core.gradients
-
-    def _accumulated_gradients(self, points: Array, replicas: range) -> tuple[NDArray[np.float64], Array]:
-        """Take the gradients of the backward passes before the step, and the loss that the closure tells for all."""
-        self._attempt(self._take_passes, points)
-        self._parameters.note_gradients()
-        self._attempt(self._follow)
-        self._attempt(self._parameters.check_present, (~self._found).tolist())
-        return np.full(len(replicas), self._told_loss), self.core.gradients
-
-    def _take_passes(self, points: Array) -> None:
-        if points is not self.core.parameters or (self._whole and self.communicator.size > 1):
-            raise UserError(
-                "there are gradients from before the step: for methods that evaluate at other parameters, and with "
-                "replicas=… on several ranks, the closure must compute all of them, after optimizer.zero_grad()"
-            )
-        self._settle()
-        passes = self._passes.number
-        with self._surroundings.of(0), torch.enable_grad():
-            loss = _number(self._closure())
-        self._found |= self._passes.finish()
-        self._settle()
-        self._told_loss, self._again = loss, self._passes.number == passes
-
-    def _lacking_slope(self) -> torch.Tensor | None:
-        """Return ḡ − ∇c(w), (N,), c the loss that the closure computes; None where it computes none. Local.
-
-        So c(w') + (ḡ − ∇c(w))ᵀ(w' − w) has the gradient of all passes at w, and the curvature of those samples of which
-        the closure computes the loss.
-        """
-        free = [k for k, p in enumerate(self._tensors) if p.requires_grad and p.grad is not None]
-        slope = torch.zeros_like(self._flat)
-        try:
-            with self._surroundings.of(0), without_traces(True, self._surroundings.module):
-                own = torch.autograd.grad(self._closure(), [self._tensors[k] for k in free], allow_unused=True)
-        except Exception:  # as there is nothing to derive, or no longer
-            return None
-        for k, gradient in zip(free, own, strict=True):
-            whole = self._tensors[k].grad
-            slope[self._parameters.spans[k]] = (whole if gradient is None else whole - gradient).reshape(-1)
-        return slope
-
-    def _evaluated_at_once(self) -> NDArray[np.float64] | None:
-        """Return the losses, with the gradients in the core's rows; nothing where that cannot be done. Local."""
-        rows = to_tensor(self.core.gradients)
-        self._settle()
-        try:
-            with self._surroundings.of(ALL), without_traces(True, self._surroundings.module):
-                losses, gradients = self._at_once.losses_and_gradients(self._loss_of, len(rows), self._frozen)
-        except UserError as error:
-            self._failure = error
-            return np.full(len(rows), math.nan)
-        except NotAtOnceError:
-            self._way = TO_BE_SEEN  # there may be other modules now
-            return None
-        except Exception as error:  # of a loss, or of vmap, there is no end of kinds
-            self._go_on_one_by_one(error)
-            return None
-        self._found |= self._parameters.take_rows(rows, gradients)
-        self._settle()
-        return losses.double().cpu().numpy()
-
-    def _seen_at_once(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        """See whether all replicas at once are what they have just been one by one; return the losses. Local.
-
-        If so they count, so that a run that is gone on with is to the bit the one that never stopped.
-        """
-        rows = to_tensor(self.core.gradients)
-        if not (np.isfinite(losses).all() and bool(rows.isfinite().all())):
-            return losses  # to be seen at the next step
-        self._parameters.drop_gradients(unused=True)
-        try:
-            with self._surroundings.of(ALL), without_traces(True, self._surroundings.module):
-                found, gradients = self._at_once.check(self._loss_of, torch.from_numpy(losses), rows, self._frozen)
-        except Exception as error:
-            self._go_on_one_by_one(error)
-            return losses
-        self._way = AT_ONCE
-        self._parameters.take_rows(rows, gradients)
-        self._settle()
-        return found.double().cpu().numpy()
-
-    def _go_on_one_by_one(self, error: Exception) -> None:
-        """Evaluate the replicas one after the other from now on, and on all ranks from the next step. Local."""
-        self._way = ONE_BY_ONE
-        kind = "" if isinstance(error, NotAtOnceError) else f"{type(error).__name__}: "
-        self._reason = f"{kind}{printable(str(error)):.200}"
-
-    def _tell_one_by_one(self) -> None:
-        """Have all ranks do as one has to. Local."""
-        self._way = ONE_BY_ONE
-        if self.communicator.rank == 0 and not self._told_one_by_one:
-            self._told_one_by_one = True
-            warnings.warn(
-                "the replicas of a rank are evaluated one after the other, which takes longer: "
-                + (self._reason or "another rank cannot do otherwise"),
-                stacklevel=2,
-            )
-
-    def _loss_of(self, replica: torch.Tensor) -> torch.Tensor:
-        """Return the loss of a replica of this rank, which vmap has for all."""
-        self._shares.turn = replica
-        try:
-            loss: torch.Tensor = self._loss_of_share()
-            return loss.reshape(())
-        finally:
-            self._shares.turn = 0
-
-    def _loss_of_share(self) -> Any:
-        """Return the loss of the present replica's rows of the batch."""
-        assert self._given is not None
-        loss_of, batch = self._given
-        mine = self.share(*batch)
-        loss = loss_of(*(mine if len(batch) > 1 else [mine]))
-        if any(p.grad is not None for p in self._tensors if p.requires_grad):
-            raise UserError("the loss of a batch is to be returned alone: leave out its backward()")
-        return loss
-
-    def _of_batch(self) -> Any:
-        """Do what a closure does."""
-        loss = self._loss_of_share()
-        value = _number(loss)
-        if torch.is_grad_enabled():
-            if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-                raise UserError("the loss of a batch must be a tensor that depends on the parameters")
-            torch.autograd.backward(loss.reshape(()))
-        return value
-
-    def _trial_losses(self, point: Array, replicas: range) -> NDArray[np.float64]:
-        """Return the closure's losses at a point, without a trace; not a number where it cannot be called again.
-
-        With the slope of the gradients that count, where those are not the loss's. Where they are of passes before the
-        step, the closure may compute the loss of the last one anew.
-        """
-        if self._accumulated and self._again:
-            self._again, self._lacking = False, self._lacking_slope()
-        if self._accumulated and self._lacking is None:  # as one number, wherever a step leads
-            return np.full(len(replicas), self._told_loss)
-        kept, gradients = self._flat.clone(), [p.grad for p in self._tensors]
-        self._flat.copy_(to_tensor(point))
-        here = torch.equal(kept, self._flat)
-        for span in itertools.compress(self._parameters.spans, self._frozen):
-            self._flat[span] = kept[span]
-        losses = np.full(len(replicas), np.nan)
-        try:
-            at_once = self._trial_at_once() if self._given and self._way == AT_ONCE else None
-            for k in range(1 if self._accumulated else len(replicas)):
-                losses[k] = self._trial_loss(k, here) if at_once is None else at_once[k]
-            if self._accumulated:
-                losses[1:] = losses[0]
-            if self._lacking is not None and not (self._accumulated and losses[0] == self._told_loss):
-                losses += float(torch.sum(self._lacking * (self._flat - kept), dtype=torch.float64))
-        finally:
-            self._parameters.rebind()
-            self._flat.copy_(kept)
-            for p, gradient in zip(self._tensors, gradients, strict=True):
-                p.grad = gradient
-            self._settle()
-        return losses
-
-    def _trial_at_once(self) -> NDArray[np.float64] | None:
-        """Return the closure's losses, nothing where it fails."""
-        for p in self._tensors:
-            p.grad = None
-        try:
-            with self._surroundings.of(ALL), without_traces(False, self._surroundings.module):
-                return self._at_once.losses(self._loss_of, len(self.core.rows)).double().cpu().numpy()
-        except Exception:  # as where they are one by one
-            return None
-
-    def _trial_loss(self, replica: int, here: bool) -> float:
-        """Return the closure's loss, not a number where it fails; here: where it has just been called.
-
-        Without a graph, unless it turns out to need one, for derivatives in the loss.
-        """
-        self._shares.turn = replica
-        for graph in (True,) if self._graph else (False, True):
-            for p in self._tensors:
-                p.grad = None
-            try:
-                with self._surroundings.of(replica), without_traces(graph, self._surroundings.module):
-                    loss = _number(self._closure())
-                self._graph = graph
-                return loss
-            except Exception as error:
-                failure = error
-        if here and self.communicator.rank == 0 and not self._told:
-            self._told = True
-            warnings.warn(
-                f"the closure cannot be called again for its loss alone ({type(failure).__name__}: "
-                f"{printable(str(failure)):.200}): the curvature is taken from successive gradients, a slower start",
-                stacklevel=2,
-            )
-        return math.nan
-
-    def _evaluate_at(self, point: Array, replica: int) -> float:
-        several = len(self.core.rows) > 1
-        if point is self.core.parameters:
-            loss = self._evaluate(replica, fresh=several or self._probes)
-        else:
-            kept = self._flat.clone()
-            self._flat.copy_(to_tensor(point))
-            for span in itertools.compress(self._parameters.spans, self._frozen):
-                self._flat[span] = kept[span]
-            try:
-                loss = self._evaluate(replica, fresh=True)
-            finally:
-                self._parameters.rebind()
-                self._flat.copy_(kept)
-        if (several or self._whole) and not self._shares.taken:
-            given = "replicas=…" if self._whole else "several replicas a rank"
-            raise UserError(f"with {given} the closure must take its samples by optimizer.share(…)")
-        return loss
-
-    def _flags(self) -> NDArray[np.int64]:
-        """Return what each tensor of this rank has: a gradient, or none for good; and what befell the rank. Local."""
-        told = [self._shares.mark, groups.digest(self._groups), self._reason is not None, self._failure is not None]
-        return np.concatenate([self._found, self._frozen, told]).astype(np.int64)
-
-    def _agree_on_step(self, words: NDArray[np.int64]) -> None:
-        """Settle with all ranks what rests in this step: what has a gradient on none. Collective.
-
-        Raises
-        ------
-        UserError
-            On all ranks, where one has failed, or not all have the same groups, frozen parameters or, where it is to
-            be that of all, the same first batch.
-        """
-        known, size, counts = len(self._tensors), len(words), words.sum(axis=0)
-        found, frozen, one_by_one, failed = counts[:known], counts[known:-4], counts[-2], counts[-1]
-        if failed:
-            self.communicator.together(self._fail)
-        if others := np.flatnonzero(words[:, -3] != words[0, -3]).tolist():
-            raise UserError(
-                f"the groups of rank(s) {', '.join(map(str, others))} have other lr or weight_decay than those of rank "
-                "0: let all ranks set the same"
-            )
-        if others := np.flatnonzero(words[:, -4] != words[0, -4]).tolist():
-            ranks = ", ".join(map(str, others))
-            raise UserError(
-                f"with replicas=… each batch is that of all ranks, and rank(s) {ranks} have another than rank 0: leave "
-                "out the DistributedSampler and seed all ranks alike, or say replicas_per_rank"
-            )
-        if one_by_one:
-            self._tell_one_by_one()
-        for k in np.flatnonzero((frozen > 0) & (frozen < size)):
-            ranks = ", ".join(map(str, np.flatnonzero(words[:, known + k])))
-            raise UserError(
-                f"{self._parameters.name(self._tensors[k])} is frozen on rank(s) {ranks} alone: freeze it on all"
-            )
-        rests = [Group(group.span, 0.0) for group in self._groups]
-        self.core.groups = [rests[k] if found[k] == 0 else group for k, group in enumerate(self._groups)]
-
-    def _fail(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _evaluate(self, replica: int, fresh: bool) -> float:
-        """Call the closure for one of this rank's replicas; return the loss.
-
-        Its gradients are what is in `.grad` then; where they have to be `fresh`, what the closure has computed alone.
-        """
-        self._shares.turn = replica
-        self._settle()
-        if fresh and not self._surroundings.begun and self._parameters.has_unused_gradients():
-            raise UserError(
-                "there are gradients from before the step: with several replicas a rank, and for methods that evaluate "
-                "at other parameters, the closure must compute all of them, after optimizer.zero_grad()"
-            )
-        self._parameters.drop_gradients(unused=fresh)
-        before = self._parameters.marks()
-        self._passes.begin(Listening.TO_SUMS)
-        with self._surroundings.of(replica), torch.enable_grad():
-            loss = _number(self._closure())
-        self._note_changes()
-        if not fresh and self._parameters.marks() == before:  # with one replica there is no telling passes apart
-            self._accumulated, self._again, self._told_loss = True, True, loss
-        found = self._parameters.take_gradients(self._gradient_views[replica])
-        self._found |= found
-        self._settle()
-        return loss
-
-    def _note_changes(self) -> None:
-        """Note what the closure has made of its loss's gradient, as by clipping: a trial is to have the same slope."""
-        changes = self._passes.changes()
-        self._passes.listening = Listening.NOT
-        for span, change in zip(self._parameters.spans, changes, strict=True):
-            if change is not None:
-                if self._lacking is None:
-                    self._lacking = torch.zeros_like(self._flat)
-                self._lacking[span] += change.reshape(-1) / len(self.core.rows)
-
-    def _settle(self) -> None:
-        """Wait for the GPU: PyTorch and CuPy need not be on the same stream."""
-        if self._flat.is_cuda:
-            torch.cuda.synchronize(self._flat.device)
-
-
-@dataclass(frozen=True)
-class Evaluations:
-    """A closure as the core calls it: for the gradient of a replica, or for the losses of all of this rank's."""
-
-    loss_and_gradient: Callable[[Array, int], tuple[float, Array]]
-    losses: Callable[[Array, range], NDArray[np.float64]]
-    at_once: Callable[[Array, range], tuple[NDArray[np.float64], Array]] | None = None
-
-    def __call__(self, point: Array, replica: int) -> tuple[float, Array]:
-        return self.loss_and_gradient(point, replica)
-
-
-def _number(loss: Any) -> float:
-    """Return the loss that a closure has returned."""
-    try:
-        return float(loss.item() if isinstance(loss, torch.Tensor) else loss)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"{loss!r:.60}"
-        raise UserError(f"the closure must return the loss, one number, and has returned {kind}") from error
+        self._rates = groups.Rates.of(self._lr, self.param_groups)
+        return Tensors(self.param_groups, self._module)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.models.description import Description
-from qnewton_mpi.results.runfile import Parameters
+from qnewton_mpi.results.layout import Parameters
 from qnewton_mpi.training.saved import Saved, read, weights_for
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from qnewton_mpi.results.plotting import label_decades
-from qnewton_mpi.results.runfile import rate_text
+from qnewton_mpi.results.words import rate_text
 from qnewton_mpi.studies.store import read_runs
 
 STUDIES = Path(__file__).parent.parent / "studies"

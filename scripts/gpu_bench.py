@@ -22,7 +22,9 @@ import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
 from qnewton_mpi.arrays import open_device  # noqa: E402
-from qnewton_mpi.benchmark import BATCH, Table, algebra  # noqa: E402
+from qnewton_mpi.bench.algebra import algebra  # noqa: E402
+from qnewton_mpi.bench.steps import BATCH  # noqa: E402
+from qnewton_mpi.bench.tables import Table  # noqa: E402
 from qnewton_mpi.core.exchange import EXCHANGES  # noqa: E402
 from qnewton_mpi.core.optimizers import OPTIMIZERS  # noqa: E402
 from qnewton_mpi.data import datasets  # noqa: E402

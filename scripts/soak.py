@@ -56,7 +56,9 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
     from mpi4py import MPI
 
     from qnewton_mpi import cli
-    from qnewton_mpi.training import checkpoint, loop
+    from qnewton_mpi.training import loop
+    from qnewton_mpi.training.checkpoint import checkpoints, folder, writing
+    from qnewton_mpi.training.replicas import ReplicaLoss
 
     here = {"step": 0}
 
@@ -80,34 +82,34 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    call, one_step = loop.ReplicaLoss.at_once, loop.Run.step
-    write, sync = checkpoint.replace_whole, checkpoint.sync_folder
+    call, one_step = ReplicaLoss.at_once, loop.Trainer.step
+    write, sync = writing.replace_whole, folder.sync_folder
 
-    def gradient(self: loop.ReplicaLoss, *arguments: object) -> object:
+    def gradient(self: ReplicaLoss, *arguments: object) -> object:
         here["step"] = self.step + 1
         happen("gradient")
         return call(self, *arguments)  # type: ignore[arg-type]
 
-    def whole_step(self: loop.Run) -> int:
+    def whole_step(self: loop.Trainer) -> int:
         done = one_step(self)
         happen("after a step")
         return done
 
-    def writing(path: Path, *parts: bytes | memoryview) -> None:
-        if path.name == checkpoint.SUMS:
+    def written(path: Path, *parts: bytes | memoryview) -> None:
+        if path.name == writing.SUMS:
             happen("save: sums")
         write(path, *parts)
 
-    def syncing(folder: Path) -> None:
+    def synced(path: Path) -> None:
         happen("save: renamed")
-        sync(folder)
+        sync(path)
 
-    loop.ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
-    loop.Run.step = whole_step  # type: ignore[method-assign]
-    checkpoint.replace_whole, checkpoint.sync_folder = writing, syncing
-    before(loop.Run, "evaluate", "evaluation")
-    before(loop.Run, "save", "save: begun")
-    before(checkpoint.Checkpoints, "_write_rank", "save: rank's file")
+    ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
+    loop.Trainer.step = whole_step  # type: ignore[method-assign]
+    writing.replace_whole, folder.sync_folder = written, synced
+    before(loop.Trainer, "evaluate", "evaluation")
+    before(loop.Trainer, "save", "save: begun")
+    before(checkpoints, "write_rank", "save: rank's file")
     sys.exit(cli.run(sys.argv[7:]))
 
 

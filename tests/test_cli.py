@@ -16,7 +16,8 @@ from test_data import idx, write_mnist
 
 from qnewton_mpi import cli
 from qnewton_mpi.core.optimizers import OPTIMIZERS
-from qnewton_mpi.results.runfile import EPOCH_FIGURES, Run
+from qnewton_mpi.results.layout import EPOCH_FIGURES
+from qnewton_mpi.results.run import Run
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from qnewton_mpi import cli, train
-from qnewton_mpi.results.export import labelled, text_of
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.studies.export import labelled, text_of
 from qnewton_mpi.studies.store import read_runs
 
 SHORT = {"replicas": 2, "batch": 32, "steps": 4, "evaluate_every": 2, "progress": "off"}
@@ -64,7 +64,7 @@ def test_a_study_of_an_earlier_version():
 def test_a_running_run_without_an_evaluation(files, tmp_path):
     run = Run(files[0])
     run.epochs = {name: values[:1] for name, values in run.epochs.items()}
-    from qnewton_mpi.results.export import epochs_of
+    from qnewton_mpi.studies.export import epochs_of
 
     np.testing.assert_allclose(epochs_of(run, run.steps["step"]), run.steps["step"] / (10_000 // 32))
     del run.attributes["train_samples"]

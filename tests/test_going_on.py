@@ -13,7 +13,8 @@ from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.mlp import Mlp
-from qnewton_mpi.results.runfile import EPOCH_FIGURES, ITERATES, Run
+from qnewton_mpi.results.layout import EPOCH_FIGURES, ITERATES
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training import loop
 from qnewton_mpi.training.averages import Averages
 from qnewton_mpi.training.beginning import initial_for
@@ -118,8 +119,8 @@ def scripted(monkeypatch):
         monkeypatch.setattr(loop, "evaluate", evaluate)
 
     run, last_said = [], [0.0]
-    go = loop.Run.go
-    monkeypatch.setattr(loop.Run, "go", lambda self: (run.clear(), run.append(self), go(self)))
+    go = loop.Trainer.go
+    monkeypatch.setattr(loop.Trainer, "go", lambda self: (run.clear(), run.append(self), go(self)))
     return script
 
 

@@ -16,7 +16,7 @@ from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
 from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.predictions import predict
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training.replicas import ReplicaLoss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CUPY is None, reason="no GPU, or no CuPy")]

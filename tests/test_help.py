@@ -11,10 +11,11 @@ import pytest
 
 from qnewton_mpi import cli
 from qnewton_mpi.cli.options import METHODS, UNITS, metavar, purposes
-from qnewton_mpi.config import TrainSettings, run_config
+from qnewton_mpi.config import run_config
 from qnewton_mpi.core.create import method_settings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
+from qnewton_mpi.options import TrainSettings
 from qnewton_mpi.studies.plan import read_study
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import pytest
 
 from qnewton_mpi import train
 from qnewton_mpi.errors import MissingPackageError, UserError
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 
 SHORT = {"method": "sgd", "replicas": 2, "batch": 32, "steps": 4, "evaluate_every": 2, "progress": "off"}
 

@@ -13,14 +13,15 @@ from qnewton_mpi import cli, load, predictions, train
 from qnewton_mpi.config import configured
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import InterruptedRunError, UserError
+from qnewton_mpi.hessian.spectrum import layer_spans
 from qnewton_mpi.models.choice import build
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.models.mlp import Mlp
 from qnewton_mpi.models.reference import torch_layers
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.results.rows import rows, title
-from qnewton_mpi.results.runfile import Run
-from qnewton_mpi.spectrum import iterate_of, layer_spans, spectrum_of
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.spectrum import iterate_of, spectrum_of
 from qnewton_mpi.training import loop
 
 HERE = Path(__file__).parent

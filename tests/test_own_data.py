@@ -17,7 +17,7 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.predictions import predict
 from qnewton_mpi.results.rows import table
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.spectrum import iterate_of, spectrum_of
 from qnewton_mpi.studies.compare import compare
 from qnewton_mpi.studies.plan import read_study

@@ -11,7 +11,7 @@ import pytest
 import qnewton_mpi
 from qnewton_mpi import origin, train
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 
 SHORT = {"method": "sgd", "replicas": 2, "batch": 32, "steps": 2, "evaluate_every": 100, "progress": "off"}
 

@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
+from qnewton_mpi.results.layout import EPOCH_FIGURES
 from qnewton_mpi.results.plotting import MANY, apart, in_panels, plot_runs
 from qnewton_mpi.results.rows import distinct, rows, table, title
-from qnewton_mpi.results.runfile import EPOCH_FIGURES, Run, RunFile
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.results.runfile import RunFile
 from qnewton_mpi.training.progress import Progress
 
 ATTRIBUTES = {

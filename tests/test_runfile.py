@@ -15,8 +15,10 @@ from qnewton_mpi.files.images import write_image
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG, logging_to
 from qnewton_mpi.results import runfile
+from qnewton_mpi.results.layout import EPOCH_FIGURES, NOISE_SCALES
 from qnewton_mpi.results.rows import table
-from qnewton_mpi.results.runfile import EPOCH_FIGURES, NOISE_SCALES, Run, RunFile
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.results.runfile import RunFile
 from qnewton_mpi.results.watching import summary, watch
 
 ATTRIBUTES = {"method": "sgd", "data": "none", "activation": "tanh", "replicas": 2, "batch": 8, "seed": 0, "lr": 0.1}

@@ -9,11 +9,12 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from qnewton_mpi.cli.spectrum import Products
 from qnewton_mpi.core.spectrum import density, leading
 from qnewton_mpi.data import datasets
+from qnewton_mpi.hessian.spectrum import layer_spans
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.models.reference import torch_layers
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.spectrum import Iterate, layer_spans, spectrum_of
+from qnewton_mpi.spectrum import Iterate, spectrum_of
 
 SAMPLES = 100
 

@@ -19,7 +19,8 @@ from qnewton_mpi.config import resolve, run_config
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import EPOCH_FIGURES, Run
+from qnewton_mpi.results.layout import EPOCH_FIGURES
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.studies.compare import compare
 from qnewton_mpi.studies.plan import OF_THE_STUDY, at_edge, best_rate, line_of, next_rate, read_study
 from qnewton_mpi.studies.report import draw, markdown, reached_at, read_results

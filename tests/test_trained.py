@@ -17,7 +17,7 @@ from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.files.images import write_image
 from qnewton_mpi.models.convnet import Convnet
 from qnewton_mpi.models.description import Description
-from qnewton_mpi.training.provenance import provenance
+from qnewton_mpi.results.provenance import provenance
 from qnewton_mpi.training.saved import Saved, read
 
 OPTIONS = {

@@ -15,9 +15,10 @@ from qnewton_mpi.errors import InterruptedRunError, UserError
 from qnewton_mpi.files.images import USER_BLOCK
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training import loop
-from qnewton_mpi.training.checkpoint import name_of, steps_in
+from qnewton_mpi.training.checkpoint import steps_in
+from qnewton_mpi.training.checkpoint.layout import name_of
 
 STEPS, SAVES = 6, 3
 
@@ -31,13 +32,13 @@ def go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = tmp_path.with_name(f"{tmp_path.name}-data")
     write_mnist(data, 64)
-    communicator, one_step, done = Communicator(), loop.Run.step, [0]
+    communicator, one_step, done = Communicator(), loop.Trainer.step, [0]
 
     def counted(run):
         done[0] = one_step(run)
         return done[0]
 
-    monkeypatch.setattr(loop.Run, "step", counted)
+    monkeypatch.setattr(loop.Trainer, "step", counted)
 
     def go(stop=10**6, fail=False, **options):
         done[0] = 0

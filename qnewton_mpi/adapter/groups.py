@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,47 +46,57 @@ def size(group: Any) -> int:
     return len(parameters) if isinstance(parameters, list) else -1
 
 
-def unit_of(groups: Sequence[Mapping[str, Any]]) -> float:
-    """Return the rate of the groups that is the whole step at the rate "auto": the largest, 1 where all have 0."""
-    return max(float(group["lr"]) for group in groups) or 1.0
+@dataclass(frozen=True)
+class Rates:
+    """What the groups' rates make of the optimizer's.
 
-
-def rate_factor(groups: Sequence[Mapping[str, Any]], unit: float, adaptive: bool) -> float:
-    """Return the largest of the groups' rates as a multiple of the optimizer's.
-
-    Parameters
+    Attributes
     ----------
-    groups : sequence of mapping
-    unit : float
-        The optimizer's lr; at the rate "auto" `unit_of` the groups before any scheduler.
-    adaptive : bool
-        Whether the rate is "auto". Then a scheduler that goes up to a `max_lr`, as OneCycleLR, means the whole step
-        there.
+    lr : float
+        The optimizer's; 1 for "auto".
+    peak : float or None
+        At the rate "auto" the largest of the groups' before any scheduler, that of the whole step; else None.
     """
-    peaks = [float(group["max_lr"]) for group in groups if "max_lr" in group] if adaptive else []
-    return max(float(group["lr"]) for group in groups) / (max(peaks, default=0.0) or unit)
 
+    lr: float
+    peak: float | None
 
-def parts(
-    groups: Sequence[Mapping[str, Any]], rate: float, moved: Sequence[torch.Tensor], spans: Sequence[slice]
-) -> list[Group]:
-    """Return each tensor's share of a step of the largest rate, and its decay: of all steps lr·λ with its group's lr.
+    @classmethod
+    def of(cls, lr: float | str, groups: Sequence[Mapping[str, Any]]) -> Rates:
+        """Return those of an lr of the settings, for groups that have not been scheduled yet: 1 where all have 0."""
+        if isinstance(lr, str):
+            return cls(1.0, max(float(group["lr"]) for group in groups) or 1.0)
+        return cls(float(lr), None)
 
-    Parameters
-    ----------
-    groups : sequence of mapping
-        That `check` has passed.
-    rate : float
-        The optimizer's: its lr, 1 for "auto".
-    moved, spans : sequence
-        The tensors, and where each is among the parameters.
-    """
-    largest = max(float(group["lr"]) for group in groups)
-    of: dict[torch.Tensor, tuple[float, float]] = {}
-    for group in groups:
-        share = float(group["lr"]) / largest if largest else 1.0
-        of |= dict.fromkeys(group["params"], (share, share * rate * _number(group, "weight_decay")))
-    return [Group(span, *of[p]) for p, span in zip(moved, spans, strict=True)]
+    def factor(self, groups: Sequence[Mapping[str, Any]]) -> float:
+        """Return the largest of the groups' rates as a multiple of the optimizer's.
+
+        At the rate "auto" a scheduler that goes up to a `max_lr`, as OneCycleLR, means the whole step there.
+        """
+        largest = max(float(group["lr"]) for group in groups)
+        if self.peak is None:
+            return largest / self.lr
+        peaks = [float(group["max_lr"]) for group in groups if "max_lr" in group]
+        return largest / (max(peaks, default=0.0) or self.peak)
+
+    def parts(
+        self, groups: Sequence[Mapping[str, Any]], moved: Sequence[torch.Tensor], spans: Sequence[slice]
+    ) -> list[Group]:
+        """Return each tensor's share of a step of the largest rate, and its decay: of all steps lr·λ of its group.
+
+        Parameters
+        ----------
+        groups : sequence of mapping
+            That `check` has passed.
+        moved, spans : sequence
+            The tensors, and where each is among the parameters.
+        """
+        largest = max(float(group["lr"]) for group in groups)
+        of: dict[torch.Tensor, tuple[float, float]] = {}
+        for group in groups:
+            share = float(group["lr"]) / largest if largest else 1.0
+            of |= dict.fromkeys(group["params"], (share, share * self.lr * _number(group, "weight_decay")))
+        return [Group(span, *of[p]) for p, span in zip(moved, spans, strict=True)]
 
 
 def digest(parts: Sequence[Group]) -> int:

@@ -43,7 +43,8 @@ from qnewton_mpi.errors import (
     printable,
 )
 from qnewton_mpi.files.whole import reason
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import abort_on_exception
 from qnewton_mpi.parallel.environment import check_descriptors, launched_tasks
 
 COMMANDS = (train, plot, watch, export, predict, evaluate, data, compare, report, bench, spectrum, info, slurm)

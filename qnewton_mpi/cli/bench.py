@@ -62,7 +62,8 @@ def check(command: argparse.Namespace, ranks: int) -> None:
 
 def process(command: argparse.Namespace, communicator: Communicator) -> None:
     """Time steps, print the tables, write them if asked for."""
-    from qnewton_mpi.benchmark import bench, write
+    from qnewton_mpi.bench.sections import bench
+    from qnewton_mpi.bench.tables import write
 
     seconds = 0.02 if command.quick else 0.5
     tables = bench(command.sizes, command.replicas, command.rounds, communicator, seconds)

@@ -58,9 +58,9 @@ def info(data: str, data_dir: str | None, image_size: str | None) -> str:
     """Return what is in a data set, as a terminal shows it."""
     import numpy as np
 
-    from qnewton_mpi.config import TrainSettings
     from qnewton_mpi.core.settings import build
     from qnewton_mpi.data import datasets
+    from qnewton_mpi.options import TrainSettings
 
     options = {"data": data, "data_dir": data_dir, "image_size": image_size}
     build(TrainSettings, {name: value for name, value in options.items() if value is not None})

@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
 
 def process(command: argparse.Namespace) -> None:
     """Write the table."""
-    from qnewton_mpi.results.export import labelled, text_of
+    from qnewton_mpi.studies.export import labelled, text_of
 
     if command.output != TERMINAL:
         check_output(command.output, "table of runs", command.overwrite)

@@ -7,11 +7,12 @@ import os
 
 from qnewton_mpi import __version__
 from qnewton_mpi.cli.arguments import Commands, add_command
-from qnewton_mpi.config import DEFAULT_REPLICAS, TrainSettings
 from qnewton_mpi.core.exchange import choose
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.errors import UserError
-from qnewton_mpi.parallel.communicator import Communicator, load_mpi
+from qnewton_mpi.options import DEFAULT_REPLICAS, TrainSettings
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.library import load_mpi
 
 EXAMPLES = (
     "qnewton-mpi info",

@@ -7,9 +7,9 @@ from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
 from qnewton_mpi.cli.arguments import Parser
-from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.settings import FRACTION, base_type, describe
+from qnewton_mpi.options import TrainSettings
 
 # What the options that are no method's are for; those that are not named here are the run's.
 RUN = "run"

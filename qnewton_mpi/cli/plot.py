@@ -29,7 +29,7 @@ def process(command: argparse.Namespace) -> None:
     """Draw runs and print their table."""
     from qnewton_mpi.results.plotting import plot_runs
     from qnewton_mpi.results.rows import distinct, table
-    from qnewton_mpi.results.runfile import Run
+    from qnewton_mpi.results.run import Run
 
     target = command.output or command.runs[0].with_suffix(".png")
     check_output(target, "picture", command.overwrite)

@@ -97,7 +97,7 @@ def pmi() -> str:
     """
     import mpi4py
 
-    from qnewton_mpi.parallel.communicator import load_mpi
+    from qnewton_mpi.parallel.library import load_mpi
 
     mpi4py.rc.initialize = False
     return PMIX if load_mpi().get_vendor()[0] == "Open MPI" else PMI2

@@ -12,7 +12,7 @@ from qnewton_mpi.cli.arguments import Commands, add_command, at_least_one, file_
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import duration
+from qnewton_mpi.results.words import duration
 from qnewton_mpi.training.progress import LINE_SECONDS
 
 EXAMPLES = (
@@ -47,7 +47,9 @@ def add(commands: Commands) -> None:
 
 def process(command: argparse.Namespace, communicator: Communicator) -> None:
     """Find the leading eigenpairs, tell them, and write them."""
-    from qnewton_mpi.spectrum import draw, iterate_of, spectrum_of, text, write
+    from qnewton_mpi.hessian.iterate import iterate_of
+    from qnewton_mpi.hessian.shown import draw, text, write
+    from qnewton_mpi.hessian.spectrum import spectrum_of
 
     path = Path(command.run)
     output = command.output or path.parent / f"{path.absolute().stem}.spectrum.h5"

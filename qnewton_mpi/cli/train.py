@@ -37,7 +37,7 @@ def check(command: argparse.Namespace, ranks: int) -> None:
 def process(command: argparse.Namespace, communicator: Communicator) -> None:
     """Train, then tell what came out."""
     from qnewton_mpi.results.rows import table
-    from qnewton_mpi.results.runfile import Run
+    from qnewton_mpi.results.run import Run
     from qnewton_mpi.training.interruption import Noted
     from qnewton_mpi.training.loop import train
 

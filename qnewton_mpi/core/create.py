@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,14 +13,17 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi.arrays import Array, to_host
-from qnewton_mpi.core.exchange import EXCHANGES, choose
+from qnewton_mpi.core.exchange import EXCHANGES, Exchange, choose
+from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.optimizers import OPTIMIZERS, Optimizer, Settings
 from qnewton_mpi.core.settings import build, check_count
 from qnewton_mpi.errors import UserError, did_you_mean
 from qnewton_mpi.parallel import farewell
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import abort_on_exception
 from qnewton_mpi.parallel.transport import TRANSPORTS, open_transport
 
+Shapes = Sequence[tuple[int, ...]] | None
 MOST_ALIKE = 8  # samples that all replicas have in common, one step after the other, before that is no chance
 
 
@@ -44,7 +47,7 @@ def create(
     replicas: int,
     samples: int = 1,
     *,
-    shapes: Sequence[tuple[int, ...]] | None = None,
+    shapes: Shapes = None,
     exchange: str = "auto",
     transport: str = "auto",
     communicator: Communicator | MPI.Intracomm | None = None,
@@ -54,8 +57,7 @@ def create(
 ) -> Optimizer[Any]:
     """Return an optimizer. Collective.
 
-    An exception that no one catches ends all ranks (`abort_on_exception`), unless the program has an `excepthook` of
-    its own, and so does a rank that leaves while others wait for it.
+    An exception that no one catches ends all ranks (`abort_on_exception`), as does a rank that leaves others waiting.
 
     Parameters
     ----------
@@ -63,20 +65,14 @@ def create(
         A key of `OPTIMIZERS`.
     parameters : (N,) float32 or float64
         The same on every rank; copied.
-    replicas : int
-        M, over all ranks.
-    samples : int
-        b, how many samples each replica's loss is the mean of.
+    replicas, samples, seed : int
+        M, over all ranks; b, how many samples each replica's loss is the mean of; for what a method draws at random.
     shapes : sequence of tuple of int, optional
-        Of the tensors that the parameters are the concatenation of, for methods that know layers; default: one vector.
-    exchange : str
-        A key of `EXCHANGES`; "auto" is what should take the least time.
-    transport : str
-        One of `TRANSPORTS`: how arrays on GPUs cross the network.
+        Of the tensors that the parameters concatenate, for methods that know layers; default: one vector.
+    exchange, transport : str
+        A key of `EXCHANGES`, or "auto", what should take the least time; one of `TRANSPORTS`: how arrays on GPUs cross.
     communicator : Communicator or MPI.Intracomm, optional
         Of all ranks by default.
-    seed : int
-        For what a method draws at random.
     stall_timeout : float, optional
         Seconds that a rank may wait for another's program, in a step or here, before the job is ended.
     **settings
@@ -90,66 +86,76 @@ def create(
     Examples
     --------
     >>> import numpy as np
-    >>> centres = np.random.default_rng(0).standard_normal((4, 10))
-    >>> def loss_and_gradient(w, replica):
-    ...     return np.sum((w - centres[replica]) ** 2) / 2, w - centres[replica]
-    >>> optimizer = create("momentum", np.zeros(10), replicas=4, lr=0.1)
-    >>> for _ in range(100):
-    ...     figures = optimizer.step(loss_and_gradient)
-    >>> bool(np.allclose(optimizer.parameters, centres.mean(axis=0), atol=0.01))
-    True
+    >>> optimizer = create("momentum", np.zeros(2), replicas=4, lr=0.1)  # f_i(w) = ‖w − i‖²/2
+    >>> losses = [optimizer.step(lambda w, i: (np.sum((w - i) ** 2) / 2, w - i))["loss"] for _ in range(100)]
+    >>> optimizer.parameters.round(1).tolist()
+    [1.5, 1.5]
     """
-    communicator = Communicator.of(communicator, stall_timeout)
-    abort_on_exception(communicator)
+    ranks = Communicator.of(communicator, stall_timeout)
+    abort_on_exception(ranks)
+    counts = {"replicas": replicas, "samples": samples, "seed": seed}
+    ways = {"exchange": exchange, "transport": transport}
+    options = ranks.together(lambda: _checked(method, settings, counts, ways, parameters, shapes))
+    _agree(ranks, {"method": method, **asdict(options), **counts, **ways}, parameters, shapes)
+    mover = _exchange(exchange, transport, OPTIMIZERS[method].traffic(options), ranks, replicas, parameters)
+    optimizer = OPTIMIZERS[method](options, parameters, mover, samples, seed, shapes)
+    optimizer.most_alike = MOST_ALIKE
+    return optimizer
 
-    def check() -> Settings:
-        options = method_settings(method, **settings)
-        for name, count, smallest in (("replicas", replicas, 1), ("samples", samples, 1), ("seed", seed, 0)):
-            check_count(name, count, smallest)
-        check_parameters(parameters, shapes)
-        for name, value, known in (("exchange", exchange, ["auto", *EXCHANGES]), ("transport", transport, TRANSPORTS)):
-            if value not in known:
-                raise UserError(f"{name}={value!r}: must be one of {', '.join(known)}")
-        least = OPTIMIZERS[method].least_replicas(options)
-        if replicas < least:
-            raise UserError(
-                f"{method}, lr={options.lr}, needs {least} replicas and has {replicas}: start more ranks with mpiexec, "
-                "or have more replicas a rank"
-            )
-        return options
 
-    options = communicator.together(check)
-    device = "cuda" if is_cupy_array(parameters) else "cpu"
+def _checked(
+    method: str,
+    settings: Mapping[str, Any],
+    counts: Mapping[str, int],
+    ways: Mapping[str, str],
+    parameters: Array,
+    shapes: Shapes,
+) -> Settings:
+    """Return the settings of the method; raise `UserError` for what `create` cannot be given. Local."""
+    options = method_settings(method, **settings)
+    for name, count in counts.items():
+        check_count(name, count, 0 if name == "seed" else 1)
+    check_parameters(parameters, shapes)
+    known = {"exchange": ("auto", *EXCHANGES), "transport": tuple(TRANSPORTS)}
+    for name, value in ways.items():
+        if value not in known[name]:
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(known[name])}")
+    least = OPTIMIZERS[method].least_replicas(options)
+    if counts["replicas"] < least:
+        raise UserError(
+            f"{method}, lr={options.lr}, needs {least} replicas and has {counts['replicas']}: start more ranks with "
+            "mpiexec, or have more replicas a rank"
+        )
+    return options
+
+
+def _agree(communicator: Communicator, chosen: Mapping[str, Any], parameters: Array, shapes: Shapes) -> None:
+    """Raise `UserError` where not all ranks have chosen the same, or do not begin at the same point. Collective."""
     communicator.agree(
-        {
-            "method": method,
-            **asdict(options),
-            "replicas": replicas,
-            "samples": samples,
-            "seed": seed,
-            "exchange": exchange,
-            "transport": transport,
-            "device": device,
-            "dtype": str(parameters.dtype),
-        },
+        {**chosen, "device": _device(parameters), "dtype": str(parameters.dtype)},
         "start all ranks with the same settings",
     )
     communicator.agree(
         {"shapes": digest(repr(shapes).encode()), "parameters": digest(to_host(parameters))},
         "draw them from the same seed on every rank (torch.manual_seed before a model is built), or load one file",
     )
-    kind = OPTIMIZERS[method]
-    if exchange == "auto":
-        exchange = choose(kind.traffic(options), communicator.size, replicas, len(parameters))
-    mover = EXCHANGES[exchange](
-        communicator, replicas, len(parameters), open_transport(transport, device, communicator)
-    )
-    optimizer = kind(options, parameters, mover, samples, seed, shapes)
-    optimizer.most_alike = MOST_ALIKE
-    return optimizer
 
 
-def check_parameters(parameters: Any, shapes: Sequence[tuple[int, ...]] | None) -> None:
+def _exchange(
+    name: str, transport: str, traffic: Traffic, communicator: Communicator, replicas: int, parameters: Array
+) -> Exchange:
+    """Return the exchange of a name, for "auto" the one that should take the least time. Collective."""
+    size = len(parameters)
+    chosen = choose(traffic, communicator.size, replicas, size) if name == "auto" else name
+    return EXCHANGES[chosen](communicator, replicas, size, open_transport(transport, _device(parameters), communicator))
+
+
+def _device(parameters: Array) -> str:
+    """Return where the parameters are, in a word that all ranks compare."""
+    return "cuda" if is_cupy_array(parameters) else "cpu"
+
+
+def check_parameters(parameters: Any, shapes: Shapes) -> None:
     """Raise `UserError` for no vector of float32 or float64, or one of another length than the shapes'. Local."""
     found = f"{getattr(parameters, 'dtype', type(parameters).__name__)} {tuple(getattr(parameters, 'shape', ()))}"
     name = str(getattr(parameters, "dtype", "")).rpartition(".")[2]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace
+from numpy.typing import NDArray
 
 from qnewton_mpi.arrays import Array, to_device, to_host
 from qnewton_mpi.core import secants
@@ -96,10 +97,7 @@ class Inverse(ABC):
         curvatures = np.zeros(0)
         size = now = math.sqrt(dots((z, z))[0])
         while now > tolerance * size and len(curvatures) < most:
-            p = self.apply(r[None, :])[0, :]
-            if len(curvatures):
-                overlaps = self.exchange.gram(images, p[None, :])[:, 0] / curvatures
-                p = p - to_device(overlaps, p) @ directions
+            p = self._conjugate(self.apply(r[None, :])[0, :], directions, images, curvatures)
             image = product(p) + damping * p
             curvature, along = dots((p, image), (p, r))
             if not curvature > 0:
@@ -109,6 +107,13 @@ class Inverse(ABC):
             curvatures = np.append(curvatures, curvature)
             now = math.sqrt(dots((r, r))[0])
         return Solution(x, now / size if size else 0.0, len(curvatures))
+
+    def _conjugate(self, p: Array, directions: Array, images: Array, curvatures: NDArray[np.float64]) -> Array:
+        """Return p − Σ_k (p_kᵀA p/p_kᵀA p_k) p_k, of directions p_k (k, held) and their images A p_k."""
+        if not len(curvatures):
+            return p
+        overlaps = self.exchange.gram(images, p[None, :])[:, 0] / curvatures
+        return p - to_device(overlaps, p) @ directions
 
     def linear_operator(self, like: Array) -> LinearOperator:
         """Return a SciPy operator (N, N) on whole vectors; its products are collective.

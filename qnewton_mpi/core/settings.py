@@ -40,12 +40,13 @@ def setting(
     text: str,
     check: Check | tuple[Callable[[Any], bool], str] | None = None,
     words: tuple[str, ...] = (),
+    **marks: Any,
 ) -> Any:
-    """Declare a dataclass field with its help text and the check of its value.
+    """Declare a dataclass field with its help text, the check of its value, and marks for those who read its metadata.
 
     None passes where it is the default, and so do the `words`.
     """
-    metadata = {"help": text, "check": None if check is None else Check(*check), "words": words}
+    metadata = {"help": text, "check": None if check is None else Check(*check), "words": words, **marks}
     return field(default=default, metadata=metadata)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -16,8 +17,8 @@ from typing import get_type_hints
 
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.whole import reason
-from qnewton_mpi.parallel.log import LOG
 
+LOG = logging.getLogger("qnewton_mpi")  # that of `parallel.log`, which needs this room
 TAKEN = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 MOUNTS = Path("/proc/self/mountinfo")
 ALONE = {"localflock", "local_lock=flock", "local_lock=all"}  # options of a mount whose locks end at the host

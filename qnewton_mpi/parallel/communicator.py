@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-import os
-import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.errors import ENDED_BY_CTRL_C, USAGE_ERROR, UserError
-from qnewton_mpi.origin import pip_install
+from qnewton_mpi.errors import UserError
+from qnewton_mpi.parallel.ending import abort, abort_on_exception
 from qnewton_mpi.parallel.environment import check_launcher
+from qnewton_mpi.parallel.library import load_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+__all__ = ["Communicator", "abort", "abort_on_exception", "check_timeout", "load_mpi"]
+
 T = TypeVar("T")
 HostArray = NDArray[Any]
 COMMUNICATION = "communication"
-GRACE = 5.0  # seconds that MPI_Abort is given before the process ends itself
-LAST_WORDS = 0.3  # seconds from an error's text to MPI_Abort: launchers drop what they have not read by then
 PHASES = (
     "loading",
     "restore",
@@ -41,22 +38,6 @@ PHASES = (
     "checkpoint",
     "callback",
 )
-
-
-def load_mpi() -> ModuleType:
-    """Return mpi4py's MPI. Importing it loads and starts the library, which what only reads files does without. Local.
-
-    Raises
-    ------
-    UserError
-        Where there is no library.
-    """
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{reason}: load your site's MPI module, or {pip_install('mpich')}") from error
-    return MPI
 
 
 def check_timeout(seconds: float | None) -> None:
@@ -282,37 +263,3 @@ class Communicator:
         with self.waiting():
             self._gates.agree()
             return self.mpi.allgather(mine)
-
-
-def abort(text: str, code: int) -> NoReturn:
-    """Print `text` to stderr and end the job, all its ranks, with exit code `code`. Local."""
-    print(text, file=sys.stderr, flush=True)
-    time.sleep(LAST_WORDS)
-    load_mpi().COMM_WORLD.Abort(code)
-    time.sleep(GRACE)
-    os._exit(code)
-
-
-def abort_on_exception(communicator: Communicator | MPI.Comm) -> None:
-    """Make an uncaught exception on any rank end the whole job: traceback on stderr, then MPI_Abort. Local.
-
-    Without it the other ranks would wait for ever in their next collective. Of a `UserError` one line is printed, and
-    the exit code is 2, of Ctrl-C too, with 130; where all ranks have it, rank 0 speaks. A program that has an
-    `excepthook` of its own keeps it.
-    """
-    if sys.excepthook is not sys.__excepthook__:
-        return
-
-    def report_and_abort(kind: type[BaseException], error: BaseException, trace: Any) -> NoReturn:
-        sys.stdout.flush()
-        if issubclass(kind, (UserError, KeyboardInterrupt)):
-            if communicator.rank > 0:
-                time.sleep(1)  # in which rank 0 ends the job, if it has the error too
-            if issubclass(kind, KeyboardInterrupt):
-                abort("qnewton-mpi: interrupted", ENDED_BY_CTRL_C)
-            whose = f"rank {communicator.rank}: " if communicator.rank > 0 else ""
-            abort(f"qnewton-mpi: {whose}{error}", USAGE_ERROR)
-        lines = "".join(traceback.format_exception(kind, error, trace)).rstrip()
-        abort(f"qnewton-mpi: rank {communicator.rank} of {communicator.size} failed:\n{lines}", code=1)
-
-    sys.excepthook = report_and_abort

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, cast
 
 from mpi4py import MPI
 
-from qnewton_mpi.parallel.communicator import GRACE, abort
+from qnewton_mpi.parallel.ending import GRACE, abort
 
 # On duplicates, and on the world by ranks that have none of those: below the 32,767 that MPI promises.
 FAREWELL, WHO_WAITS, I_WAIT = 32_749, 32_750, 32_751

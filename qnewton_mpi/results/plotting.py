@@ -16,7 +16,7 @@ from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.files.whole import reason, replace_whole, writing
 from qnewton_mpi.origin import pip_install
 from qnewton_mpi.results.rows import rows, title
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 
 MANY = 8  # lines in one picture
 LONGEST = 60  # characters of a label

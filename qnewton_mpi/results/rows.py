@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.data.datasets import short_name
 from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.models import choice
-from qnewton_mpi.results.runfile import FINISHED, Run, two_digits
-from qnewton_mpi.training.whose import DIGEST, FREE
+from qnewton_mpi.options import Free, TrainSettings, free
+from qnewton_mpi.results.layout import DIGEST, FINISHED
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.results.words import two_digits
 
 # The options that a run may have otherwise and come to the same end but for rounding; two change how long it takes.
-PASSING = FREE - {"exchange", "transport"} | {"evaluate_every", "seed"}
+PASSING = free(Free.ALWAYS) - {"exchange", "transport"} | {"evaluate_every", "seed"}
 BESIDES = (DIGEST, "ranks", "version_qnewton_mpi")  # attributes that are no options, and tell runs apart
 IN_LABEL = ("method", "replicas", "lr", "nesterov")  # what `Run.label` says
 NETWORK = "network"  # for the options that choose it, which are one word of a label

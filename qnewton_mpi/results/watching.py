@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qnewton_mpi.results.runfile import PERHAPS_DEAD, RUNNING, Run, qualities_text, two_digits
+from qnewton_mpi.results.layout import RUNNING
+from qnewton_mpi.results.run import PERHAPS_DEAD, Run
+from qnewton_mpi.results.words import qualities_text, two_digits
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 

@@ -18,14 +18,16 @@ from qnewton_mpi.data import datasets
 from qnewton_mpi.data.parts import TEST, VALIDATION
 from qnewton_mpi.errors import DivergedError, InterruptedRunError, TooLateError, UserError
 from qnewton_mpi.files.locks import lock_of, locked
+from qnewton_mpi.options import Free, free
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import duration, rate_text
+from qnewton_mpi.results.layout import DIGEST
+from qnewton_mpi.results.words import duration, rate_text
 from qnewton_mpi.studies.halt import Halt
 from qnewton_mpi.studies.plan import Row, Study, best_rate, next_rate
 from qnewton_mpi.studies.store import Store, run_name
 from qnewton_mpi.training.interruption import Noted
-from qnewton_mpi.training.loop import data_options, train
-from qnewton_mpi.training.whose import DIGEST, LENGTH
+from qnewton_mpi.training.loop import train
+from qnewton_mpi.training.parts import data_options
 
 Labels = dict[str, dict[str, Any]]
 """What a study says of its runs, by their names: row, stage, baseline."""
@@ -174,7 +176,7 @@ class Work:
         config = replace(config, training=replace(config.training, output=str(store.unfinished(name))))
         config = group.from_root(lambda: resolve(config, group.size))
         # What the row leaves open may have other defaults in another version, which is no reason to repeat a study.
-        said = {key: value for key, value in config.flat().items() if key in options.keys() | LENGTH}
+        said = {key: value for key, value in config.flat().items() if key in options.keys() | free(Free.WHERE_CONSTANT)}
         if group.from_root(lambda: store.has(name, {**said, DIGEST: self.digests[data_of(row)]})):
             return name
         if group.mpi.allreduce(self.halt.came() or bool(self.noted.came), MPI.LOR):

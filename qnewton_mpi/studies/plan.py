@@ -35,7 +35,7 @@ from typing import Any
 from qnewton_mpi.config import RunConfig, read_toml, resolve, run_config
 from qnewton_mpi.errors import UserError, did_you_mean, printable
 from qnewton_mpi.files.whole import read_whole
-from qnewton_mpi.results.runfile import EPOCH_FIGURES
+from qnewton_mpi.results.layout import EPOCH_FIGURES
 
 # The keys of a study: what they may be, what they are without being given, what they mean; docs/reference/study-keys.md
 TOP_LEVEL = {

@@ -25,7 +25,8 @@ from qnewton_mpi.results.plotting import (
     save,
 )
 from qnewton_mpi.results.rows import title
-from qnewton_mpi.results.runfile import Run, rate_text
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.results.words import rate_text
 from qnewton_mpi.studies.plan import at_edge
 from qnewton_mpi.studies.store import read_runs
 

@@ -23,7 +23,8 @@ from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import open_image, subgroup, write_image
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import writing
-from qnewton_mpi.results.runfile import RUNNING, WRITER, Run
+from qnewton_mpi.results.layout import RUNNING, WRITER
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training.whose import differences
 
 OURS = ("*.h5", "*.claim", "*.part", ".*.lock", ".*.partial")  # what the folder has of a study, left-overs included

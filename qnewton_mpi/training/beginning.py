@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnewton_mpi.arrays import Array, to_device
-from qnewton_mpi.config import TrainSettings
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.models.choice import build
 from qnewton_mpi.models.description import Description
 from qnewton_mpi.models.network import Network
+from qnewton_mpi.options import TrainSettings
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG
 from qnewton_mpi.training.checkpoint import steps_in

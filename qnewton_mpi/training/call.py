@@ -12,7 +12,8 @@ from threadpoolctl import threadpool_limits
 
 from qnewton_mpi.config import RunConfig, configured
 from qnewton_mpi.models import choice
-from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import abort_on_exception
 from qnewton_mpi.parallel.environment import THREAD_VARIABLES
 from qnewton_mpi.trained import Model, load
 from qnewton_mpi.training import loop

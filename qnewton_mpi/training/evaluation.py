@@ -9,7 +9,7 @@ from qnewton_mpi.data.datasets import Dataset
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.results.runfile import QUALITIES
+from qnewton_mpi.results.layout import QUALITIES
 
 EVALUATION_BATCH = 1024
 

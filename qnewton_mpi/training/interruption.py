@@ -16,7 +16,8 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from qnewton_mpi.errors import INTERRUPTED, USAGE_ERROR, InterruptedRunError, TooLateError, UserError
-from qnewton_mpi.parallel.communicator import GRACE, Communicator
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import GRACE
 from qnewton_mpi.parallel.environment import HELD
 from qnewton_mpi.parallel.log import LOG
 

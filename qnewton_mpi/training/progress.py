@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from tqdm import tqdm
 
-from qnewton_mpi.results.runfile import qualities_text
+from qnewton_mpi.results.words import qualities_text
 
 LINE_SECONDS = 30.0
 

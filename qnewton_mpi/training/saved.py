@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel.log import LOG
-from qnewton_mpi.results.runfile import NETWORK, Parameters, Run
-from qnewton_mpi.training.checkpoint import UNREADABLE, parameters_of
+from qnewton_mpi.results.layout import NETWORK, Parameters
+from qnewton_mpi.results.run import Run
+from qnewton_mpi.training.checkpoint import parameters_of
+from qnewton_mpi.training.checkpoint.layout import UNREADABLE
 
 WHICH = {"last": "", "ema": "ema_", "tail": "tail_", "best": "best_"}
 """An iterate by what users call it.

@@ -19,34 +19,12 @@ from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.locks import lock_of, locked
 from qnewton_mpi.files.outputs import check_output
 from qnewton_mpi.files.whole import check_replaceable
+from qnewton_mpi.options import Free, free
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.log import LOG
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.layout import DIGEST, NONE_SAVED, SAVED, SAVED_IN
+from qnewton_mpi.results.run import Run
 
-# In a run's file, beside the options: the data, and the step and folder of the newest checkpoint.
-DIGEST, SAVED, SAVED_IN = "data_digest", "saved_step", "saved_in"
-NONE_SAVED = -1
-# Options that may differ between a run and its continuation; `exchange` then changes rounding.
-FREE = {
-    "output",
-    "overwrite",
-    "progress",
-    "data_dir",
-    "exchange",
-    "transport",
-    "checkpoint",
-    "checkpoint_every",
-    "resume",
-    "time_limit",
-    "stop_signals",
-    "stall_timeout",
-    "check_replicas",
-    "on_nonfinite",
-    "log_dir",
-    "log",
-}
-LENGTH = {"steps", "epochs"}  # which may differ, too, where the rates of a run do not depend on its length
-STOPS = {"patience"}
 OTHERWISE = "name another --output, or replace it with --overwrite"
 
 
@@ -59,7 +37,7 @@ class Rows(Enum):
 
 
 @contextlib.contextmanager
-def held(config: RunConfig, communicator: Communicator) -> Iterator[None]:
+def reserved(config: RunConfig, communicator: Communicator) -> Iterator[None]:
     """Hold the locks of a run's output and folder of checkpoints while the context lasts. Collective.
 
     Raises
@@ -189,18 +167,21 @@ def differences(before: Mapping[str, Any], configuration: Mapping[str, Any], goi
     """
     told = []
     constant = configuration.get("schedule") == "constant"
-    free = FREE | (STOPS | (LENGTH if constant else set()) if going_on else set())
+    marks = [Free.ALWAYS]
+    if going_on:
+        marks += [Free.GOING_ON, Free.WHERE_CONSTANT] if constant else [Free.GOING_ON]
+    passing = free(*marks)
     for name, is_now in sorted(configuration.items()):
         was = before.get(name)
         was = was.item() if isinstance(was, np.generic) else was
         same_data = name == "data" and before.get(DIGEST, "") == configuration.get(DIGEST)  # files that were moved
-        if name in free or was == is_now or same_data:
+        if name in passing or was == is_now or same_data:
             continue
         if name != DIGEST:
             told.append(f"{name} was {was} and is {is_now}")
         elif was is not None:
             told.append("the data set differs")
-    if not constant and any(before.get(name) != configuration.get(name) for name in LENGTH):
+    if not constant and any(before.get(name) != configuration.get(name) for name in free(Free.WHERE_CONSTANT)):
         told.append(
             f"the rates of a {configuration.get('schedule')} schedule depend on the length of a run, so begin another "
             "for another length, with an --output and a --checkpoint of its own"

@@ -12,7 +12,8 @@ import time
 import pytest
 from mpi4py import MPI
 
-from qnewton_mpi.parallel.communicator import LAST_WORDS, Communicator
+from qnewton_mpi.parallel.communicator import Communicator
+from qnewton_mpi.parallel.ending import LAST_WORDS
 
 MEETING_SECONDS = 5.0
 MUTED = pytest.StashKey()

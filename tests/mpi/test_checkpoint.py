@@ -20,7 +20,10 @@ from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.parallel.communicator import Communicator
-from qnewton_mpi.training.checkpoint import MASTER, PARAMETERS, SUMS, Checkpoints, Position, name_of, steps_in
+from qnewton_mpi.training.checkpoint import Checkpoints, steps_in
+from qnewton_mpi.training.checkpoint.layout import MASTER, SUMS, name_of
+from qnewton_mpi.training.checkpoint.reading import PARAMETERS
+from qnewton_mpi.training.position import Position
 
 SIZE, REPLICAS, STEPS = 23, 8, 3
 

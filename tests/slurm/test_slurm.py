@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qnewton_mpi import cli
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.training.checkpoint import steps_in
 
 ROOT = Path(__file__).parents[2]

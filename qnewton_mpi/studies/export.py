@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.errors import UserError, printable
 from qnewton_mpi.files.images import OLD, kind_of, open_image
 from qnewton_mpi.results.rows import distinct, rows
-from qnewton_mpi.results.runfile import Run
+from qnewton_mpi.results.run import Run
 from qnewton_mpi.studies.store import runs_in
 
 EPOCHS, STEPS = "epochs", "steps"
