@@ -33,8 +33,10 @@ from qnewton_mpi.adapter.tensors import Tensors, to_array, to_tensor
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
-from qnewton_mpi.core.optimizers.base import Group, Optimizer, Piggyback
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.groups import Group
 from qnewton_mpi.core.optimizers.probing import Probing
+from qnewton_mpi.core.optimizers.values import Piggyback
 from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.parallel.communicator import Communicator, abort_on_exception
 

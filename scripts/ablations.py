@@ -21,7 +21,7 @@ import numpy as np
 from extended_study import run
 
 from qnewton_mpi.core.optimizers import Deflated, Fisher, Kronecker, Optimizer
-from qnewton_mpi.core.optimizers.base import Array, Batch, LossAndGradient
+from qnewton_mpi.core.optimizers.values import Array, Batch, LossAndGradient
 
 
 def random(differences: Array, generator: np.random.Generator) -> Array:

@@ -51,7 +51,7 @@ from qnewton_mpi.training.whose import differences
 
 T = TypeVar("T")
 HostArray = NDArray[Any]
-SCHEMA = 2
+SCHEMA = 3
 KEPT = 2
 MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.arrays import Array, open_device, to_device, to_host
 from qnewton_mpi.config import RunConfig, TrainSettings
 from qnewton_mpi.core.create import create
-from qnewton_mpi.core.optimizers.base import Piggyback
+from qnewton_mpi.core.optimizers.values import Piggyback
 from qnewton_mpi.core.schedules import factor
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.augmentation import Augmentation, kinds_of

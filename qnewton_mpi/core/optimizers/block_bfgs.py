@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from qnewton_mpi.arrays import Array, to_device
-from qnewton_mpi.core.optimizers.base import LossAndGradient, Optimizer, Settings, Step
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.settings import Settings
+from qnewton_mpi.core.optimizers.values import LossAndGradient, Step
 from qnewton_mpi.core.ritz import orthonormal
 from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting

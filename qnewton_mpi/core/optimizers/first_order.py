@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qnewton_mpi.core.kernels import combination
-from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, Settings, Step
+from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
+from qnewton_mpi.core.optimizers.settings import AUTO, Settings
+from qnewton_mpi.core.optimizers.values import LossAndGradient, Step
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 

@@ -11,7 +11,9 @@ from array_api_compat import device
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.inverse import InverseHessian
-from qnewton_mpi.core.optimizers.base import LossAndGradient, Optimizer, Settings, Step
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.settings import Settings
+from qnewton_mpi.core.optimizers.values import LossAndGradient, Step
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
 from qnewton_mpi.core.spread import POLICIES
 from qnewton_mpi.core.state import Kind

@@ -10,7 +10,9 @@ import numpy as np
 
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.exchange.cost import Traffic
-from qnewton_mpi.core.optimizers.base import AUTO, Batch, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.settings import AUTO, Settings
+from qnewton_mpi.core.optimizers.values import Batch, LossAndGradient
 from qnewton_mpi.core.rate import GAIN_SHARE, noise_limited_rate
 from qnewton_mpi.core.ritz import RitzPairs
 from qnewton_mpi.core.secants import Matrix

@@ -10,8 +10,8 @@ import numpy as np
 
 from qnewton_mpi.arrays import Array, to_device
 from qnewton_mpi.core.exchange.cost import Traffic
-from qnewton_mpi.core.optimizers.base import Batch, Figures
 from qnewton_mpi.core.optimizers.natural.method import NaturalGradient, NaturalGradientSettings
+from qnewton_mpi.core.optimizers.values import Batch, Figures
 from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind

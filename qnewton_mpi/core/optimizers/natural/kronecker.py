@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.layers import layer_shapes
-from qnewton_mpi.core.optimizers.base import Batch, Figures
 from qnewton_mpi.core.optimizers.natural.layer import Layer
 from qnewton_mpi.core.optimizers.natural.method import BATCH, NaturalGradient, NaturalGradientSettings
+from qnewton_mpi.core.optimizers.values import Batch, Figures
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 

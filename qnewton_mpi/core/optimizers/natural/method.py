@@ -14,7 +14,8 @@ import numpy as np
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.noise_scale import NoiseScale
-from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.groups import shared_out
 from qnewton_mpi.core.optimizers.natural.rules import (
     FIRST_TRIALS,
     RUNNING,
@@ -25,6 +26,8 @@ from qnewton_mpi.core.optimizers.natural.rules import (
     SuccessiveGradients,
     fixed_point,
 )
+from qnewton_mpi.core.optimizers.settings import AUTO, Settings
+from qnewton_mpi.core.optimizers.values import Batch, Figures, LossAndGradient, Step
 from qnewton_mpi.core.rate import noise_limited_rate
 from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
@@ -242,9 +245,10 @@ class NaturalGradient(Optimizer[S]):
         """Have the next gradient tell the curvature along the step of a rate, as the groups take it. Collective."""
         noise = self.momentum.newest(self.steps) * rate * self.known / self.batch
         slope, predicted = self.along(step, rate)
-        d = self.shared_out(step.direction)
+        groups, held = self.groups, self.exchange.held
+        d = shared_out(step.direction, groups, held)
         if d is not step.direction and step.dz > 0:
-            sz, ssz, gd = self.exchange.dots((d, step.z), (self.shared_out(d), step.z), (step.mean, d))
+            sz, ssz, gd = self.exchange.dots((d, step.z), (shared_out(d, groups, held), step.z), (step.mean, d))
             noise, slope, predicted = noise * sz / step.dz, -rate * gd, rate * rate * ssz
         self.successive.follow(-rate * d, slope, noise, predicted)
 
@@ -297,12 +301,12 @@ class NaturalGradient(Optimizer[S]):
         They cannot where they are others at the same point, or the same wherever the step leads; nor are they of the
         gradient where no rate allows itself. A schedule's factor plays no part.
         """
-        again, rate = self.losses_at(loss_and_gradient, 0.0, step.everywhere), 1.0
+        again, rate = self.oracle.losses(loss_and_gradient, 0.0, step.everywhere), 1.0
         self.repeats = np.allclose(again, step.batch.losses, rtol=1e-6, atol=0)
         for _ in range(FIRST_TRIALS if self.repeats else 0):
-            once = self.losses_at(loss_and_gradient, rate, step.everywhere)
+            once = self.oracle.losses(loss_and_gradient, rate, step.everywhere)
             if not (once == again).all():
-                self.repeats = bool((once == self.losses_at(loss_and_gradient, rate, step.everywhere)).all())
+                self.repeats = bool((once == self.oracle.losses(loss_and_gradient, rate, step.everywhere)).all())
                 break
             rate *= FARTHER
         else:
@@ -381,7 +385,7 @@ class NaturalGradient(Optimizer[S]):
         Not a number where the loss's curvature is rounding.
         """
         slope, predicted = self.along(step, rate)
-        losses = self.losses_at(loss_and_gradient, rate, step.everywhere)
+        losses = self.oracle.losses(loss_and_gradient, rate, step.everywhere)
         curvature = abs(2 * (float(losses.mean() - step.batch.losses.mean()) - slope))
         if not math.isfinite(curvature):
             return math.inf
