@@ -40,10 +40,10 @@ def spoiled(kind: type[Optimizer[Any]], spoil: Any) -> type[Optimizer[Any]]:
     """Return the method `kind` on spoiled differences. One rank."""
 
     class Spoiled(kind):  # type: ignore[valid-type, misc]
-        def update(self, batch: Batch) -> Array:
+        def update(self, batch: Batch, noise: float) -> Any:
             mean = batch.rows.mean(axis=0)
             differences = spoil(batch.rows - mean, np.random.default_rng([self.seed, self.steps]))
-            return super().update(replace(batch, rows=mean + differences))
+            return super().update(replace(batch, rows=mean + differences), noise)
 
     return Spoiled
 

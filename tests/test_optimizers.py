@@ -11,8 +11,11 @@ from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.layers import LayerShape, layer_shapes
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
+from qnewton_mpi.core.optimizers.natural.bounds import BOUNDS, Curvature, RelativeChange
 from qnewton_mpi.core.optimizers.natural.layer import Layer, Side
-from qnewton_mpi.core.optimizers.natural.rules import Curvature, Momentum, RelativeChange, fixed_point
+from qnewton_mpi.core.optimizers.natural.measurements import fixed_point
+from qnewton_mpi.core.optimizers.natural.momentum import Momentum
+from qnewton_mpi.core.optimizers.natural.values import NaturalStep
 from qnewton_mpi.core.rate import LossTrend
 from qnewton_mpi.core.settings import build
 from qnewton_mpi.core.state import objects
@@ -27,6 +30,13 @@ UNBOUNDED = dict.fromkeys(("curvature", "relative_change", "outlier", "gain_shar
 @pytest.fixture(scope="module")
 def communicator():
     return Communicator()
+
+
+def step_of(number=100, reach=1.0, noise=1.0, change=0.0):
+    """A step, of which only what the bounds look at is known."""
+    known = {"number": number, "reach": reach, "noise": noise, "sizes": {"relative_change": change}}
+    unknown = dict.fromkeys(("mean", "direction", "rate", "figures", "norms", "batch", "z", "dz"))
+    return NaturalStep(**unknown, **known)
 
 
 def trajectory(optimizer, problem, steps):
@@ -734,32 +744,35 @@ def test_what_the_noise_may_change(communicator):
     change = RelativeChange(0.02, spans, start)
 
     def squared(change, d, w):
-        return change.squared(*exchange.dots_of_parts(*change.products(d, w)))
+        return change.size(*exchange.dots_of_parts(*change.products(d, w)))
+
+    def limit(squared, noise, step):
+        return change.limit(step_of(number=step, noise=noise, change=squared))
 
     w, d = np.array([3.0, 4.0, 7.0, 7.0, 2.0, 7.0]), np.array([0.6, 0.8, 100.0, 100.0, 4.0, 100.0])
     assert squared(change, d, w) == pytest.approx((0.2**2 + 2**2) / 2)
     assert squared(change, d, w / 10) == pytest.approx((0.2**2 + 2**2) / 2)  # smaller than at the start
     assert squared(change, d, 10 * w) == pytest.approx((0.2**2 + 2**2) / 200)
-    assert change.limit(0.04, 1.0, 100) == change.limit(0.04, 1.0, 25) == pytest.approx(0.1)
-    assert [change.limit(0.04, 1.0, step) for step in (1, 4)] == pytest.approx([0.5, 0.25])
-    assert change.limit(0.04, 0.25, 100) == pytest.approx(0.2)
-    assert change.limit(0.04, 0.0, 1) == change.limit(0.0, 1.0, 1) == np.inf
+    assert limit(0.04, 1.0, 100) == limit(0.04, 1.0, 25) == pytest.approx(0.1)
+    assert [limit(0.04, 1.0, step) for step in (1, 4)] == pytest.approx([0.5, 0.25])
+    assert limit(0.04, 0.25, 100) == pytest.approx(0.2)
+    assert limit(0.04, 0.0, 1) == limit(0.0, 1.0, 1) == np.inf
     assert squared(RelativeChange(0.02, spans, 0 * start), d, w) == 0
 
 
 def test_what_curvature_allows():
     """ς/χ for signal, 2/χ for noise; χ a running mean of its logarithm, to which a zero counts as a hundredth."""
-    curvature = Curvature(1.0)
+    curvature = Curvature(1.0, [], None)
     curvature.add(np.log(4), 1, 1.0, 1.5, 9.0)
     assert curvature.newest == pytest.approx(1.5 / 4)
-    assert curvature.limit(1.0) == pytest.approx(0.25)
-    assert curvature.limit(2.0) == pytest.approx(0.5)
-    assert curvature.limit(0.0) == 0
+    assert curvature.limit(step_of(reach=1.0)) == pytest.approx(0.25)
+    assert curvature.limit(step_of(reach=2.0)) == pytest.approx(0.5)
+    assert curvature.limit(step_of(reach=0.0)) == 0
     curvature.add(np.log(1), 2, 1.0, 1.0, 0.1)
-    assert curvature.value == pytest.approx(2)
+    assert curvature.chi == pytest.approx(2)
     assert curvature.newest == 0.1
     curvature.add(np.log(1e-15), 640, 1.0, 1.0, 9.0)
-    assert curvature.value == pytest.approx(2 * 100**-0.3)
+    assert curvature.chi == pytest.approx(2 * 100**-0.3)
     assert curvature.due(641, 10, 2.1)
     assert not curvature.due(641, 10, 1.9)
     assert curvature.due(650, 10, 0.1)
@@ -788,9 +801,8 @@ def test_rules_that_are_off_change_nothing(communicator):
     momentum = Momentum(0.0, w)
     for step in (1, 2, 3):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
-    change = RelativeChange(np.inf, [slice(0, SIZE)], w)
-    assert change.limit(1.0, 1.0, 1) == np.inf
-    assert Curvature(np.inf).limit(0.5) == np.inf
+    for bound in BOUNDS.values():
+        assert bound(0.0, [slice(0, SIZE)], w).limit(step_of(change=1.0)) == np.inf
     problem = Quadratic(SIZE, REPLICAS)
     options = {"flattening": 0, "least_share": 1, "damping": 1e-3, **UNBOUNDED, "lr": 1e-3}
     optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, **options)

@@ -14,11 +14,14 @@ from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.optimizers.natural.layer import Layer
-from qnewton_mpi.core.optimizers.natural.method import BATCH, NaturalGradient, NaturalGradientSettings
+from qnewton_mpi.core.optimizers.natural.method import NaturalGradient
+from qnewton_mpi.core.optimizers.natural.settings import NaturalGradientSettings
+from qnewton_mpi.core.optimizers.natural.values import Update
 from qnewton_mpi.core.optimizers.values import Batch, Figures
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 
+BATCH = 256  # that a numerical rate is meant for
 FIRST_UPDATES, FIRST_COMBINATIONS = 10, 8
 FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
 FIRST_SHARES = 20  # steps, before which the shares of signal are not known well enough
@@ -125,7 +128,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     def update_is_due(self) -> bool:
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
 
-    def update(self, batch: Batch) -> Array:
+    def update(self, batch: Batch, noise: float) -> Update:
         mean, combined = self.exchange.combined(batch.rows, self.coefficients())
         seen = []
         for layer in self.layers:
@@ -134,7 +137,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
                 layer.renew_bases()
         self.rounded += self.weight * (self.rounding(batch) / self.exchange.size - self.rounded)
         least = max(self.rounded, self.tiny)
-        both = [self.scales(layer, least) for layer in self.layers]
+        both = [self.scales(layer, least, noise) for layer in self.layers]
         figures = [self.held[:0]]
         for layer, (newton, flattened), before in zip(self.layers, both, seen, strict=True):
             V = layer.variances
@@ -142,13 +145,11 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
             figures.append(self.xp.stack([*sums, *before, self.xp.max(V)]))
         own = to_host(self.xp.concat(figures)).astype(np.float64).reshape(-1, 6)
         everyone = self.exchange.gathered(np.concatenate([own[:, :5].sum(axis=0), own[:, 5].max(initial=0.0)[None]]))
-        self.trace, self.known, noise, *before = everyone[:, :5].sum(axis=0).tolist()
+        trace, known, flat, *before = everyone[:, :5].sum(axis=0).tolist()
         self.largest = float(everyone[:, 5].max())
-        if self.updates > 1:
-            self.compare_noise(*before)
         for layer, (newton, flattened) in zip(self.layers, both, strict=True):
-            layer.scales = flattened * (self.known / noise) if noise > 0 else newton
-        return mean
+            layer.scales = flattened * (known / flat) if flat > 0 else newton
+        return Update(mean, trace, known, (before[0], before[1]) if self.updates > 1 else None)
 
     def coefficients(self) -> NDArray[np.float64]:
         """Return the rows √(b/K) c_k, (K, M), c_k random, orthonormal, and orthogonal to the ones. Local.
@@ -165,32 +166,27 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         rows = np.linalg.qr(columns - columns.mean(axis=0))[0].T
         return math.sqrt(self.samples / number) * rows
 
-    def scales(self, layer: Layer, least: float) -> tuple[Array, Array]:
+    def scales(self, layer: Layer, least: float, noise: float) -> tuple[Array, Array]:
         """Return of a layer 1/(V + ε), ε a share of the mean V and at least what V has of rounding, and that flattened.
 
-        s^ν n^(−φ/4) (V + ε)^(φ/4 − 1), n = Σ V (V + ε)^(φ/4 − 1) its noise. Local.
+        Given ν, φ = ν²: s^ν n^(−φ/4) (V + ε)^(φ/4 − 1), n = Σ V (V + ε)^(φ/4 − 1) its noise. Local.
         """
-        share = self.settings.damping * FLAT_SHARE**self.flatness
+        flatness = noise**2
+        share = self.settings.damping * FLAT_SHARE**flatness
         damped = layer.variances + self.xp.clip(share * layer.sum(layer.variances) / layer.size, least, None)
-        exponent = self.settings.flattening * self.flatness
+        exponent = self.settings.flattening * flatness
         scales = damped ** (exponent - 1)
         scales = scales * self.xp.clip(layer.sum(layer.variances * scales), self.tiny, None) ** -exponent
         if self.steps >= FIRST_SHARES:
-            scales = scales * layer.signal_shares(self.settings.least_share) ** self.noise_share.value
+            scales = scales * layer.signal_shares(self.settings.least_share) ** noise
         return 1 / damped, scales
 
-    @property
-    def flatness(self) -> float:
-        """φ = ν², ν the share of noise in the recent steps."""
-        return self.noise_share.value**2
-
-    def apply_inverse(self, z: Array) -> Array:
+    def apply_inverse(self, z: Array, noise: float | None = None) -> Array:
         """Return P⁻¹ z; at an update, take z̃² and V into the means from which the next one has its shares of signal."""
-        noise = self.momentum.noise(self.steps) / self.batch
         parts = [z[:0]]
         for layer in self.layers:
             view = layer.view(z[None, layer.span])
-            if self.update_is_due():
+            if noise is not None:
                 layer.compare(view.squares() / noise, max(SHARE_WEIGHT, 1 / self.updates))
             parts.append(layer.flat(view.times(layer.scales)))
         return self.xp.concat(parts)
