@@ -98,7 +98,7 @@ def test_dots(communicator, name):
     assert total == pytest.approx(x @ x + y @ y)
 
 
-# What all ranks together send, in vectors of N words, for k ranks, M replicas and K combinations. An exchange is a line.
+# What all ranks together send, in vectors of N words, for k ranks, M replicas, K combinations. An exchange is a line.
 SENT = {
     "allgather": lambda k, M, K: {
         "mean": 2 * (k - 1),

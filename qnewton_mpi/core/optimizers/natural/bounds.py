@@ -11,6 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from qnewton_mpi.arrays import Array
+from qnewton_mpi.core.means import Mean, at_least, constant
 from qnewton_mpi.core.optimizers.natural.settings import bound_of
 from qnewton_mpi.core.optimizers.natural.values import NaturalStep
 from qnewton_mpi.core.secants import Matrix
@@ -77,13 +78,26 @@ class Curvature(Bound):
     no less than a hundredth of χ. Off: C = ∞.
     """
 
-    state: ClassVar = dict.fromkeys(("logarithm", "measured", "promise", "newest"), Kind.SHARED)
+    state: ClassVar = dict.fromkeys(("measured", "promise", "newest"), Kind.SHARED)
 
     def __init__(self, value: float, spans: Sequence[slice], held: Array) -> None:
         super().__init__(value, spans, held)
-        self.logarithm = 0.0
+        self._mean = Mean(at_least(CURVATURE_WEIGHT))
         self.measured, self.promise = 0, 0.0  # the step that was measured last, from 1, and its α dᵀz
         self.newest = 0.0  # the rate that it allowed
+
+    def parts(self) -> Mapping[str, Mean]:
+        """Return the mean of log χ."""
+        return {"logarithm": self._mean}
+
+    @property
+    def logarithm(self) -> float:
+        """Log χ."""
+        return self._mean.value
+
+    @logarithm.setter
+    def logarithm(self, value: float) -> None:
+        self._mean.know(value, 1)
 
     @property
     def chi(self) -> float:
@@ -104,8 +118,8 @@ class Curvature(Bound):
 
     def add(self, logarithm: float, step: int, promise: float, reach: float, rate: float) -> None:
         """Take in log χ of a step of this α dᵀz, ς + ν and rate, beyond which it does not go."""
-        change = max(logarithm - self.logarithm, -math.log(DOWN))
-        self.logarithm += max(CURVATURE_WEIGHT, 1 / step) * change if self.measured else logarithm
+        least = self.logarithm - math.log(DOWN) if self.measured else -math.inf
+        self._mean.add(max(logarithm, least), step if self.measured else 1)
         self.measured, self.promise = step, promise
         self.newest = min(rate, self.allows(logarithm, reach))
 
@@ -147,18 +161,17 @@ class RelativeChange(Bound):
         return eta / math.sqrt(squared * noise) if squared * noise > 0 else math.inf
 
 
-class Shortening:
+class Shortening(Mean):
     """What the bound of the relative change leaves of the steps, a running mean that starts from all of them. Local."""
 
-    state: ClassVar = {"left": Kind.SHARED}
-
     def __init__(self) -> None:
-        self.left, self.told = 1.0, False
+        super().__init__(constant(SHORTENED_WEIGHT), 1.0)
+        self.told = False
 
-    def add(self, shrink: float) -> bool:
+    def take(self, shrink: float) -> bool:
         """Take in what is left of a step; tell whether that has become little, once."""
-        self.left += SHORTENED_WEIGHT * (shrink - self.left)
-        new = self.left < LITTLE and not self.told
+        self.add(shrink)
+        new = self.value < LITTLE and not self.told
         self.told = self.told or new
         return new
 

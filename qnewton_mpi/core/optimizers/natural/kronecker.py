@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.arrays import Array, to_host
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.layers import layer_shapes
+from qnewton_mpi.core.means import Mean, at_least, unbiased
 from qnewton_mpi.core.optimizers.natural.layer import Layer
 from qnewton_mpi.core.optimizers.natural.method import NaturalGradient
 from qnewton_mpi.core.optimizers.natural.settings import NaturalGradientSettings
@@ -98,7 +99,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     """
 
     settings_type = KroneckerSettings
-    state: ClassVar = {**NaturalGradient.state, "largest": Kind.SHARED, "rounded": Kind.SHARED}
+    state: ClassVar = {**NaturalGradient.state, "largest": Kind.SHARED}
     figures = (*NaturalGradient.figures, "largest_eigenvalue")
 
     @classmethod
@@ -116,11 +117,11 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         sizes = self.settings.max_side, self.settings.leading
         self.layers = [Layer(self.held, shape, held.start, *sizes) for shape in inside]
         self.largest = 0.0  # of V
-        self.rounded = 0.0  # what V has of rounding
+        self.rounded = Mean(unbiased(self.settings.decay))  # what V has of rounding
         self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # where there is no gradient
 
     def parts(self) -> Mapping[str, Any]:
-        return {**super().parts(), **{f"layer-{layer.start}": layer for layer in self.layers}}
+        return {**super().parts(), "rounded": self.rounded, **{f"layer-{layer.start}": layer for layer in self.layers}}
 
     def fixed_rate(self, rate: float) -> float:
         return rate * math.sqrt(self.batch / BATCH)
@@ -135,8 +136,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
             seen.append(layer.add(combined[:, layer.span], mean[layer.span], self.weight))
             if self.updates <= FIRST_UPDATES or self.updates % self.settings.basis_every == 0:
                 layer.renew_bases()
-        self.rounded += self.weight * (self.rounding(batch) / self.exchange.size - self.rounded)
-        least = max(self.rounded, self.tiny)
+        self.rounded.add(self.rounding(batch) / self.exchange.size)
+        least = max(self.rounded.value, self.tiny)
         both = [self.scales(layer, least, noise) for layer in self.layers]
         figures = [self.held[:0]]
         for layer, (newton, flattened), before in zip(self.layers, both, seen, strict=True):
@@ -187,7 +188,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         for layer in self.layers:
             view = layer.view(z[None, layer.span])
             if noise is not None:
-                layer.compare(view.squares() / noise, max(SHARE_WEIGHT, 1 / self.updates))
+                layer.compare(view.squares() / noise, at_least(SHARE_WEIGHT)(self.updates))
             parts.append(layer.flat(view.times(layer.scales)))
         return self.xp.concat(parts)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.layers import layer_shapes
+from qnewton_mpi.core.means import unbiased
 from qnewton_mpi.core.noise_scale import NoiseScale
 from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.groups import shared_out
@@ -110,7 +111,7 @@ class NaturalGradient(Optimizer[S]):
         noise = self.momentum.noise(t) / self.batch
         d = self.apply_inverse(z, noise if due else None)
         (gg, dz, dd, gd), sizes = self.products(mean, z, d)
-        self.noise_share.add(self.known / self.batch * self.momentum.noise(t), dz)
+        self.noise_share.take(self.known / self.batch * self.momentum.noise(t), dz)
         nu, sigma = self.noise_share.unbiased, min(1.0, max(0.0, gd / dz)) if dz > 0 else 1.0
         return NaturalStep(
             mean,
@@ -173,9 +174,9 @@ class NaturalGradient(Optimizer[S]):
             self.follow(step, self.rate_factor * rate)
         wanted = min(limit for name, limit in limits.items() if name != "relative_change")
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
-        if self.shortening.add(shrink):
+        if self.shortening.take(shrink):
             self.tell(
-                f"the bound of the relative change leaves {self.shortening.left:.0%} of the steps: if the loss falls "
+                f"the bound of the relative change leaves {self.shortening.value:.0%} of the steps: if the loss falls "
                 f"too slowly, try relative_change={2 * self.settings.relative_change:g}"
             )
         figures = {
@@ -263,7 +264,7 @@ class NaturalGradient(Optimizer[S]):
     @property
     def weight(self) -> float:
         """γ = (1 − β)/(1 − βᵗ) of the t-th update, F ← (1 − γ) F + γ new: unbiased from the first on."""
-        return (1 - self.settings.decay) / (1 - self.settings.decay**self.updates)
+        return unbiased(self.settings.decay)(self.updates)
 
     @property
     def scale(self) -> float:

@@ -8,6 +8,7 @@ from array_api_compat import array_namespace
 
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.kernels import combination
+from qnewton_mpi.core.means import Mean, constant
 from qnewton_mpi.core.state import Kind
 
 NOISE_WEIGHT = 0.1  # of a step in the running share of noise
@@ -44,6 +45,7 @@ class Momentum:
 
         Examples
         --------
+        >>> import numpy as np
         >>> [round(Momentum(0.9, np.zeros(1)).noise(step), 3) for step in (1, 2, 1000)]  # soon a 14th
         [1.0, 0.581, 0.071]
         """
@@ -52,7 +54,7 @@ class Momentum:
         return ((1 - beta) / (1 - beta ** (step + 1))) ** 2 * ((1 + beta) ** 2 + past)
 
 
-class NoiseShare:
+class NoiseShare(Mean):
     """ν, the share of noise in dᵀz, a running mean: 0 where a step is signal alone, 1 where it is noise alone.
 
     It starts from 0: a run is taken for signal until it is known to be noise.
@@ -64,23 +66,15 @@ class NoiseShare:
         The mean of what has been seen.
     """
 
-    state: ClassVar = {"value": Kind.SHARED, "weight": Kind.SHARED}
-
     def __init__(self) -> None:
-        self.value = self.weight = 0.0
-
-    @property
-    def unbiased(self) -> float:
-        return self.value / self.weight if self.weight > 0 else 0.0
+        super().__init__(constant(NOISE_WEIGHT))
 
     @property
     def least(self) -> float:
         """ν, and no less than can be told from zero."""
         return max(self.value, LEAST_NOISE)
 
-    def add(self, noise: float, dz: float) -> None:
+    def take(self, noise: float, dz: float) -> None:
         """Take in a step's dᵀz, and the part of it that is expected of noise. Local."""
         # dᵀz far below the noise: there is none, as where the batch is all there is. Then nearer to 0 again.
-        share = min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0
-        self.value += NOISE_WEIGHT * (share - self.value)
-        self.weight += NOISE_WEIGHT * (1 - self.weight)
+        self.add(min(noise / dz, dz / noise) if dz > 0 and noise > 0 else 0.0)

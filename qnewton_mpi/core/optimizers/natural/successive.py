@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from array_api_compat import array_namespace
 
 from qnewton_mpi.arrays import Array
+from qnewton_mpi.core.means import Mean, at_least
 from qnewton_mpi.core.state import Kind
 
 RUNNING = 0.02  # weight of a step in the running means of the curvatures
@@ -23,28 +25,27 @@ class SuccessiveGradients:
     steps say anything: it takes that long to see a change.
     """
 
-    state: ClassVar = {"change": Kind.HELD} | dict.fromkeys(
-        ("count", "before", "expected", "predicted", "curvature", "metric"), Kind.SHARED
-    )
+    state: ClassVar = {"change": Kind.HELD} | dict.fromkeys(("before", "expected", "predicted"), Kind.SHARED)
 
     def __init__(self, held: Array) -> None:
         self.change = array_namespace(held).zeros_like(held)
-        self.count = 0
         self.before = self.expected = self.predicted = 0.0  # ḡᵀΔw, the mean noise and ΔwᵀPΔw of the last step
-        self.curvature = self.metric = 0.0  # running means
+        self.curvature, self.metric = Mean(at_least(RUNNING)), Mean(at_least(RUNNING))
+
+    def parts(self) -> Mapping[str, Mean]:
+        """Return the means of ΔwᵀHΔw and ΔwᵀPΔw."""
+        return {"curvature": self.curvature, "metric": self.metric}
 
     def add(self, after: float) -> None:
         """Take in ḡᵀΔw of the gradient after the last step. Local."""
         if self.predicted > 0:
-            curvature = after - self.before - self.expected
-            self.count += 1
-            weight = max(1 / self.count, RUNNING)
-            self.curvature += weight * (curvature - self.curvature)
-            self.metric += weight * (self.predicted - self.metric)
+            self.curvature.add(after - self.before - self.expected)
+            self.metric.add(self.predicted)
 
     def begin(self, chi: float, predicted: float) -> None:
         """Go on from a χ that is known, as if from ten steps. Local."""
-        self.count, self.curvature, self.metric = 10, chi * predicted, predicted
+        self.curvature.know(chi * predicted, 10)
+        self.metric.know(predicted, 10)
 
     def follow(self, change: Array, before: float, expected: float, predicted: float) -> None:
         """Keep a step Δw: ḡᵀΔw, the mean of the noise and Δwᵀ P Δw. Local."""
@@ -53,5 +54,6 @@ class SuccessiveGradients:
     @property
     def logarithm(self) -> float:
         """Log χ; 0 before it is known."""
-        ratio = abs(self.curvature) / self.metric if self.metric > 0 else 0.0
+        metric = self.metric.value
+        ratio = abs(self.curvature.value) / metric if metric > 0 else 0.0
         return math.log(ratio) if ratio > 0 else 0.0
