@@ -11,8 +11,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Matrix
 from qnewton_mpi.core.layers import layer_shapes
-from qnewton_mpi.core.spectrum import BLOCKS, Density, Eigenpairs, Matrix, density, leading
+from qnewton_mpi.core.spectrum import BLOCKS, Density, Eigenpairs, density, leading
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.files.images import write_image

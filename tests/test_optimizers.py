@@ -67,7 +67,7 @@ def test_figures_are_those_announced(communicator, variant):
     optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
     before = np.array(optimizer.parameters)
     figures = optimizer.step(problem)
-    assert set(figures) == set(optimizer.figures)
+    assert set(figures) == set(optimizer.figure_names)
     step = np.array(optimizer.parameters) - before
     losses, gradients = zip(*(problem(before, i) for i in range(REPLICAS)), strict=True)
     mean = np.mean(gradients, axis=0)
@@ -638,10 +638,10 @@ def test_the_trend_starts_anew_after_a_rise(floor):
     trend.add(floor + 100 * scale * random.standard_normal(8))
     for _ in range(5):
         trend.add(floor + 0.3 * scale * random.standard_normal(8))
-    assert trend.steps == 4006  # a single batch is no rise
+    assert trend.count == 4006  # a single batch is no rise
     for t in range(200):
         trend.add(floor + scale * (5 * (1 + t) ** -0.25 + 0.3 * random.standard_normal(8)))
-    assert trend.steps < 200
+    assert trend.count < 200
     assert trend.slope > 0
 
 

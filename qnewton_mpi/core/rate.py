@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from qnewton_mpi.arrays import Vector
 from qnewton_mpi.core.means import Mean, at_least, growing
 from qnewton_mpi.core.state import Kind
 
@@ -36,8 +34,8 @@ class LossTrend:
 
     Attributes
     ----------
-    steps : int
-        t.
+    count : int
+        t, losses that count.
     level : float
         L̃₄, the recent loss.
     slope : float
@@ -63,7 +61,7 @@ class LossTrend:
         """Return L̃₂, L̃₄ and σ²."""
         return {"long": self._long, "recent": self._recent, "variance": self._variance}
 
-    def add(self, losses: NDArray[np.float64]) -> None:
+    def add(self, losses: Vector) -> None:
         """Take in the replicas' losses (M,) of the next step."""
         if self.slope < -RISEN * self.error:
             for mean in self.parts().values():
@@ -77,7 +75,7 @@ class LossTrend:
         self._variance.add(variance)
 
     @property
-    def steps(self) -> int:
+    def count(self) -> int:
         return self._variance.count
 
     @property
@@ -90,7 +88,7 @@ class LossTrend:
 
     @property
     def error(self) -> float:
-        return SLOPE_ERROR * math.sqrt(self._variance.value / max(1, self.steps))
+        return SLOPE_ERROR * math.sqrt(self._variance.value / max(1, self.count))
 
 
 def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE) -> float:

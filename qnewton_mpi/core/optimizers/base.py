@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array, to_device
+from qnewton_mpi.arrays import Columns, Rows, Whole, to_device
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.kernels import combination
@@ -77,12 +77,12 @@ class Optimizer(ABC, Generic[S]):
         "held": Kind.HELD,
         "steps": Kind.SHARED,
     }
-    figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate", "noise_scale")
+    figure_names: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate", "noise_scale")
 
     def __init__(
         self,
         settings: S,
-        parameters: Array,
+        parameters: Whole,
         exchange: Exchange,
         samples: int = 1,
         seed: int = 0,
@@ -158,7 +158,7 @@ class Optimizer(ABC, Generic[S]):
         Returns
         -------
         dict
-            A float for each name in `figures`: the mean loss of the replicas before the step, ‖ḡ‖, ‖Δw‖,
+            A float for each name in `figure_names`: the mean loss of the replicas before the step, ‖ḡ‖, ‖Δw‖,
             cos(Δw, −ḡ), α, the noise scale, and those of the method. The same on every rank.
 
         Raises
@@ -191,7 +191,7 @@ class Optimizer(ABC, Generic[S]):
         return step
 
     def move(self, step: Step) -> Figures:
-        """Do w ← (1 − u) w − c α s d, c a schedule's factor, s a group's share, u what it decays by. Collective.
+        """Do w ← (1 − u) w − c α d, c a schedule's factor, of d each group its share, u what it decays by. Collective.
 
         Return the figures, which are of the step without the decay.
         """
@@ -235,7 +235,7 @@ class Optimizer(ABC, Generic[S]):
         return self.samples * self.exchange.replicas
 
     def evaluate(
-        self, loss_and_gradient: LossAndGradient, displacements: Array | None = None, trial: bool = False
+        self, loss_and_gradient: LossAndGradient, displacements: Rows | None = None, trial: bool = False
     ) -> Batch:
         """Evaluate this rank's replicas at w̄ + their displacements (R, N), as `Oracle.batch`."""
         batch = self.oracle.batch(loss_and_gradient, displacements, trial, self.piggyback)
@@ -244,7 +244,7 @@ class Optimizer(ABC, Generic[S]):
         return batch
 
     @property
-    def rows(self) -> list[Array]:
+    def rows(self) -> list[Whole]:
         """Where the gradients of this rank's replicas go, each (N,).
 
         A `loss_and_gradient` that writes there and returns the row saves a copy.
@@ -252,7 +252,7 @@ class Optimizer(ABC, Generic[S]):
         return self.oracle.rows
 
     @property
-    def gradients(self) -> Array:
+    def gradients(self) -> Rows:
         """The rows as one array, (R, N)."""
         return self.oracle.gradients
 
@@ -287,7 +287,7 @@ class Optimizer(ABC, Generic[S]):
         if self.exchange.communicator.rank == 0:
             warnings.warn(text, stacklevel=2)
 
-    def normal(self, step: int) -> Array:
+    def normal(self, step: int) -> Columns:
         """Return standard normal numbers (M, held) from the seed and the step alone."""
         held = []
         for replica in range(self.exchange.replicas):

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array, to_device
+from qnewton_mpi.arrays import Array, Columns, Held, Vector, Vectors, to_device
 from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.settings import Settings
 from qnewton_mpi.core.optimizers.values import LossAndGradient, Step
 from qnewton_mpi.core.ritz import orthonormal
-from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
+from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
@@ -38,9 +38,9 @@ class BlockBFGSSettings(Settings):
 class Block(NamedTuple):
     """Secants: directions D (k, held), their products Y = D H, and the eigenvalues of D Yᵀ, which is diagonal."""
 
-    directions: Array
-    products: Array
-    curvatures: Matrix
+    directions: Vectors
+    products: Vectors
+    curvatures: Vector
 
 
 class History:
@@ -146,7 +146,7 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         "directions": Kind.HELD,
     }
     lengths: ClassVar = {"directions": "directions"}
-    figures = (*Optimizer.figures, "length", "largest_eigenvalue", "smallest_eigenvalue")
+    figure_names = (*Optimizer.figure_names, "length", "largest_eigenvalue", "smallest_eigenvalue")
 
     def start(self) -> None:
         self.trial = 1.0  # length of the next step, relative to the quasi-Newton step
@@ -191,7 +191,7 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
             raise UserError("BlockBFGS: replicas at the same parameters have different losses: all need the same data")
         self.directions = self.next_directions(self.exchange.mean(batch.rows)[None, :])
 
-    def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Array) -> tuple[Array, Matrix]:
+    def columns_at(self, loss_and_gradient: LossAndGradient, displacements: Columns) -> tuple[Columns, Vector]:
         """Return all replicas' gradients at their displacements, (M, held), in an array of their own, and their losses.
 
         One round.
@@ -199,7 +199,7 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         batch = self.evaluate(loss_and_gradient, self.exchange.rows(displacements), self.steps > 1)
         return self.xp.asarray(self.exchange.columns(batch.rows), copy=True), batch.losses
 
-    def with_zero(self, directions: Array) -> Array:
+    def with_zero(self, directions: Vectors) -> Columns:
         """Return the displacements (M, held) of replica 0, which has none, and of the others."""
         return self.xp.concat([self.xp.zeros_like(directions[:1, :]), directions])
 
@@ -208,7 +208,7 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         slope = self.exchange.dots((self.gradient, self.held - self.before))[0]
         return loss > self.loss + SUFFICIENT_DECREASE * slope
 
-    def shorten(self, loss_and_gradient: LossAndGradient) -> tuple[Array, float, float]:
+    def shorten(self, loss_and_gradient: LossAndGradient) -> tuple[Held, float, float]:
         """Try the step's halves, quarters, … on the replicas and go to the best; back, forgetting all, if none is.
 
         Return the gradient and the loss there, and the length relative to the quasi-Newton step.
@@ -227,14 +227,14 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
         self.held = self.before + float(lengths[best]) * step
         return columns[best, :], float(losses[best]), self.trial * float(lengths[best])
 
-    def learn_step(self, gradient: Array) -> None:
+    def learn_step(self, gradient: Held) -> None:
         """Keep the secant of the last step."""
         s, y = self.held - self.before, gradient - self.gradient
         sy, ss = self.exchange.dots((s, y), (s, s))
         if sy > LEAST_CURVATURE * ss:
             self.from_steps.add(Block(s[None, :], y[None, :], np.array([sy])))
 
-    def learn_probes(self, products: Array, gradient: Array) -> None:
+    def learn_probes(self, products: Vectors, gradient: Held) -> None:
         """Keep the secants of a round of probes along their Ritz vectors, and choose the next directions."""
         T = self.exchange.gram(self.directions, products)
         curvatures, V = np.linalg.eigh((T + T.T) / 2)
@@ -273,12 +273,12 @@ class BlockBFGS(Optimizer[BlockBFGSSettings]):
             return rows[:0, :]
         return orthonormal(self.exchange, to_device((vectors[:, left] / np.sqrt(squares[left])).T, rows) @ rows)
 
-    def norms(self, rows: Array) -> Matrix:
+    def norms(self, rows: Vectors) -> Vector:
         """Return the rows' norms; 1 for zero."""
         norms = np.sqrt(np.diag(self.exchange.gram(rows, rows)))
         return np.where(norms > 0, norms, 1.0)
 
-    def apply_inverse(self, z: Array) -> Array:
+    def apply_inverse(self, z: Held) -> Held:
         """Return H⁻¹ z by the two loops of limited-memory BFGS, over blocks (Nocedal 1980)."""
         blocks, q, coefficients = self.from_steps.blocks + self.from_probes.blocks, z, []
         for block in reversed(blocks):

@@ -56,7 +56,7 @@ class Deflated(Probing[DeflatedSettings]):
     settings_type = DeflatedSettings
     always_probes = True
     state: ClassVar = {**Probing.state, "velocity": Kind.HELD}
-    figures = (*Optimizer.figures, "largest_eigenvalue", "smallest_eigenvalue", "residual")
+    figure_names = (*Optimizer.figure_names, "largest_eigenvalue", "smallest_eigenvalue", "residual")
 
     def start(self) -> None:
         super().start()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Held
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Group:
         return slice(max(self.span.start - held.start, 0), max(self.span.stop - held.start, 0))
 
 
-def shared_out(direction: Array, groups: Sequence[Group], held: slice) -> Array:
-    """Return s d, (held,), s the shares of the groups; d itself where all are 1."""
+def shared_out(direction: Held, groups: Sequence[Group], held: slice) -> Held:
+    """Return of d each group its share, (held,); d itself where all are 1."""
     parts = [group for group in groups if group.share != 1]
     if parts:
         direction = array_namespace(direction).asarray(direction, copy=True)
@@ -44,7 +44,7 @@ def shared_out(direction: Array, groups: Sequence[Group], held: slice) -> Array:
     return direction
 
 
-def decay(w: Array, unit: float, groups: Sequence[Group], held: slice) -> None:
+def decay(w: Held, unit: float, groups: Sequence[Group], held: slice) -> None:
     """Do w ← (1 − u) w in its place, (held,), u the decays of the groups in a unit, but no more than w."""
     for group in groups:
         if group.decay:

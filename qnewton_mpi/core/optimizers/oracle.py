@@ -11,7 +11,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from qnewton_mpi.arrays import Array, to_host
+from qnewton_mpi.arrays import Array, Matrix, Rows, Vector, Whole, to_host
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.kernels import checksum, combination, square_norms
 from qnewton_mpi.core.optimizers.values import Batch, LossAndGradient, Piggyback
@@ -53,7 +53,7 @@ class Oracle:
         self.evaluations = self.trials = 0
         self.seconds = 0.0
 
-    def begin(self, step: int, rate_factor: float, parameters: Array) -> None:
+    def begin(self, step: int, rate_factor: float, parameters: Whole) -> None:
         """Begin a step, from 1, at w (N,); with a schedule's factor, which is compared only. Local."""
         self._step, self._parameters = step, parameters
         factor = np.float64(rate_factor).view(np.int64)
@@ -63,7 +63,7 @@ class Oracle:
     def batch(
         self,
         loss_and_gradient: LossAndGradient,
-        displacements: Array | None = None,
+        displacements: Rows | None = None,
         trial: bool = False,
         piggyback: Piggyback | None = None,
     ) -> Batch:
@@ -101,7 +101,7 @@ class Oracle:
             raise NonFiniteGradientError(self._step, first, *everyone[first])
         return Batch(self.gradients, everyone[:, 0], everyone[:, 1])
 
-    def _evaluate(self, loss_and_gradient: LossAndGradient, displacements: Array | None) -> Array:
+    def _evaluate(self, loss_and_gradient: LossAndGradient, displacements: Rows | None) -> Array:
         """Have the gradients at w̄ + the displacements in their rows; return the losses (R,). Local."""
         local = self.exchange.local
         at_once = getattr(loss_and_gradient, "at_once", None)
@@ -119,7 +119,7 @@ class Oracle:
                 self.gradients[r, :] = gradient
         return losses
 
-    def losses(self, loss_and_gradient: LossAndGradient, rate: float, direction: Array) -> NDArray[np.float64]:
+    def losses(self, loss_and_gradient: LossAndGradient, rate: float, direction: Whole) -> Vector:
         """Return all replicas' losses (M,) at w − α d, d of all coordinates; ∞ for what is not finite.
 
         Where `loss_and_gradient` has no `losses`, its gradients are evaluated and lost, `gradients` among them.
@@ -156,7 +156,7 @@ class Oracle:
         self.seconds += time.perf_counter() - started
         self.exchange.communicator.enter("algebra")
 
-    def _shared(self, *own: Array, piggyback: Piggyback | None = None) -> NDArray[np.float64]:
+    def _shared(self, *own: Array, piggyback: Piggyback | None = None) -> Matrix:
         """Return numbers (R,) of this rank's replicas for all, (M, numbers), and compare the ranks' notes."""
         numbers = np.stack([to_host(each) for each in own], axis=1, dtype=np.float64)
         words = self._note if piggyback is None else np.concatenate([self._note, piggyback.send()])

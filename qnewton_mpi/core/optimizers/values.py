@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Array, Held, Rows, Vector, Whole
 
 LossAndGradient = Callable[[Array, int], tuple[float, Array]]
 """`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica.
@@ -49,9 +49,9 @@ class Batch:
         Every replica's loss, and the squared norm of its gradient.
     """
 
-    rows: Array
-    losses: NDArray[np.float64]
-    squares: NDArray[np.float64]
+    rows: Rows
+    losses: Vector
+    squares: Vector
 
     @property
     def loss(self) -> float:
@@ -94,10 +94,10 @@ class Step:
         d, where it has been collected.
     """
 
-    mean: Array
-    direction: Array
+    mean: Held
+    direction: Held
     rate: float
     figures: Figures
     norms: tuple[float, float, float] | None = None
     batch: Batch | None = None
-    everywhere: Array | None = None
+    everywhere: Whole | None = None

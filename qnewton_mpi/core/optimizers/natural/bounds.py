@@ -10,11 +10,10 @@ from typing import ClassVar
 import numpy as np
 from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Array, Held, Vector
 from qnewton_mpi.core.means import Mean, at_least, constant
 from qnewton_mpi.core.optimizers.natural.settings import bound_of
 from qnewton_mpi.core.optimizers.natural.values import NaturalStep
-from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 
 CURVATURE_WEIGHT = 0.3  # of a measurement in the running mean of log χ
@@ -44,14 +43,14 @@ class Bound(ABC):
 
     state: ClassVar[Mapping[str, Kind]] = {}
 
-    def __init__(self, value: float, spans: Sequence[slice], held: Array) -> None:
+    def __init__(self, value: float, spans: Sequence[slice], held: Held) -> None:
         self.value = bound_of(value)
 
-    def products(self, d: Array, held: Array) -> list[tuple[Array, Array, Sequence[slice]]]:
+    def products(self, d: Held, held: Held) -> list[tuple[Array, Array, Sequence[slice]]]:
         """Return that whose sums `size` takes, of a direction and the parameters, (held,)."""
         return []
 
-    def size(self, *sums: Matrix) -> float:
+    def size(self, *sums: Vector) -> float:
         """Return what a step of α = 1 has of what is bounded: `NaturalStep.sizes`."""
         return 0.0
 
@@ -80,7 +79,7 @@ class Curvature(Bound):
 
     state: ClassVar = dict.fromkeys(("measured", "promise", "newest"), Kind.SHARED)
 
-    def __init__(self, value: float, spans: Sequence[slice], held: Array) -> None:
+    def __init__(self, value: float, spans: Sequence[slice], held: Held) -> None:
         super().__init__(value, spans, held)
         self._mean = Mean(at_least(CURVATURE_WEIGHT))
         self.measured, self.promise = 0, 0.0  # the step that was measured last, from 1, and its α dᵀz
@@ -139,16 +138,16 @@ class RelativeChange(Bound):
 
     state: ClassVar = {"start": Kind.HELD}
 
-    def __init__(self, value: float, spans: Sequence[slice], held: Array) -> None:
+    def __init__(self, value: float, spans: Sequence[slice], held: Held) -> None:
         super().__init__(value, spans, held)
         self.xp, self.spans = array_namespace(held), spans
         self.start = self.xp.asarray(held, copy=True)
 
-    def products(self, d: Array, held: Array) -> list[tuple[Array, Array, Sequence[slice]]]:
+    def products(self, d: Held, held: Held) -> list[tuple[Array, Array, Sequence[slice]]]:
         scaled = self.xp.astype(self.start != 0, held.dtype)
         return [(x, y, self.spans) for x, y in ((d * scaled, d), (held * scaled, held), (self.start, self.start))]
 
-    def size(self, *sums: Matrix) -> float:
+    def size(self, *sums: Vector) -> float:
         """Return r², 0 where no layer has a scale."""
         changes, sizes, before = sums
         known = before > 0

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from qnewton_mpi.arrays import Array, to_device
+from qnewton_mpi.arrays import Held, Matrix, Vector, to_device
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.optimizers.natural.method import NaturalGradient
 from qnewton_mpi.core.optimizers.natural.settings import NaturalGradientSettings
 from qnewton_mpi.core.optimizers.natural.values import Update
 from qnewton_mpi.core.optimizers.values import Batch, Figures
-from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
+from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 
@@ -63,7 +63,7 @@ class Fisher(NaturalGradient[FisherSettings]):
         "damping": Kind.SHARED,
     }
     lengths: ClassVar = {"factor": "rank", "eigenvalues": "rank"}
-    figures = (*NaturalGradient.figures, "kept_rank", "captured", "largest_eigenvalue", "smallest_eigenvalue")
+    figure_names = (*NaturalGradient.figure_names, "kept_rank", "captured", "largest_eigenvalue", "smallest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: FisherSettings) -> Traffic:
@@ -75,7 +75,7 @@ class Fisher(NaturalGradient[FisherSettings]):
         self.eigenvalues = np.zeros(0)  # λ, on the host, descending
         self.damping = 1.0  # ε
 
-    def damping_of(self, eigenvalues: Matrix, trace: float) -> float:
+    def damping_of(self, eigenvalues: Vector, trace: float) -> float:
         """Return ε, given λ and tr F; 1 where F is zero, whatever that is worth. Local."""
         cut = len(eigenvalues) == self.settings.rank < self.exchange.size
         least = float(eigenvalues[-1]) if cut else 0.0
@@ -113,18 +113,18 @@ class Fisher(NaturalGradient[FisherSettings]):
         known = float((values / (values + self.damping)).sum()) + rest / self.damping
         return Update(mean, trace, known, seen)
 
-    def apply_inverse(self, z: Array, noise: float | None = None) -> Array:
+    def apply_inverse(self, z: Held, noise: float | None = None) -> Held:
         damping = self.damping
         projections = self.exchange.gram(self.factor, z[None, :], precise=False)[:, 0]
         coefficients = to_device(projections / (self.eigenvalues + damping), z)
         return (z - coefficients @ self.factor) / damping
 
-    def preconditioned_squares(self, squares: Matrix, projections: Matrix) -> Matrix:
+    def preconditioned_squares(self, squares: Vector, projections: Matrix) -> Vector:
         """Return xᵀ (F + ε I)⁻¹ x of vectors, from ‖x‖², (n,), and their products with L's rows, (n, rank). Local."""
         along = projections**2 @ (1 / (self.eigenvalues + self.damping))
         return (squares - along) / self.damping
 
-    def spectrum(self) -> Figures:
+    def fisher_figures(self) -> Figures:
         values = self.eigenvalues
         largest, smallest = (float(values[0]), float(values[-1])) if len(values) else (math.nan, math.nan)
         captured = float(values.sum()) / self.trace if self.trace > 0 else math.nan

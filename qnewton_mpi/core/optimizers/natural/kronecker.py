@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qnewton_mpi.arrays import Array, to_host
+from qnewton_mpi.arrays import Array, Held, Matrix, to_host
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.means import Mean, at_least, unbiased
@@ -22,7 +21,7 @@ from qnewton_mpi.core.optimizers.values import Batch, Figures
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 
-BATCH = 256  # that a numerical rate is meant for
+REFERENCE_BATCH = 256  # that a numerical rate is meant for
 FIRST_UPDATES, FIRST_COMBINATIONS = 10, 8
 FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
 FIRST_SHARES = 20  # steps, before which the shares of signal are not known well enough
@@ -100,7 +99,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     settings_type = KroneckerSettings
     state: ClassVar = {**NaturalGradient.state, "largest": Kind.SHARED}
-    figures = (*NaturalGradient.figures, "largest_eigenvalue")
+    figure_names = (*NaturalGradient.figure_names, "largest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: KroneckerSettings) -> Traffic:
@@ -124,7 +123,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return {**super().parts(), "rounded": self.rounded, **{f"layer-{layer.start}": layer for layer in self.layers}}
 
     def fixed_rate(self, rate: float) -> float:
-        return rate * math.sqrt(self.batch / BATCH)
+        return rate * math.sqrt(self.batch / REFERENCE_BATCH)
 
     def update_is_due(self) -> bool:
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
@@ -152,7 +151,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
             layer.scales = flattened * (known / flat) if flat > 0 else newton
         return Update(mean, trace, known, (before[0], before[1]) if self.updates > 1 else None)
 
-    def coefficients(self) -> NDArray[np.float64]:
+    def coefficients(self) -> Matrix:
         """Return the rows √(b/K) c_k, (K, M), c_k random, orthonormal, and orthogonal to the ones. Local.
 
         So Σ_k x_k x_kᵀ of the combinations x_k has the expectation b/(M−1) G Gᵀ, and for K = M − 1 is it. The first has
@@ -182,7 +181,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
             scales = scales * layer.signal_shares(self.settings.least_share) ** noise
         return 1 / damped, scales
 
-    def apply_inverse(self, z: Array, noise: float | None = None) -> Array:
+    def apply_inverse(self, z: Held, noise: float | None = None) -> Held:
         """Return P⁻¹ z; at an update, take z̃² and V into the means from which the next one has its shares of signal."""
         parts = [z[:0]]
         for layer in self.layers:
@@ -192,5 +191,5 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
             parts.append(layer.flat(view.times(layer.scales)))
         return self.xp.concat(parts)
 
-    def spectrum(self) -> Figures:
+    def fisher_figures(self) -> Figures:
         return {"largest_eigenvalue": self.largest}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qnewton_mpi.arrays import Vector
 from qnewton_mpi.core.optimizers.natural.bounds import Curvature
 from qnewton_mpi.core.optimizers.natural.values import NaturalStep
 from qnewton_mpi.core.optimizers.values import Batch
@@ -38,7 +38,7 @@ class Line:
     """
 
     step: NaturalStep
-    losses: Callable[[float], NDArray[np.float64]]
+    losses: Callable[[float], Vector]
     rate_factor: float
     epsilon: float
 

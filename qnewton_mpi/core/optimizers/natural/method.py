@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Held
 from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.means import unbiased
 from qnewton_mpi.core.noise_scale import NoiseScale
@@ -61,17 +61,25 @@ class NaturalGradient(Optimizer[S]):
         "known": Kind.SHARED,
     }
 
-    figures = (*Optimizer.figures, "noise_scale_preconditioned", "clip", "shrink", "noise_share", "curvature", "limit")
+    figure_names = (
+        *Optimizer.figure_names,
+        "noise_scale_preconditioned",
+        "clip",
+        "shrink",
+        "noise_share",
+        "curvature",
+        "limit",
+    )
 
     def start(self) -> None:
-        s, bounds = self.settings, (*BOUNDS, "gain_share")
-        if self.adaptive and not any(getattr(s, name) for name in bounds):
+        settings, bounds = self.settings, (*BOUNDS, "gain_share")
+        if self.adaptive and not any(getattr(settings, name) for name in bounds):
             raise UserError(f"the rate auto has no bound: let one of {', '.join(bounds)} be more than 0")
         spans = [slice(layer.start, layer.stop) for layer in layer_shapes(self.shapes)]
-        self.momentum = Momentum(s.momentum, self.held)
+        self.momentum = Momentum(settings.momentum, self.held)
         self.noise_share = NoiseShare()
         self.noise_scale_preconditioned = NoiseScale()
-        self.bounds = {name: bound(getattr(s, name), spans, self.held) for name, bound in BOUNDS.items()}
+        self.bounds = {name: bound(getattr(settings, name), spans, self.held) for name, bound in BOUNDS.items()}
         curvature = self.bounds["curvature"]
         assert isinstance(curvature, Curvature)
         self.curvature, self.measurements, self.shortening = curvature, Measurements(curvature), Shortening()
@@ -117,7 +125,7 @@ class NaturalGradient(Optimizer[S]):
             mean,
             d,
             self.noise_limited() if self.adaptive else self.chosen_rate(),
-            {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()},
+            {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.fisher_figures()},
             number=t,
             norms=(gg, dd, gd),
             batch=batch,
@@ -129,7 +137,7 @@ class NaturalGradient(Optimizer[S]):
             measurable=self.repeats,
         )
 
-    def learn(self, batch: Batch) -> Array:
+    def learn(self, batch: Batch) -> Held:
         """Take the gradients into F; return ḡ, (held,). Collective."""
         self.updates += 1
         mean, self.trace, self.known, seen = self.update(batch, self.noise_share.value)
@@ -138,7 +146,7 @@ class NaturalGradient(Optimizer[S]):
             self.noise_scale_preconditioned.add(noise, square - noise / self.batch)
         return mean
 
-    def products(self, mean: Array, z: Array, d: Array) -> tuple[list[float], dict[str, float]]:
+    def products(self, mean: Held, z: Held, d: Held) -> tuple[list[float], dict[str, float]]:
         """Return ḡᵀḡ, dᵀz, dᵀd and ḡᵀd, and of what is bounded how much a step has, by the bounds' names. Collective.
 
         ḡᵀΔw of the last step, where that is looked at, goes into the successive gradients.
@@ -243,7 +251,7 @@ class NaturalGradient(Optimizer[S]):
         if self.exchange.communicator.rank == 0:
             warnings.warn(message, stacklevel=3)
 
-    def clip(self, batch: Batch, mean: Array) -> float:
+    def clip(self, batch: Batch, mean: Held) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
 
         F is a mean over the past. Where nearly all samples are learnt, it is far below the gradient of a batch with one
@@ -280,7 +288,7 @@ class NaturalGradient(Optimizer[S]):
         """Take the gradients into F, given ν of the steps so far. Collective."""
 
     @abstractmethod
-    def apply_inverse(self, z: Array, noise: float | None = None) -> Array:
+    def apply_inverse(self, z: Held, noise: float | None = None) -> Held:
         """Return P⁻¹ z, (held,). Collective.
 
         Parameters
@@ -292,5 +300,5 @@ class NaturalGradient(Optimizer[S]):
         """
 
     @abstractmethod
-    def spectrum(self) -> Figures:
+    def fisher_figures(self) -> Figures:
         """Return the figures of F. Local."""

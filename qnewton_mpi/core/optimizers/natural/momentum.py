@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Held
 from qnewton_mpi.core.kernels import combination
 from qnewton_mpi.core.means import Mean, constant
 from qnewton_mpi.core.state import Kind
@@ -23,11 +23,11 @@ class Momentum:
 
     state: ClassVar = {"mean": Kind.HELD}
 
-    def __init__(self, beta: float, like: Array) -> None:
+    def __init__(self, beta: float, like: Held) -> None:
         xp = array_namespace(like)
         self.beta, self.mean, self.spare = beta, xp.zeros_like(like), xp.empty_like(like)
 
-    def add(self, g: Array, step: int) -> Array:
+    def add(self, g: Held, step: int) -> Held:
         """Take in the gradient (held,) of a step, from 1; return z, (held,). Local."""
         beta = self.beta
         self.mean, self.spare = combination(beta, self.mean, 1 - beta, g, out=self.spare), self.mean

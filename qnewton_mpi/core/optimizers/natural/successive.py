@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Held
 from qnewton_mpi.core.means import Mean, at_least
 from qnewton_mpi.core.state import Kind
 
@@ -27,7 +27,7 @@ class SuccessiveGradients:
 
     state: ClassVar = {"change": Kind.HELD} | dict.fromkeys(("before", "expected", "predicted"), Kind.SHARED)
 
-    def __init__(self, held: Array) -> None:
+    def __init__(self, held: Held) -> None:
         self.change = array_namespace(held).zeros_like(held)
         self.before = self.expected = self.predicted = 0.0  # ḡᵀΔw, the mean noise and ΔwᵀPΔw of the last step
         self.curvature, self.metric = Mean(at_least(RUNNING)), Mean(at_least(RUNNING))
@@ -47,7 +47,7 @@ class SuccessiveGradients:
         self.curvature.know(chi * predicted, 10)
         self.metric.know(predicted, 10)
 
-    def follow(self, change: Array, before: float, expected: float, predicted: float) -> None:
+    def follow(self, change: Held, before: float, expected: float, predicted: float) -> None:
         """Keep a step Δw: ḡᵀΔw, the mean of the noise and Δwᵀ P Δw. Local."""
         self.change, self.before, self.expected, self.predicted = change, before, expected, predicted
 

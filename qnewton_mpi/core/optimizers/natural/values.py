@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Held
 from qnewton_mpi.core.optimizers.values import Batch, Step
 
 
@@ -26,7 +26,7 @@ class Update(NamedTuple):
         P already, the noise would seem less than it is where P has it for more than it is.
     """
 
-    mean: Array
+    mean: Held
     trace: float
     known: float
     seen: tuple[float, float] | None
@@ -60,7 +60,7 @@ class NaturalStep(Step):
     number: int
     norms: tuple[float, float, float]
     batch: Batch
-    z: Array
+    z: Held
     dz: float
     sizes: Mapping[str, float]
     noise: float
