@@ -28,6 +28,7 @@ from qnewton_mpi.errors import UserError
 
 # Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
+FIGURES = ("noise_scale_preconditioned", "clip", "shrink", "noise_share", "curvature", "limit")
 
 S = TypeVar("S", bound=NaturalGradientSettings)
 
@@ -61,15 +62,7 @@ class NaturalGradient(Optimizer[S]):
         "known": Kind.SHARED,
     }
 
-    figure_names = (
-        *Optimizer.figure_names,
-        "noise_scale_preconditioned",
-        "clip",
-        "shrink",
-        "noise_share",
-        "curvature",
-        "limit",
-    )
+    figure_names = (*Optimizer.figure_names, *FIGURES)
 
     def start(self) -> None:
         settings, bounds = self.settings, (*BOUNDS, "gain_share")
@@ -113,27 +106,29 @@ class NaturalGradient(Optimizer[S]):
         self.trend.add(batch.losses)
         self.measurements.see(batch)
 
-        mean = self.learn(batch) if due else self.exchange.mean(batch.rows)
+        mean = self.learn(batch) if due else self.exchange.mean(batch.rows)  # ḡ, F
         clip = self.clip(batch, mean)
-        z = self.momentum.add(clip * mean if clip < 1 else mean, t)
-        noise = self.momentum.noise(t) / self.batch
-        d = self.apply_inverse(z, noise if due else None)
+        g = clip * mean if clip < 1 else mean
+        z = self.momentum.add(g, t)
+        d = self.apply_inverse(z, self.momentum.noise(t) / self.batch if due else None)
         (gg, dz, dd, gd), sizes = self.products(mean, z, d)
         self.noise_share.take(self.known / self.batch * self.momentum.noise(t), dz)
-        nu, sigma = self.noise_share.unbiased, min(1.0, max(0.0, gd / dz)) if dz > 0 else 1.0
+        noise = self.noise_share.unbiased  # ν
+        signal = min(1.0, max(0.0, gd / dz)) if dz > 0 else 1.0  # ς
+        rate = self.noise_limited() if self.adaptive else self.chosen_rate()
         return NaturalStep(
             mean,
             d,
-            self.noise_limited() if self.adaptive else self.chosen_rate(),
+            rate,
             {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.fisher_figures()},
-            number=t,
             norms=(gg, dd, gd),
             batch=batch,
+            number=t,
             z=z,
             dz=dz,
             sizes=sizes,
-            noise=nu,
-            reach=sigma + nu,
+            noise=noise,
+            reach=signal + noise,
             measurable=self.repeats,
         )
 
