@@ -18,11 +18,10 @@ from qnewton_mpi.core.optimizers.natural.values import NaturalStep
 from qnewton_mpi.errors import UserError
 
 
-def step_of(number=100, reach=1.0, noise=1.0, change=0.0):
+def step_of(number=100, reach=1.0, noise=1.0):
     """A step, of which only what the bounds look at is known."""
-    known = {"number": number, "reach": reach, "noise": noise, "sizes": {"relative_change": change}}
-    unknown = dict.fromkeys(("mean", "direction", "rate", "figures", "norms", "batch", "z", "dz"))
-    return NaturalStep(**unknown, **known)
+    unknown = dict.fromkeys(("mean", "direction", "rate", "figures", "norms", "batch", "z", "dz", "sizes"))
+    return NaturalStep(**unknown, number=number, reach=reach, noise=noise)
 
 
 @pytest.mark.parametrize("variant", ["kronecker", "fisher"])
@@ -73,9 +72,9 @@ def test_what_curvature_allows():
     curvature = Curvature(1.0, [], None)
     curvature.add(np.log(4), 1, 1.0, 1.5, 9.0)
     assert curvature.newest == pytest.approx(1.5 / 4)
-    assert curvature.limit(step_of(reach=1.0)) == pytest.approx(0.25)
-    assert curvature.limit(step_of(reach=2.0)) == pytest.approx(0.5)
-    assert curvature.limit(step_of(reach=0.0)) == 0
+    assert curvature.limit(step_of(reach=1.0), 0.0) == pytest.approx(0.25)
+    assert curvature.limit(step_of(reach=2.0), 0.0) == pytest.approx(0.5)
+    assert curvature.limit(step_of(reach=0.0), 0.0) == 0
     curvature.add(np.log(1), 2, 1.0, 1.0, 0.1)
     assert curvature.chi == pytest.approx(2)
     assert curvature.newest == 0.1
@@ -247,7 +246,7 @@ def test_what_the_noise_may_change(communicator):
         return change.size(*exchange.dots_of_parts(*change.products(d, w)))
 
     def limit(squared, noise, step):
-        return change.limit(step_of(number=step, noise=noise, change=squared))
+        return change.limit(step_of(number=step, noise=noise), squared)
 
     w, d = np.array([3.0, 4.0, 7.0, 7.0, 2.0, 7.0]), np.array([0.6, 0.8, 100.0, 100.0, 4.0, 100.0])
     assert squared(change, d, w) == pytest.approx((0.2**2 + 2**2) / 2)
@@ -302,7 +301,7 @@ def test_rules_that_are_off_change_nothing(communicator):
     for step in (1, 2, 3):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
     for bound in BOUNDS.values():
-        assert bound(0.0, [slice(0, SIZE)], w).limit(step_of(change=1.0)) == np.inf
+        assert bound(0.0, [slice(0, SIZE)], w).limit(step_of(), 1.0) == np.inf
     problem = Quadratic(SIZE, REPLICAS)
     options = {"flattening": 0, "least_share": 1, "damping": 1e-3, **UNBOUNDED, "lr": 1e-3}
     optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, **options)
@@ -330,7 +329,7 @@ def test_a_rate_without_a_bound_is_told(communicator):
 
 def test_a_bound_more_is_a_class_its_setting_and_a_line(communicator, monkeypatch):
     class Cap(Bound):
-        def limit(self, step):
+        def limit(self, step, size):
             return self.value
 
     @dataclass(frozen=True)

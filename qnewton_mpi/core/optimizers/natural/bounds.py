@@ -1,4 +1,7 @@
-"""How long a step may be: a class for each bound of the rate, which the table BOUNDS names by its setting."""
+"""How long a step may be: a class for each bound of the rate, which the table BOUNDS names by its setting.
+
+One more is a class here, its setting among `NaturalGradientSettings`, and a line of the table.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,8 @@ class Bound(ABC):
         return 0.0
 
     @abstractmethod
-    def limit(self, step: NaturalStep) -> float:
-        """Return the largest rate of a step."""
+    def limit(self, step: NaturalStep, size: float) -> float:
+        """Return the largest rate of a step, of which α = 1 has this size."""
 
 
 class Curvature(Bound):
@@ -103,7 +106,7 @@ class Curvature(Bound):
         """χ; 1 before it is known."""
         return math.exp(self.logarithm)
 
-    def limit(self, step: NaturalStep) -> float:
+    def limit(self, step: NaturalStep, size: float) -> float:
         along = self.allows(self.logarithm, step.reach)
         return min(along, self.newest) if self.measured == step.number else along
 
@@ -130,10 +133,9 @@ class RelativeChange(Bound):
 
     over the coordinates that were not zero at the start: those have no scale. In the first 25 steps it may change it by
     more: a random walk from random parameters, of which there is little to be lost, shorter as they become worth more.
-    ‖w_l‖ counts as no less than at the
-    start, so that a layer may pass through zero. √ν is the noise's part of the length of a step. A relative change of
-    each layer is what LARS and LAMB prescribe (You, Gitman and Ginsburg 2017, arXiv 1708.03888; You et al. 2020, arXiv
-    1904.00962). One factor for all keeps the direction what P⁻¹ made it.
+    ‖w_l‖ counts as no less than at the start, so that a layer may pass through zero. √ν is the noise's part of the
+    length of a step. A relative change of each layer is what LARS and LAMB prescribe (You, Gitman and Ginsburg 2017,
+    arXiv 1708.03888; You et al. 2020, arXiv 1904.00962). One factor for all keeps the direction what P⁻¹ made it.
     """
 
     state: ClassVar = {"start": Kind.HELD}
@@ -153,11 +155,11 @@ class RelativeChange(Bound):
         known = before > 0
         return float(np.mean(changes[known] / np.maximum(sizes, before)[known])) if known.any() else 0.0
 
-    def limit(self, step: NaturalStep) -> float:
+    def limit(self, step: NaturalStep, size: float) -> float:
         # Where no curvature is measured, all of a step may change what else its noise may, the first steps no more.
         noise, t = (step.noise, step.number) if step.measurable else (1.0, math.inf)
-        eta, squared = self.value * max(1.0, FIRST_CHANGE / math.sqrt(t)), step.sizes["relative_change"]
-        return eta / math.sqrt(squared * noise) if squared * noise > 0 else math.inf
+        eta = self.value * max(1.0, FIRST_CHANGE / math.sqrt(t))
+        return eta / math.sqrt(size * noise) if size * noise > 0 else math.inf
 
 
 class Shortening(Mean):

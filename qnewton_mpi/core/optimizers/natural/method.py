@@ -182,11 +182,8 @@ class NaturalGradient(Optimizer[S]):
                 f"the bound of the relative change leaves {self.shortening.value:.0%} of the steps: if the loss falls "
                 f"too slowly, try relative_change={2 * self.settings.relative_change:g}"
             )
-        figures = {
-            "shrink": shrink,
-            "curvature": self.curvature.chi,
-            "limit": float(list(limits.values()).index(rate)),
-        }
+        place = float(list(limits.values()).index(rate))
+        figures = {"shrink": shrink, "curvature": self.curvature.chi, "limit": place}
         return replace(step, rate=rate, figures={**step.figures, **figures})
 
     def limits(self, step: NaturalStep) -> dict[str, float]:
@@ -194,14 +191,16 @@ class NaturalGradient(Optimizer[S]):
 
         The figure `limit` is the place of the least of them.
         """
-        return {"noise": step.rate, **{name: bound.limit(step) for name, bound in self.bounds.items()}}
+        bounds = {name: bound.limit(step, step.sizes[name]) for name, bound in self.bounds.items()}
+        return {"noise": step.rate, **bounds}
 
     def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> NaturalStep:
         """Measure the curvature along the step, where that is due and can be. Collective."""
         first = not self.curvature.measured
         if not (self.settings.curvature > 0 and step.measurable and self.rate_factor > 0 and step.dz > 0):
             return step
-        rate = min(self.limits(step).values())
+        limits = self.limits(step)
+        rate = min(limits.values())
         promise = self.rate_factor * rate * step.dz
         every = LOSSES_EVERY if hasattr(loss_and_gradient, "losses") else GRADIENTS_EVERY
         if not (first or self.curvature.due(step.number, every, promise)):
@@ -213,7 +212,7 @@ class NaturalGradient(Optimizer[S]):
             self.rate_factor,
             float(self.xp.finfo(self.held.dtype).eps),
         )
-        others = min(bound.limit(step) for bound in self.bounds.values() if bound is not self.curvature)
+        others = min(limits[name] for name in self.bounds if name != "curvature")
         found = self.measurements
         if not (found.first(line, others) if first else found.measure(line, rate, self.rate_factor)):
             self.stop_measuring(step)
