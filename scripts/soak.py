@@ -80,7 +80,7 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    call, one_step = loop.ReplicaLoss.at_once, loop.Trainer.step
+    call, one_step = loop.ReplicaLoss.at_once, loop.Run.step
     write, sync = checkpoint.replace_whole, checkpoint.sync_folder
 
     def gradient(self: loop.ReplicaLoss, *arguments: object) -> object:
@@ -88,7 +88,7 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
         happen("gradient")
         return call(self, *arguments)  # type: ignore[arg-type]
 
-    def whole_step(self: loop.Trainer) -> int:
+    def whole_step(self: loop.Run) -> int:
         done = one_step(self)
         happen("after a step")
         return done
@@ -103,10 +103,10 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
         sync(folder)
 
     loop.ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
-    loop.Trainer.step = whole_step  # type: ignore[method-assign]
+    loop.Run.step = whole_step  # type: ignore[method-assign]
     checkpoint.replace_whole, checkpoint.sync_folder = writing, syncing
-    before(loop.Trainer, "evaluate", "evaluation")
-    before(loop.Trainer, "save", "save: begun")
+    before(loop.Run, "evaluate", "evaluation")
+    before(loop.Run, "save", "save: begun")
     before(checkpoint.Checkpoints, "_write_rank", "save: rank's file")
     sys.exit(cli.run(sys.argv[7:]))
 

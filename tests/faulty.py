@@ -29,10 +29,10 @@ from mpi4py import MPI  # noqa: E402
 from qnewton_mpi import cli  # noqa: E402
 from qnewton_mpi.parallel.communicator import COMMUNICATION, Communicator  # noqa: E402
 from qnewton_mpi.training import loop  # noqa: E402
-from qnewton_mpi.training.loop import Trainer  # noqa: E402
+from qnewton_mpi.training.loop import Run  # noqa: E402
 from qnewton_mpi.training.replicas import ReplicaLoss  # noqa: E402
 
-gradients, check, enter = ReplicaLoss.at_once, Trainer.check_replicas, Communicator.enter
+gradients, check, enter = ReplicaLoss.at_once, Run.check_replicas, Communicator.enter
 made = {}  # the run's watchdog and interruption
 entered = collections.Counter()
 PATIENCE = 2.0
@@ -86,7 +86,7 @@ def happens():
 if __name__ == "__main__":
     fault, _, where = sys.argv[1].partition("@")
     rank = MPI.COMM_WORLD.rank
-    ReplicaLoss.at_once, Trainer.check_replicas = faulty_gradients, drifting_check
+    ReplicaLoss.at_once, Run.check_replicas = faulty_gradients, drifting_check
     loop.Watchdog, loop.Interruption = remembered(loop.Watchdog), remembered(loop.Interruption)
     if where:
         place, _, count = where.partition(":")

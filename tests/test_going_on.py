@@ -118,8 +118,8 @@ def scripted(monkeypatch):
         monkeypatch.setattr(loop, "evaluate", evaluate)
 
     run, last_said = [], [0.0]
-    go = loop.Trainer.go
-    monkeypatch.setattr(loop.Trainer, "go", lambda self: (run.clear(), run.append(self), go(self)))
+    go = loop.Run.go
+    monkeypatch.setattr(loop.Run, "go", lambda self: (run.clear(), run.append(self), go(self)))
     return script
 
 

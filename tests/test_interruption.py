@@ -164,7 +164,7 @@ def test_a_signal_before_the_first_step_while_the_ranks_do_not_come_to_agree(sta
 def test_signals_while_the_program_ends_are_the_same_word(mpiexec, tmp_path):
     """Launchers and batch systems say it to each task, and again: at the end of the run, of Python and of MPI."""
     program = (
-        "import atexit, os, signal, sys; from qnewton_mpi import __main__\n"
+        "import atexit, os, signal, sys; from qnewton_mpi import __main__; from qnewton_mpi.training.loop import Run\n"
         "def again():\n"
         "    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):\n"
         "        os.kill(os.getpid(), number)\n"

@@ -31,13 +31,13 @@ def go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = tmp_path.with_name(f"{tmp_path.name}-data")
     write_mnist(data, 64)
-    communicator, one_step, done = Communicator(), loop.Trainer.step, [0]
+    communicator, one_step, done = Communicator(), loop.Run.step, [0]
 
     def counted(run):
         done[0] = one_step(run)
         return done[0]
 
-    monkeypatch.setattr(loop.Trainer, "step", counted)
+    monkeypatch.setattr(loop.Run, "step", counted)
 
     def go(stop=10**6, fail=False, **options):
         done[0] = 0

@@ -40,9 +40,9 @@ from qnewton_mpi.training.interruption import Interruption
 from qnewton_mpi.training.listeners import Listener, Listeners
 from qnewton_mpi.training.progress import Progress
 from qnewton_mpi.training.replicas import ReplicaLoss
-from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, reserved, rows_of
+from qnewton_mpi.training.whose import DIGEST, NONE_SAVED, SAVED, SAVED_IN, Rows, held, rows_of
 
-SECONDS = ("seconds_gradient", "seconds_communication", "seconds_algebra")
+PHASES = ("seconds_gradient", "seconds_communication", "seconds_algebra")
 DIVERGED = 2.0  # times the first training NLL, and a run that ends there has diverged
 MOST_SKIPPED = 10  # steps with gradients that are not finite, before it is the run that is at fault
 
@@ -80,16 +80,16 @@ def train(
     training = config.training
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(communicator, training.log_dir))
-        stack.enter_context(reserved(config, communicator))
+        stack.enter_context(held(config, communicator))
         if training.stall_timeout is not None:
             stack.enter_context(Watchdog(communicator, training.stall_timeout))
         told = stack.enter_context(Interruption(communicator, training.stop_signals, training.time_limit, halted))
-        run = Trainer(config, communicator, labels or {}, told, listener)
+        run = Run(config, communicator, labels or {}, told, listener)
         communicator.together(run.go)  # rank 0 alone may fail to end its file
     return config.output
 
 
-class Trainer:
+class Run:
     """A run: its parts, and how far it is. All methods are collective."""
 
     def __init__(
@@ -273,7 +273,7 @@ class Trainer:
 
     def open_file(self, resumed: int | None, rows: Rows) -> RunFile:
         """Return the run's file. Local."""
-        figures = ("step", *self.optimizer.figure_names, *SECONDS)
+        figures = ("step", *self.optimizer.figure_names, *PHASES)
         attributes = {**self.attributes, "run": self.identifier}
         if self.checkpoints is not None:
             saved = NONE_SAVED if resumed is None else resumed
@@ -330,7 +330,7 @@ class Trainer:
         self.check_replicas()
         self.progress.step(figures["loss"])
         phases = (gradient, communication, whole - gradient - communication)
-        row = {"step": step, **figures, **dict(zip(SECONDS, phases, strict=True))}
+        row = {"step": step, **figures, **dict(zip(PHASES, phases, strict=True))}
         if self.file is not None:
             self.file.add_step(row)
         self.listeners.tell("step", step, row)

@@ -59,7 +59,7 @@ class Rows(Enum):
 
 
 @contextlib.contextmanager
-def reserved(config: RunConfig, communicator: Communicator) -> Iterator[None]:
+def held(config: RunConfig, communicator: Communicator) -> Iterator[None]:
     """Hold the locks of a run's output and folder of checkpoints while the context lasts. Collective.
 
     Raises

@@ -12,7 +12,7 @@ from qnewton_mpi.config import resolve, run_config
 from qnewton_mpi.data import datasets
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.studies.halt import Halt
-from qnewton_mpi.training.whose import reserved
+from qnewton_mpi.training.whose import held
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def folder(communicator):
 def test_a_lock_is_held_by_all_or_none(communicator, folder):
     options = {"output": str(folder / "r.h5"), "checkpoint": str(folder / "c")}
     config = resolve(run_config(options), communicator.size)
-    with reserved(config, communicator):
+    with held(config, communicator):
         with pytest.raises(UserError, match=r"--output .*r.h5: is being written by process"):
-            reserved(config, communicator).__enter__()
+            held(config, communicator).__enter__()
         other = resolve(run_config(options | {"output": str(folder / "s.h5")}), communicator.size)
         with pytest.raises(UserError, match=r"--checkpoint .*c: is being written by process"):
-            reserved(other, communicator).__enter__()
+            held(other, communicator).__enter__()
     communicator.mpi.Barrier()
     assert list(folder.iterdir()) == []
 
