@@ -45,6 +45,7 @@ class LossTrend:
 
     Examples
     --------
+    >>> import numpy as np
     >>> trend = LossTrend()
     >>> for t in range(1, 2001):
     ...     trend.add(np.array([0.1, 0.1]) + t**-0.25)
@@ -114,6 +115,7 @@ def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE
 
     Examples
     --------
+    >>> import numpy as np
     >>> trend = LossTrend()
     >>> trend.add(np.array([1.0, 2.0]))  # the mean is known to 0.5, the slope to 2.59 times that
     >>> round(noise_limited_rate(trend, noise=2.8 * 0.5), 2)
