@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_cupy_array
@@ -14,6 +14,16 @@ from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.origin import pip_install
 
 Array = Any  # an array of any array-API library; there is no static type for it yet
+
+# Arrays by their shapes, for the reader; `tests/mpi/test_shapes.py` holds calls and results to it.
+# M replicas, R of them on this rank, N parameters, of which a rank holds `held`; any other name is of one call.
+Whole = Annotated[Array, "N"]
+Held = Annotated[Array, "held"]
+Rows = Annotated[Array, "R N"]
+Columns = Annotated[Array, "M held"]
+Vectors = Annotated[Array, "p held"]
+Vector = Annotated[NDArray[np.float64], "k"]  # on the host
+Matrix = Annotated[NDArray[np.float64], "m n"]  # on the host
 
 
 @dataclass(frozen=True)

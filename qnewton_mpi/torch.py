@@ -34,8 +34,9 @@ from qnewton_mpi.adapter.surroundings import Surroundings
 from qnewton_mpi.adapter.tensors import Tensors, to_array
 from qnewton_mpi.core import state
 from qnewton_mpi.core.create import create, digest, method_settings
-from qnewton_mpi.core.optimizers.base import Piggyback, Settings
 from qnewton_mpi.core.optimizers.probing import Probing
+from qnewton_mpi.core.optimizers.settings import Settings
+from qnewton_mpi.core.optimizers.values import Piggyback
 from qnewton_mpi.core.settings import check_count
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.parallel.ending import abort_on_exception

@@ -21,7 +21,7 @@ import numpy as np
 from extended_study import run
 
 from qnewton_mpi.core.optimizers import Deflated, Fisher, Kronecker, Optimizer
-from qnewton_mpi.core.optimizers.base import Array, Batch, LossAndGradient
+from qnewton_mpi.core.optimizers.values import Array, Batch, LossAndGradient
 
 
 def random(differences: Array, generator: np.random.Generator) -> Array:
@@ -40,10 +40,10 @@ def spoiled(kind: type[Optimizer[Any]], spoil: Any) -> type[Optimizer[Any]]:
     """Return the method `kind` on spoiled differences. One rank."""
 
     class Spoiled(kind):  # type: ignore[valid-type, misc]
-        def update(self, batch: Batch) -> Array:
+        def update(self, batch: Batch, noise: float) -> Any:
             mean = batch.rows.mean(axis=0)
             differences = spoil(batch.rows - mean, np.random.default_rng([self.seed, self.steps]))
-            return super().update(replace(batch, rows=mean + differences))
+            return super().update(replace(batch, rows=mean + differences), noise)
 
     return Spoiled
 

@@ -18,7 +18,7 @@ import torch
 from extended_study import run
 
 from qnewton_mpi.core.optimizers import Optimizer, Settings
-from qnewton_mpi.core.optimizers.base import Array, Figures, LossAndGradient
+from qnewton_mpi.core.optimizers.values import Array, Figures, LossAndGradient
 from qnewton_mpi.core.settings import POSITIVE, one_of, setting
 from qnewton_mpi.models.reference import torch_layers
 

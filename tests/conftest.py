@@ -50,3 +50,11 @@ def qnewton(mpiexec):
         return mpiexec(ranks, "-m", "qnewton_mpi", *arguments, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def communicator():
+    """Return the communicator of all ranks."""
+    from qnewton_mpi.parallel.communicator import Communicator
+
+    return Communicator()

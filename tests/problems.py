@@ -1,11 +1,17 @@
-"""Small problems with known answers, shared by the tests."""
+"""Small problems with known answers, and methods on them, shared by the tests."""
 
 import array_api_strict
 import numpy as np
 
+from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS
+from qnewton_mpi.core.optimizers.natural.bounds import BOUNDS
 from qnewton_mpi.core.settings import build
+
+SIZE, REPLICAS = 12, 6
+# Nothing bounds a step of the natural-gradient methods.
+UNBOUNDED = dict.fromkeys((*BOUNDS, "outlier", "gain_share"), 0)
 
 # Every method, with the options that change its algebra.
 VARIANTS = {
@@ -72,3 +78,12 @@ def make_optimizer(variant, problem, communicator, replicas, exchange="allgather
     settings = build(kind.settings_type, {**own, **options})
     chosen = EXCHANGES[exchange](communicator, replicas, problem.start.shape[0])
     return kind(settings, problem.start, chosen, samples=4, seed=3)
+
+
+def trajectory(optimizer, problem, steps):
+    """Return the parameters after each of some steps, (steps, N)."""
+    points = []
+    for _ in range(steps):
+        optimizer.step(problem)
+        points.append(to_host(optimizer.parameters).copy())
+    return np.array(points)

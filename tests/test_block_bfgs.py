@@ -9,6 +9,7 @@ from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import BlockBFGS
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGSSettings
+from qnewton_mpi.core.state import entries, restore, value
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.parallel.communicator import Communicator
 
@@ -41,7 +42,7 @@ def test_newest_block_fulfils_all_its_secants():
     optimizer = optimizer_of(problem.start, 6, probe_scale=1e-6)
     for _ in range(4):
         optimizer.step(problem)
-    newest = optimizer.from_probes[-1]
+    newest = optimizer.from_probes.blocks[-1]
     assert len(newest.curvatures) == 5
     for d, y in zip(newest.directions, newest.products, strict=True):
         np.testing.assert_allclose(optimizer.apply_inverse(y), d, atol=1e-6)
@@ -126,6 +127,22 @@ def test_refuses_replicas_with_different_data():
     problem = Quadratic(12, 6)
     with pytest.raises(UserError, match="all need the same data"):
         optimizer_of(problem.start, 6).step(problem)
+
+
+@pytest.mark.parametrize("done", [1, 4, 9])
+@pytest.mark.parametrize("rate", [1.0, 300.0])
+def test_a_restored_run_goes_on_as_it_would_have(done, rate):
+    """With fewer blocks kept than there have been, in steps too long as well."""
+    problem, settings = SoftmaxRegression(), {"lr": rate, "steps_kept": 3, "probes_kept": 2}
+    optimizer, again = (optimizer_of(problem.start, 4, **settings) for _ in range(2))
+    for _ in range(done):
+        optimizer.step(problem)
+    saved = {path: np.array(value(owner, name)) for path, _, owner, name in entries(optimizer)}
+    restore(again, lambda path, kind: saved[path])
+    again.parameters = again.exchange.collect(again.held)
+    for _ in range(5):
+        assert optimizer.step(problem) == pytest.approx(again.step(problem), rel=1e-9, nan_ok=True)
+        np.testing.assert_allclose(again.parameters, optimizer.parameters, rtol=1e-9)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

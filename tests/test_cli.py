@@ -75,7 +75,7 @@ def test_every_method_trains(qnewton, tmp_path, method):
     assert finished.returncode == 0, finished.stderr
     run = Run(path)
     assert run.epochs["train_nll"][-1] < run.epochs["train_nll"][0]
-    assert set(OPTIMIZERS[method].figures) <= set(run.steps)
+    assert set(OPTIMIZERS[method].figure_names) <= set(run.steps)
 
 
 def test_options_of_a_file_yield_to_the_command_line(qnewton, tmp_path):

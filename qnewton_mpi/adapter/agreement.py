@@ -9,7 +9,7 @@ from qnewton_mpi.adapter import groups
 from qnewton_mpi.adapter.binding import Binding
 from qnewton_mpi.adapter.present import Present
 from qnewton_mpi.adapter.together import Together
-from qnewton_mpi.core.optimizers.base import Group
+from qnewton_mpi.core.optimizers.groups import Group
 from qnewton_mpi.errors import UserError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qnewton_mpi.core.optimizers.base import Group
+from qnewton_mpi.core.optimizers.groups import Group
 from qnewton_mpi.errors import UserError
 
 KEYS = {"params", "lr", "weight_decay", "name", "param_names"}

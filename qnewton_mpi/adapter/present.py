@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from qnewton_mpi.adapter.closures import BatchLoss, Closure
-from qnewton_mpi.core.optimizers.base import Group
+from qnewton_mpi.core.optimizers.groups import Group
 from qnewton_mpi.errors import UserError
 
 

@@ -18,7 +18,7 @@ from qnewton_mpi.adapter.one_by_one import OneByOne
 from qnewton_mpi.adapter.present import Present
 from qnewton_mpi.adapter.together import Together
 from qnewton_mpi.adapter.trials import Trials
-from qnewton_mpi.core.optimizers.base import Group
+from qnewton_mpi.core.optimizers.groups import Group
 
 
 class Stepping:

@@ -14,7 +14,7 @@ from qnewton_mpi.bench.tables import Table
 from qnewton_mpi.bench.timing import Case, time_in_turn
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
-from qnewton_mpi.core.optimizers.base import LossAndGradient
+from qnewton_mpi.core.optimizers.values import LossAndGradient
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.order import BatchOrder
 from qnewton_mpi.models.convnet import Convnet

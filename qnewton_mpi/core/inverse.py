@@ -12,7 +12,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
-from qnewton_mpi.arrays import Array, to_device, to_host
+from qnewton_mpi.arrays import Array, Columns, Held, Vectors, to_device, to_host
 from qnewton_mpi.core import secants
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.ritz import RitzPairs
@@ -35,7 +35,7 @@ class Solution:
         With H, that it took.
     """
 
-    x: Array
+    x: Held
     residual: float
     products: int
 
@@ -46,13 +46,13 @@ class Inverse(ABC):
     exchange: Exchange
 
     @abstractmethod
-    def apply(self, vectors: Array) -> Array:
+    def apply(self, vectors: Vectors) -> Vectors:
         """Return Ĥ⁻¹ of each row of vectors (p, held)."""
 
     def solve(
         self,
-        product: Callable[[Array], Array],
-        z: Array,
+        product: Callable[[Held], Held],
+        z: Held,
         tolerance: float = 1e-6,
         most: int = 100,
         damping: float = 0.0,
@@ -170,7 +170,7 @@ class RitzInverse(Inverse):
             raise UserError("the Ritz values do not say what curvature there is elsewhere: give bulk, greater than 0")
         self._factors = self.bulk / np.maximum(sizes, self.bulk)
 
-    def apply(self, vectors: Array) -> Array:
+    def apply(self, vectors: Vectors) -> Vectors:
         xp = array_namespace(vectors)
         rows = [self._ritz.apply(self._factors, vectors[k, :]) for k in range(vectors.shape[0])]
         return xp.stack(rows) / self.bulk
@@ -214,7 +214,7 @@ class InverseHessian(Inverse):
     """
 
     def __init__(
-        self, exchange: Exchange, displacements: Array, gradients: Array, tolerance: float, tikhonov: float = 0.0
+        self, exchange: Exchange, displacements: Columns, gradients: Columns, tolerance: float, tikhonov: float = 0.0
     ) -> None:
         self.exchange = exchange
         self._gradients = gradients
@@ -224,6 +224,6 @@ class InverseHessian(Inverse):
         self.singular_values = self._fit.singular_values
         self.condition = self._fit.condition
 
-    def apply(self, vectors: Array) -> Array:
+    def apply(self, vectors: Vectors) -> Vectors:
         coefficients = self._fit.coefficients(self.exchange.gram(self._gradients, vectors))
         return vectors + to_device(coefficients.T, vectors) @ self._difference

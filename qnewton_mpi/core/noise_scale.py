@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
+from qnewton_mpi.core.means import Mean, growing
 from qnewton_mpi.core.state import Kind
 
 POWER = 4  # of t in the sum of the weights
@@ -45,18 +47,31 @@ class NoiseScale:
     33
     """
 
-    state: ClassVar = {"count": Kind.SHARED, "noise": Kind.SHARED, "signal": Kind.SHARED}
+    state: ClassVar[Mapping[str, Kind]] = {}
 
     def __init__(self) -> None:
-        self.count = 0
-        self.noise = self.signal = 0.0
+        self._noise, self._signal = Mean(growing(POWER)), Mean(growing(POWER))
+
+    def parts(self) -> Mapping[str, Mean]:
+        """Return both means."""
+        return {"noise": self._noise, "signal": self._signal}
 
     def add(self, noise: float, signal: float) -> None:
         """Take in a step's estimates of tr C₁ and |∇L|². Local."""
-        self.count += 1
-        weight = POWER / (self.count + POWER - 1)
-        self.noise += weight * (noise - self.noise)
-        self.signal += weight * (signal - self.signal)
+        self._noise.add(noise)
+        self._signal.add(signal)
+
+    @property
+    def count(self) -> int:
+        return self._noise.count
+
+    @property
+    def noise(self) -> float:
+        return self._noise.value
+
+    @property
+    def signal(self) -> float:
+        return self._signal.value
 
     @property
     def value(self) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from qnewton_mpi.arrays import Vector
+from qnewton_mpi.core.means import Mean, at_least, growing
 from qnewton_mpi.core.state import Kind
 
 # κ: how much of the loss that the last stretch of the run gained may be given back as noise.
@@ -34,6 +34,8 @@ class LossTrend:
 
     Attributes
     ----------
+    count : int
+        t, losses that count.
     level : float
         L̃₄, the recent loss.
     slope : float
@@ -43,6 +45,7 @@ class LossTrend:
 
     Examples
     --------
+    >>> import numpy as np
     >>> trend = LossTrend()
     >>> for t in range(1, 2001):
     ...     trend.add(np.array([0.1, 0.1]) + t**-0.25)
@@ -50,32 +53,43 @@ class LossTrend:
     (0.26, 1.22)
     """
 
-    state: ClassVar = {"steps": Kind.SHARED, "long": Kind.SHARED, "level": Kind.SHARED, "variance": Kind.SHARED}
+    state: ClassVar[Mapping[str, Kind]] = {}
 
     def __init__(self) -> None:
-        self.steps = 0
-        self.long = self.level = self.variance = 0.0
+        self._long, self._recent, self._variance = Mean(growing(2)), Mean(growing(4)), Mean(at_least(VARIANCE_WEIGHT))
 
-    def add(self, losses: NDArray[np.float64]) -> None:
+    def parts(self) -> Mapping[str, Mean]:
+        """Return L̃₂, L̃₄ and σ²."""
+        return {"long": self._long, "recent": self._recent, "variance": self._variance}
+
+    def add(self, losses: Vector) -> None:
         """Take in the replicas' losses (M,) of the next step."""
         if self.slope < -RISEN * self.error:
-            self.steps = 0
-        self.steps += 1
+            for mean in self.parts().values():
+                mean.forget()
         loss, before = float(losses.mean()), self.level
-        self.long += 2 / (self.steps + 1) * (loss - self.long)
-        self.level += 4 / (self.steps + 3) * (loss - self.level)
+        self._long.add(loss)
+        self._recent.add(loss)
         variance = float(losses.var(ddof=1)) / len(losses) if len(losses) > 1 else 0.0
-        if variance == 0 and self.steps > 1:
+        if variance == 0 and self._recent.count > 1:
             variance = (loss - before) ** 2
-        self.variance += max(1 / self.steps, VARIANCE_WEIGHT) * (variance - self.variance)
+        self._variance.add(variance)
+
+    @property
+    def count(self) -> int:
+        return self._variance.count
+
+    @property
+    def level(self) -> float:
+        return self._recent.value
 
     @property
     def slope(self) -> float:
-        return 4 * (self.long - self.level)
+        return 4 * (self._long.value - self._recent.value)
 
     @property
     def error(self) -> float:
-        return SLOPE_ERROR * math.sqrt(self.variance / max(1, self.steps))
+        return SLOPE_ERROR * math.sqrt(self._variance.value / max(1, self.count))
 
 
 def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE) -> float:
@@ -101,6 +115,7 @@ def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE
 
     Examples
     --------
+    >>> import numpy as np
     >>> trend = LossTrend()
     >>> trend.add(np.array([1.0, 2.0]))  # the mean is known to 0.5, the slope to 2.59 times that
     >>> round(noise_limited_rate(trend, noise=2.8 * 0.5), 2)

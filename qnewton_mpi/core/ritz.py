@@ -6,9 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from qnewton_mpi.arrays import Array, to_device
+from qnewton_mpi.arrays import Columns, Held, Vector, Vectors, to_device
 from qnewton_mpi.core.exchange import Exchange
-from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 
 # Power iteration with H + δ‖H‖ I: directions in the null space of H stay directions.
@@ -20,9 +19,9 @@ class RitzPairs:
 
     The directions are the rows of Q (M × held), orthonormal, one for each replica; from Y = Q H, the products,
 
-        T' = s T + (1 − s) sym(Q Yᵀ)           Rayleigh quotient, a running mean
+        T' = (1 − γ) T + γ sym(Q Yᵀ)           Rayleigh quotient, a running mean
         T' = V Λ Vᵀ,  R = Vᵀ Q                 Ritz values Λ and vectors R (rows)
-        Q' = orth(s T Q + (1 − s) Y + δ‖T‖ Q)  the next directions: a power iteration with the running mean
+        Q' = orth((1 − γ) T Q + γ Y + δ‖T‖ Q)  the next directions: a power iteration with the running mean
         T ← (Q' Qᵀ) T' (Q Q'ᵀ)                 carried to them
 
     Rayleigh-Ritz as in Parlett, The Symmetric Eigenvalue Problem, chapter 11. The Ritz vectors of equal Ritz values are
@@ -34,7 +33,7 @@ class RitzPairs:
     directions : (M, held)
         The first ones; linearly independent, not necessarily orthonormal.
     smoothing : float
-        s, 0 for a Hessian that does not change from update to update.
+        1 − γ, 0 for a Hessian that does not change from update to update.
 
     Attributes
     ----------
@@ -72,33 +71,33 @@ class RitzPairs:
     }
     lengths: ClassVar = {"vectors": "pairs", "values": "pairs", "residuals": "pairs"}
 
-    def __init__(self, exchange: Exchange, directions: Array, smoothing: float = 0.0) -> None:
+    def __init__(self, exchange: Exchange, directions: Columns, smoothing: float = 0.0) -> None:
         self.exchange, self.smoothing = exchange, smoothing
         self.directions = orthonormal(exchange, directions)
         self.values = self.residuals = np.zeros(0)
         self.vectors = directions[:0, :]
         self._rayleigh = np.zeros(2 * directions.shape[:1])
 
-    def update(self, products: Array, first: bool = False) -> None:
+    def update(self, products: Columns, first: bool = False) -> None:
         """Take the products H q_k, (M, held), of the current directions; for `first` as if there were none before."""
         Q, Y = self.directions, products
         fresh = self.exchange.gram(Q, Y)
         fresh = (fresh + fresh.T) / 2
-        s, before = (0.0, fresh) if first or not len(self.values) else (self.smoothing, self._rayleigh)
-        T = s * before + (1 - s) * fresh
+        kept, before = (0.0, fresh) if first or not len(self.values) else (self.smoothing, self._rayleigh)
+        T = kept * before + (1 - kept) * fresh
         self.values, V = np.linalg.eigh(T)
         self.vectors = to_device(V.T, Q) @ Q
         errors = to_device(V.T, Q) @ Y - to_device(self.values[:, None], Q) * self.vectors
         self.residuals = np.sqrt(np.diag(self.exchange.gram(errors, errors)))
 
         shift = SHIFT * float(np.abs(self.values).max())
-        mixed = (1 - s) * Y + to_device(s * before + shift * np.eye(len(T)), Q) @ Q
+        mixed = (1 - kept) * Y + to_device(kept * before + shift * np.eye(len(T)), Q) @ Q
         if shift > 0:  # otherwise there is no curvature to follow
             self.directions = orthonormal(self.exchange, mixed)
         overlap = self.exchange.gram(self.directions, Q)
         self._rayleigh = overlap @ T @ overlap.T
 
-    def apply(self, function_of_values: Matrix, z: Array) -> Array:
+    def apply(self, function_of_values: Vector, z: Held) -> Held:
         """Return z^⊥ + Σ_k f(λ_k) r_k r_kᵀ z, (held,), given f(λ_k)."""
         if not len(self.values):
             return z
@@ -106,7 +105,7 @@ class RitzPairs:
         return z + to_device((function_of_values - 1) * projections, z) @ self.vectors
 
 
-def orthonormal(exchange: Exchange, rows: Array) -> Array:
+def orthonormal(exchange: Exchange, rows: Vectors) -> Vectors:
     """Return S^(−1/2) rows, S their Gram matrix, twice: orthonormal rows of the same span. Collective.
 
     Parameters

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Matrix = NDArray[np.float64]
+from qnewton_mpi.arrays import Matrix, Vector
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Secants:
     """
 
     inverse: Matrix
-    singular_values: Matrix
+    singular_values: Vector
 
     @property
     def rank(self) -> int:
@@ -40,7 +39,7 @@ class Secants:
         """σ_max/σ_min over the kept directions; NaN when none is kept."""
         return float(self.singular_values[0] / self.singular_values[-1]) if self.rank else float("nan")
 
-    def coefficients(self, projections: Matrix) -> Matrix:
+    def coefficients(self, projections: Vector | Matrix) -> Vector | Matrix:
         """Return a = V Σ⁻² Vᵀ (Gᵀz), with which Ĥ⁻¹z = z + (W − G) a.
 
         Parameters
@@ -83,8 +82,8 @@ def multisecant(gram: Matrix, tolerance: float, damping: float = 0.0) -> Secants
     Examples
     --------
     >>> import numpy as np
-    >>> s = multisecant(np.array([[1.0, -1.0], [-1.0, 1.0]]), tolerance=1e-6)
-    >>> s.rank, s.inverse.round(6).tolist()
+    >>> fit = multisecant(np.array([[1.0, -1.0], [-1.0, 1.0]]), tolerance=1e-6)
+    >>> fit.rank, fit.inverse.round(6).tolist()
     (1, [[0.25, -0.25], [-0.25, 0.25]])
     """
     replicas = len(gram)
@@ -99,7 +98,7 @@ def multisecant(gram: Matrix, tolerance: float, damping: float = 0.0) -> Secants
     return Secants(inverse, np.sqrt(squared[::-1]))
 
 
-def leading_eigenpairs(gram: Matrix, count: int) -> tuple[Matrix, Matrix]:
+def leading_eigenpairs(gram: Matrix, count: int) -> tuple[Vector, Matrix]:
     """Return the `count` largest eigenvalues of a Gram matrix, descending, and their eigenvectors.
 
     Parameters

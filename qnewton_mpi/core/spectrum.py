@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+
+from qnewton_mpi.arrays import Matrix, Vector
 
 BLOCKS = 40  # of a Krylov space, at most
-Matrix = NDArray[np.float64]
 Product = Callable[[Matrix], Matrix]
 """H Q of directions, the rows of Q (k, N): (k, N)."""
 
@@ -31,9 +31,9 @@ class Eigenpairs:
         With single vectors, that it took.
     """
 
-    values: Matrix
+    values: Vector
     vectors: Matrix
-    residuals: Matrix
+    residuals: Vector
     products: int
 
 
@@ -106,10 +106,10 @@ class Density:
     nodes, weights : (probes · steps,)
     """
 
-    nodes: Matrix
-    weights: Matrix
+    nodes: Vector
+    weights: Vector
 
-    def smoothed(self, at: Matrix, width: float) -> Matrix:
+    def smoothed(self, at: Vector, width: float) -> Vector:
         """Return the density at some values, the points smeared to normal distributions of a standard deviation."""
         offsets = (at[:, None] - self.nodes) / width
         return np.asarray(np.exp(-(offsets**2) / 2) @ self.weights / (width * np.sqrt(2 * np.pi)))

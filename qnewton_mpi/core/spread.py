@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Columns
 from qnewton_mpi.core.inverse import InverseHessian
 
 RANDOM_SCALE = 0.01
@@ -28,20 +28,22 @@ class SpreadPolicy(ABC):
         draw(step) returns centred standard normal columns (M, held) that depend on the seed and the step alone.
     """
 
-    def __init__(self, scale: float | None, draw: Callable[[int], Array]) -> None:
+    def __init__(self, scale: float | None, draw: Callable[[int], Columns]) -> None:
         self.scale = scale
         self.draw = draw
 
-    def start(self, zeros: Array) -> Array:
+    def start(self, zeros: Columns) -> Columns:
         """Return the first displacements, in the shape (M, held) of `zeros`."""
         return self.random(0)
 
-    def random(self, step: int) -> Array:
+    def random(self, step: int) -> Columns:
         """Return random displacements of the policy's scale, (M, held)."""
         return (RANDOM_SCALE if self.scale is None else self.scale) * self.draw(step)
 
     @abstractmethod
-    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
+    def advance(
+        self, step: int, displacements: Columns, gradients: Columns, inverse: InverseHessian, rate: float
+    ) -> Columns:
         """Return the displacements for the next gradient.
 
         Parameters
@@ -60,25 +62,31 @@ class SpreadPolicy(ABC):
 class LocalStep(SpreadPolicy):
     """Each replica takes one local gradient step from the common parameters: w_i = w̄ − η (g_i − ḡ)."""
 
-    def start(self, zeros: Array) -> Array:
+    def start(self, zeros: Columns) -> Columns:
         return zeros
 
-    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
+    def advance(
+        self, step: int, displacements: Columns, gradients: Columns, inverse: InverseHessian, rate: float
+    ) -> Columns:
         return -(rate if self.scale is None else self.scale) * gradients
 
 
 class Independent(SpreadPolicy):
     """Each replica applies the inverse to its own gradient: w_i ← w_i − α Ĥ⁻¹g_i, so W ← W − α Ĥ⁻¹G."""
 
-    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
+    def advance(
+        self, step: int, displacements: Columns, gradients: Columns, inverse: InverseHessian, rate: float
+    ) -> Columns:
         return displacements - rate * inverse.apply(gradients)
 
 
 class Random(SpreadPolicy):
     """Fresh random displacements before every gradient."""
 
-    def advance(self, step: int, displacements: Array, gradients: Array, inverse: InverseHessian, rate: float) -> Array:
+    def advance(
+        self, step: int, displacements: Columns, gradients: Columns, inverse: InverseHessian, rate: float
+    ) -> Columns:
         return self.random(step)
 
 
-POLICIES: dict[str, type[SpreadPolicy]] = {"local-step": LocalStep, "independent": Independent, "random": Random}
+SPREADS: dict[str, type[SpreadPolicy]] = {"local-step": LocalStep, "independent": Independent, "random": Random}

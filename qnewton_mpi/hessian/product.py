@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from qnewton_mpi.core.spectrum import Matrix
+from qnewton_mpi.arrays import Matrix
 from qnewton_mpi.data.datasets import Dataset
 from qnewton_mpi.models.network import Network
 from qnewton_mpi.parallel import partition

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qnewton_mpi.arrays import Matrix
 from qnewton_mpi.core.layers import layer_shapes
-from qnewton_mpi.core.spectrum import BLOCKS, Density, Eigenpairs, Matrix, density, leading
+from qnewton_mpi.core.spectrum import BLOCKS, Density, Eigenpairs, density, leading
 from qnewton_mpi.hessian.iterate import Iterate, loaded
 from qnewton_mpi.hessian.product import HessianProduct, of_loss
 from qnewton_mpi.models.network import Network

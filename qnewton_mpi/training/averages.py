@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from qnewton_mpi.arrays import Array
+from qnewton_mpi.core.means import unbiased
 from qnewton_mpi.core.state import Kind
 
 TAIL = 0.25
@@ -37,7 +38,7 @@ class Averages:
 
     def __init__(self, parameters: Array, steps: int, decay: float) -> None:
         self.exponential, self.tail = 1 * parameters, 1 * parameters
-        self._decay = decay
+        self._weight = unbiased(decay)
         self.steps = self.first = 0
         self.lengthen(steps, 0)
 
@@ -52,7 +53,7 @@ class Averages:
 
     def add(self, parameters: Array, step: int) -> None:
         """Take in the iterate after a step (from 1)."""
-        self.exponential += (1 - self._decay) / (1 - self._decay**step) * (parameters - self.exponential)
+        self.exponential += self._weight(step) * (parameters - self.exponential)
         if step == self.first + 1:
             self.tail = 1 * parameters
         elif step > self.first:

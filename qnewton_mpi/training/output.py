@@ -69,7 +69,7 @@ class Output:
     def _file(self, resumed: int | None, rows: Rows) -> RunFile:
         """Return the run's file. Local."""
         parts, folder = self._parts, self._parts.config.training.checkpoint
-        figures = ("step", *parts.optimizer.figures, *SECONDS)
+        figures = ("step", *parts.optimizer.figure_names, *SECONDS)
         attributes = {**parts.attributes, **self._labels, "run": parts.identifier}
         if folder is not None:
             saved = NONE_SAVED if resumed is None else resumed

@@ -14,7 +14,7 @@ from qnewton_mpi.config import RunConfig
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.optimizers import Optimizer
-from qnewton_mpi.core.optimizers.base import Piggyback
+from qnewton_mpi.core.optimizers.values import Piggyback
 from qnewton_mpi.data import datasets
 from qnewton_mpi.data.augmentation import Augmentation, kinds_of
 from qnewton_mpi.data.order import BatchOrder

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Array, Columns, Held, Matrix, Rows, Vectors, Whole
 from qnewton_mpi.core.exchange.base import Exchange
 from qnewton_mpi.core.exchange.cost import Network
-from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.parallel import partition
 
 
@@ -19,12 +18,12 @@ class AllgatherExchange(Exchange):
     def divide(self, pieces: Sequence[int]) -> None:
         self.held = slice(0, self.size)
 
-    def mean(self, rows: Array) -> Array:
+    def mean(self, rows: Rows) -> Held:
         self._count(lambda n: 2 * (n - 1) * self._row_bytes(rows))
         mean = self._buffer("mean", (self.size,), rows)
         return self._divided(self.transport.allreduce(self._sum(rows), mean))
 
-    def combined(self, rows: Array, coefficients: Matrix) -> tuple[Array, Array]:
+    def combined(self, rows: Rows, coefficients: Matrix) -> tuple[Held, Vectors]:
         found = super().combined(rows, coefficients)
         self._buffers.pop("columns", None)  # as large as all gradients together, and needed at few steps
         return found
@@ -49,15 +48,15 @@ class AllgatherExchange(Exchange):
         self._count(lambda n: (n - 1) * min(2 * vectors.shape[0], self.replicas) * self._row_bytes(vectors))
         return self.transport.allreduce(vectors, self._buffer("sums", vectors.shape, vectors))
 
-    def columns(self, rows: Array) -> Array:
+    def columns(self, rows: Rows) -> Columns:
         self._count(lambda n: (n - 1) * self.replicas * self._row_bytes(rows))
         everyone = self._buffer("columns", (self.replicas, self.size), rows)
         return self.transport.allgather(rows, self.counts, everyone)
 
-    def rows(self, columns: Array) -> Array:
+    def rows(self, columns: Columns) -> Rows:
         return columns[self.local.start : self.local.stop, :]
 
-    def collect(self, vector: Array, buffer: str = "whole") -> Array:
+    def collect(self, vector: Held, buffer: str = "whole") -> Whole:
         return vector
 
     @property

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 
-from qnewton_mpi.arrays import Array, to_device, to_host
+from qnewton_mpi.arrays import Array, Columns, Held, Matrix, Rows, Vector, Vectors, Whole, to_device, to_host
 from qnewton_mpi.core.exchange.cost import WORD, Network, Traffic
 from qnewton_mpi.core.kernels import blockwise_products, double_products, inner
-from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.parallel import partition
 from qnewton_mpi.parallel.communicator import Communicator
@@ -91,23 +90,23 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def mean(self, rows: Array) -> Array:
+    def mean(self, rows: Rows) -> Held:
         """Return the mean of all M rows, (held,)."""
 
     @abstractmethod
-    def columns(self, rows: Array) -> Array:
+    def columns(self, rows: Rows) -> Columns:
         """Return all replicas' rows, (M, held), in the order of the replicas."""
 
     @abstractmethod
-    def rows(self, columns: Array) -> Array:
+    def rows(self, columns: Columns) -> Rows:
         """Return this rank's replicas of columns (M, held) with all coordinates, (R, N)."""
 
-    def hold(self, vector: Array) -> Array:
+    def hold(self, vector: Whole) -> Held:
         """Return a copy of the held part of a vector (N,) that every rank has."""
         return array_namespace(vector).asarray(vector[self.held], copy=True)
 
     @abstractmethod
-    def collect(self, vector: Array, buffer: str = "whole") -> Array:
+    def collect(self, vector: Held, buffer: str = "whole") -> Whole:
         """Return the whole (N,) of a held vector, bitwise the same on every rank where the held parts are.
 
         It stays what it is until the next call with the same name of a buffer.
@@ -127,7 +126,7 @@ class Exchange(ABC):
         """Whether no rank before this one holds the same coordinates."""
         return True
 
-    def combined(self, rows: Array, coefficients: Matrix) -> tuple[Array, Array]:
+    def combined(self, rows: Rows, coefficients: Matrix) -> tuple[Held, Vectors]:
         """Return the mean z̄ (held,) and the combinations Σ_i c_ki z_i (K, held), by the fewer words.
 
         Parameters
@@ -186,18 +185,18 @@ class Exchange(ABC):
     def back_seconds(network: Network, ranks: int, size: float, rows: float) -> float:
         """Return the seconds of the new parameters' way back, given those of columns to their replicas. Local."""
 
-    def gathered(self, values: Matrix) -> Matrix:
+    def gathered(self, values: Vector) -> Matrix:
         """Return each rank's values (k,), (n, k), the same on all ranks; zero where a rank before it holds the same."""
         return self._everyone((values if self.first else np.zeros_like(values))[None])
 
-    def centred(self, rows: Array) -> tuple[Array, Array]:
+    def centred(self, rows: Rows) -> tuple[Held, Columns]:
         """Return the mean z̄ (held,) and the centred columns [z_i − z̄], (M, held)."""
         columns = self.columns(rows)
         mean = array_namespace(columns).mean(columns, axis=0)
         columns -= mean
         return mean, columns
 
-    def gram(self, a: Array, b: Array, precise: bool = True) -> Matrix:
+    def gram(self, a: Vectors, b: Annotated[Array, "q held"], precise: bool = True) -> Matrix:
         """Return A Bᵀ for held columns a (p, held) and b (q, held): (p, q), host float64, bitwise equal on all ranks.
 
         Each rank multiplies its coordinates in float64; the partial products are all-gathered and added in rank order,
@@ -220,7 +219,7 @@ class Exchange(ABC):
         """Return Σ x·y over all coordinates (and columns) of each pair of held arrays, the same on all ranks."""
         return [float(sums[0]) for sums in self.dots_of_parts(*((x, y, [self.whole]) for x, y in pairs))]
 
-    def dots_of_parts(self, *products: tuple[Array, Array, Sequence[slice]]) -> list[Matrix]:
+    def dots_of_parts(self, *products: tuple[Array, Array, Sequence[slice]]) -> list[Vector]:
         """Return for each x, y, spans the Σ x·y over the coordinates of each span (and columns), (spans,).
 
         All cross the network at once.
@@ -235,16 +234,16 @@ class Exchange(ABC):
         everyone = self._added(to_host(array_namespace(products[0][0]).stack(sums))[None])
         return np.split(everyone, np.cumsum([len(spans) for *_, spans in products])[:-1])
 
-    def share(self, figures: Matrix, note: NDArray[np.int64], step: int) -> tuple[Matrix, NDArray[np.int64]]:
-        """Return every replica's row of figures, (M, p), from this rank's (R, p), and every rank's note, (n, k).
+    def share(self, numbers: Matrix, note: NDArray[np.int64], step: int) -> tuple[Matrix, NDArray[np.int64]]:
+        """Return every replica's numbers, (M, p), from this rank's (R, p), and every rank's note, (n, k).
 
         Here a rank may wait for another that is late, or has left (`Communicator.meet`).
         """
-        width, words = figures.shape[1], len(note)
+        width, words = numbers.shape[1], len(note)
         self._count(lambda n: (n - 1) * (8 * width * self.replicas + n * note.nbytes))
         counts = [words + count * width for count in self.counts]
-        numbers = np.concatenate([note.view(np.float64), figures.reshape(-1)])
-        parts = np.split(self.communicator.meet(numbers, counts, f"step {step}"), np.cumsum(counts)[:-1])
+        own = np.concatenate([note.view(np.float64), numbers.reshape(-1)])
+        parts = np.split(self.communicator.meet(own, counts, f"step {step}"), np.cumsum(counts)[:-1])
         everyone = np.concatenate([part[words:] for part in parts]).reshape(-1, width)
         return everyone, np.stack([part[:words] for part in parts]).view(np.int64)
 
@@ -273,11 +272,11 @@ class Exchange(ABC):
         self.bytes_sent += round(sent(self.communicator.size))
         self.bytes_sent_by_replicas += round(sent(self.replicas))
 
-    def _everyone(self, own: Matrix) -> Matrix:
+    def _everyone(self, own: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the ranks' arrays (1, …) in rank order, (n, …)."""
         self._count(lambda n: n * (n - 1) * own.nbytes)
         return self.communicator.allgather(own, [1] * self.communicator.size)
 
-    def _added(self, partial: Matrix) -> Matrix:
+    def _added(self, partial: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum of the ranks' arrays (1, …) in rank order, without the first axis."""
         return self._everyone(partial).sum(axis=0)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Array, Columns, Held, Rows, Whole
 from qnewton_mpi.core.exchange.base import Exchange
 from qnewton_mpi.core.exchange.cost import Network
 from qnewton_mpi.parallel import partition
@@ -33,7 +33,7 @@ class SlicedExchange(Exchange):
         ranks = self.communicator.size
         return partition.bounds_of_pieces(pieces, ranks) if pieces else partition.bounds(self.size, ranks)
 
-    def mean(self, rows: Array) -> Array:
+    def mean(self, rows: Rows) -> Held:
         self._count(lambda n: (n - 1) * self._row_bytes(rows))
         mean = self._buffer("mean", (self.words[self.communicator.rank],), rows)
         return self._divided(self.transport.reduce_scatter(self._sum(rows), self.words, mean))
@@ -61,7 +61,7 @@ class SlicedExchange(Exchange):
         counts = [number * words for words in self.words]
         return self.transport.reduce_scatter(self._pack(vectors), counts, sums)
 
-    def columns(self, rows: Array) -> Array:
+    def columns(self, rows: Rows) -> Columns:
         own, mine = len(self.local), self.words[self.communicator.rank]
         send = self._pack(rows)
         columns = self._buffer("columns", (self.replicas, mine), rows)
@@ -71,7 +71,7 @@ class SlicedExchange(Exchange):
         )
         return columns
 
-    def rows(self, columns: Array) -> Array:
+    def rows(self, columns: Columns) -> Rows:
         own, mine = len(self.local), self.words[self.communicator.rank]
         slices = self._buffer("slices", (own * self.size,), columns)
         self._count(lambda n: (n - 1) / n * self.replicas * self._row_bytes(columns))
@@ -80,7 +80,7 @@ class SlicedExchange(Exchange):
         )
         return self._unpack(slices)
 
-    def collect(self, vector: Array, buffer: str = "whole") -> Array:
+    def collect(self, vector: Held, buffer: str = "whole") -> Whole:
         self._count(lambda n: (n - 1) * self._row_bytes(vector))
         whole = self._buffer(buffer, (self.size,), vector)
         return self.transport.allgather(vector, self.words, whole)

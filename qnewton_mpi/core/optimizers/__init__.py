@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from qnewton_mpi.core.optimizers.base import Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.block_bfgs import BlockBFGS
 from qnewton_mpi.core.optimizers.deflated import Deflated
 from qnewton_mpi.core.optimizers.first_order import SGD, Adam, Momentum
 from qnewton_mpi.core.optimizers.multisecant import Multisecant
 from qnewton_mpi.core.optimizers.natural.fisher import Fisher
 from qnewton_mpi.core.optimizers.natural.kronecker import Kronecker
+from qnewton_mpi.core.optimizers.settings import Settings
 
 OPTIMIZERS: dict[str, type[Optimizer[Any]]] = {
     "kronecker": Kronecker,

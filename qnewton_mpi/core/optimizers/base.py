@@ -1,159 +1,28 @@
-"""What all optimizers share: evaluating the replicas' gradients, moving the parameters, the figures of a step."""
+"""What all optimizers share: a step is proposed, bounded, and done."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from array_api_compat import array_namespace, device
-from numpy.typing import NDArray
+from array_api_compat import array_namespace
 
-from qnewton_mpi.arrays import Array, to_device, to_host
+from qnewton_mpi.arrays import Columns, Rows, Whole, to_device
 from qnewton_mpi.core.exchange import Exchange
 from qnewton_mpi.core.exchange.cost import Traffic
-from qnewton_mpi.core.kernels import checksum, combination, square_norms
+from qnewton_mpi.core.kernels import combination
 from qnewton_mpi.core.noise_scale import NoiseScale
+from qnewton_mpi.core.optimizers.groups import Group, decay, shared_out
+from qnewton_mpi.core.optimizers.oracle import Oracle
+from qnewton_mpi.core.optimizers.settings import Settings
+from qnewton_mpi.core.optimizers.values import Batch, Figures, LossAndGradient, Piggyback, Step
 from qnewton_mpi.core.rate import LossTrend
-from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind, Memory, objects
-from qnewton_mpi.errors import NonFiniteGradientError, UserError
-
-LossAndGradient = Callable[[Array, int], tuple[float, Array]]
-"""`loss, gradient = f(w, replica)`: mean loss, and its gradient (N,), at w (N,) on the current batch of a replica.
-
-It may have methods for several replicas at once, which are then called instead:
-`losses, gradients = f.at_once(w, replicas)`, w (N,) or (R, N), losses (R,), gradients (R, N), and
-`losses = f.losses(w, replicas)`, w (N,), where only losses are needed.
-"""
-
-Figures = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Piggyback:
-    """What else the ranks tell each other where they evaluate gradients: it travels with their losses.
-
-    Attributes
-    ----------
-    send : callable
-        Returns the words of this rank (k,), as many on every rank, once its gradients are there. Local.
-    receive : callable
-        Takes in those of all ranks, (n, k). Collective: what it raises, it raises on every rank.
-    """
-
-    send: Callable[[], NDArray[np.int64]]
-    receive: Callable[[NDArray[np.int64]], None]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What all replicas have evaluated, each on its own samples.
-
-    Attributes
-    ----------
-    rows : (R, N)
-        The gradients of this rank's replicas, in an array that is used again at the next evaluation.
-    losses, squares : (M,)
-        Every replica's loss, and the squared norm of its gradient.
-    """
-
-    rows: Array
-    losses: NDArray[np.float64]
-    squares: NDArray[np.float64]
-
-    @property
-    def loss(self) -> float:
-        """The mean loss."""
-        return float(self.losses.mean())
-
-    @property
-    def square(self) -> float:
-        """The mean of the squared norms."""
-        return float(self.squares.mean())
-
-    def noise(self, gg: float) -> float:
-        """Return tr C, C the covariance of the mean gradient, from ḡᵀḡ."""
-        return (self.square - gg) / (len(self.squares) - 1)
-
-
-@dataclass(frozen=True)
-class Step:
-    """w ← w − c α d, c the factor of a schedule, and what is to be told of it.
-
-    Attributes
-    ----------
-    mean, direction : (held,)
-        ḡ and d.
-    rate : float
-        α, before a schedule's factor.
-    figures : dict
-        Those that only the method has, and the loss.
-    norms : tuple of float, optional
-        ḡᵀḡ, dᵀd and ḡᵀd, where they are known.
-    batch : Batch, optional
-        Of which ḡ is the mean, where all replicas stood at w: their differences are noise. Its rows may hold others.
-    everywhere : (N,), optional
-        d, where it has been collected.
-    """
-
-    mean: Array
-    direction: Array
-    rate: float
-    figures: Figures
-    norms: tuple[float, float, float] | None = None
-    batch: Batch | None = None
-    everywhere: Array | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Coordinates with a rate and a weight decay of their own.
-
-    Attributes
-    ----------
-    span : slice
-        Of the N coordinates.
-    share : float
-        Of their part of a step that they take; 0: they rest.
-    decay : float
-        lr·λ; λ, where the rate is "auto".
-    """
-
-    span: slice
-    share: float = 1.0
-    decay: float = 0.0
-
-
-AUTO: tuple[str, ...] = ("auto",)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every optimizer has: the learning rate α of w ← w − α d, and a decay of w beside it.
-
-    The decay is decoupled from the step (Loshchilov and Hutter 2019, arXiv 1711.05101), as in PyTorch's AdamW, with c
-    the factor of a schedule: w ← (1 − c α λ) w − c α d. There α is about what a step changes each parameter by. A
-    measured rate has another meaning, and another size in another unit of the loss. So with "auto" ‖Δw‖/√N takes its
-    place: w ← (1 − λ ‖Δw‖/√N) w + Δw, and λ has the size that it has for AdamW.
-    """
-
-    lr: float | str = setting(0.3, "learning rate", POSITIVE)
-    weight_decay: float = setting(
-        0.0, "decoupled λ: a step takes lr·λ of w off, at lr auto ‖Δw‖/√N·λ; 0 is off", NOT_NEGATIVE
-    )
-
-    @property
-    def shrinkage(self) -> float:
-        """lr·λ; λ, where the rate is "auto"."""
-        return self.weight_decay * (1.0 if isinstance(self.lr, str) else self.lr)
-
+from qnewton_mpi.errors import UserError
 
 S = TypeVar("S", bound=Settings)
 
@@ -191,15 +60,8 @@ class Optimizer(ABC, Generic[S]):
         Of coordinates that no two have in common; what is in none moves as a whole and does not decay. The same on
         every rank. At first one of all, where the settings have a decay. May still be set while the gradients of a step
         are evaluated.
-    rows : list of (N,)
-        Where the gradients of this rank's replicas go. A `loss_and_gradient` that writes there and returns the row
-        saves a copy.
-    gradient_seconds : float
-        Time that this rank has spent in `loss_and_gradient`.
-    evaluations : int
-        Gradients that all replicas together have evaluated, those of probes included.
-    trials : int
-        Losses that they have evaluated without the gradients.
+    oracle : Oracle
+        Which evaluates the gradients; `rows`, `gradients`, `gradient_seconds`, `evaluations` and `trials` are its own.
     piggyback : Piggyback or None
         None at first.
     alike : int
@@ -214,15 +76,13 @@ class Optimizer(ABC, Generic[S]):
     state: ClassVar[Mapping[str, Kind]] = {
         "held": Kind.HELD,
         "steps": Kind.SHARED,
-        "evaluations": Kind.SHARED,
-        "trials": Kind.SHARED,
     }
-    figures: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate", "noise_scale")
+    figure_names: ClassVar[tuple[str, ...]] = ("loss", "gradient_norm", "step_norm", "cosine", "rate", "noise_scale")
 
     def __init__(
         self,
         settings: S,
-        parameters: Array,
+        parameters: Whole,
         exchange: Exchange,
         samples: int = 1,
         seed: int = 0,
@@ -241,9 +101,6 @@ class Optimizer(ABC, Generic[S]):
         )
         self.trend = LossTrend()
         self.noise_scale = NoiseScale()
-        self.gradient_seconds = 0.0
-        self.evaluations = 0
-        self.trials = 0
         self.piggyback: Piggyback | None = None
         self.alike = 0
         self.most_alike = math.inf
@@ -251,10 +108,7 @@ class Optimizer(ABC, Generic[S]):
         exchange.divide(self.pieces())
         self.held = exchange.hold(parameters)
         self.parameters = exchange.collect(self.held)
-        self.gradients = self.xp.empty(
-            (len(exchange.local), exchange.size), dtype=parameters.dtype, device=device(parameters)
-        )
-        self.rows = [self.gradients[r, :] for r in range(len(exchange.local))]
+        self.oracle = Oracle(exchange, parameters)
         self.start()
         self._stateful = [*objects(self), exchange]
 
@@ -287,7 +141,7 @@ class Optimizer(ABC, Generic[S]):
 
     def parts(self) -> Mapping[str, Any]:
         """Return the objects that have state of the method. Local."""
-        return {"trend": self.trend, "noise_scale": self.noise_scale}
+        return {"oracle": self.oracle, "trend": self.trend, "noise_scale": self.noise_scale}
 
     def start(self) -> None:
         """Create the state that the method carries from step to step. Collective."""
@@ -304,7 +158,7 @@ class Optimizer(ABC, Generic[S]):
         Returns
         -------
         dict
-            A float for each name in `figures`: the mean loss of the replicas before the step, ‖ḡ‖, ‖Δw‖,
+            A float for each name in `figure_names`: the mean loss of the replicas before the step, ‖ḡ‖, ‖Δw‖,
             cos(Δw, −ḡ), α, the noise scale, and those of the method. The same on every rank.
 
         Raises
@@ -318,7 +172,7 @@ class Optimizer(ABC, Generic[S]):
         before = Memory(self._stateful)
         try:
             self.steps += 1
-            self.note = self.noted()
+            self.oracle.begin(self.steps, self.rate_factor, self.parameters)
             step = self.bound(self.propose(loss_and_gradient), loss_and_gradient)
         except BaseException:
             before.recall()
@@ -337,15 +191,16 @@ class Optimizer(ABC, Generic[S]):
         return step
 
     def move(self, step: Step) -> Figures:
-        """Do w ← (1 − u) w − c α s d, c a schedule's factor, s a group's share, u what it decays by. Collective.
+        """Do w ← (1 − u) w − c α d, c a schedule's factor, of d each group its share, u what it decays by. Collective.
 
         Return the figures, which are of the step without the decay.
         """
-        direction = self.shared_out(step.direction)
+        direction = shared_out(step.direction, self.groups, self.exchange.held)
         self.rate = self.rate_factor * step.rate
         pairs = (step.mean, step.mean), (direction, direction), (step.mean, direction)
         gg, dd, gd = self.exchange.dots(*pairs) if direction is not step.direction or step.norms is None else step.norms
-        self.decay(self.rate * math.sqrt(dd / self.exchange.size) if self.adaptive else self.rate_factor)
+        unit = self.rate * math.sqrt(dd / self.exchange.size) if self.adaptive else self.rate_factor
+        decay(self.held, unit, self.groups, self.exchange.held)
         self.held = combination(1.0, self.held, -self.rate, direction, out=self.held)
         whole = direction is step.direction and not any(group.decay for group in self.groups)
         if step.everywhere is None or not whole:
@@ -379,148 +234,47 @@ class Optimizer(ABC, Generic[S]):
         """Samples a step."""
         return self.samples * self.exchange.replicas
 
-    def shared_out(self, direction: Array) -> Array:
-        """Return s d, (held,), s the shares of the groups; d itself where all are 1. Local."""
-        parts = [group for group in self.groups if group.share != 1]
-        if parts:
-            direction = self.xp.asarray(direction, copy=True)
-        for group in parts:
-            own = self.held_part(group.span)
-            direction[own] = group.share * direction[own] if group.share else 0
-        return direction
-
-    def decay(self, unit: float) -> None:
-        """Do w ← (1 − u) w, u the decays of the groups in a unit, but no more than w. Local."""
-        for group in self.groups:
-            if group.decay:
-                self.held[self.held_part(group.span)] *= max(0.0, 1 - unit * group.decay)
-
-    def held_part(self, span: slice) -> slice:
-        """Return where a span of the N coordinates is among those held. Local."""
-        first = self.exchange.held.start
-        return slice(max(span.start - first, 0), max(span.stop - first, 0))
-
     def evaluate(
-        self, loss_and_gradient: LossAndGradient, displacements: Array | None = None, trial: bool = False
+        self, loss_and_gradient: LossAndGradient, displacements: Rows | None = None, trial: bool = False
     ) -> Batch:
-        """Evaluate this rank's replicas at w̄ + their displacements.
-
-        Parameters
-        ----------
-        loss_and_gradient : LossAndGradient
-        displacements : (R, N), optional
-            Of this rank's replicas.
-        trial : bool
-            Whether the step may be too long: a replica with a loss or gradient that is not finite then has the loss ∞,
-            and the gradient zero.
-
-        Raises
-        ------
-        NonFiniteGradientError
-            On every rank, unless it is a trial.
-        """
-        local = self.exchange.local
-        self.evaluations += self.exchange.replicas
-        at_once = getattr(loss_and_gradient, "at_once", None)
-        with self.evaluating():
-            if at_once:
-                points = self.parameters if displacements is None else self.parameters + displacements
-                losses, gradients = at_once(points, local)
-                if gradients is not self.gradients:
-                    self.gradients[...] = gradients
-            else:
-                losses = np.empty(len(local))
-                for r, replica in enumerate(local):
-                    point = self.parameters if displacements is None else self.parameters + displacements[r, :]
-                    losses[r], gradient = loss_and_gradient(point, replica)
-                    if gradient is not self.rows[r]:
-                        self.gradients[r, :] = gradient
-            squares = to_host(square_norms(self.gradients))
-        everyone = self.shared(losses, squares, piggyback=self.piggyback)
-        finite = np.logical_and.reduce(np.isfinite(everyone), axis=1)
-        if trial:
-            everyone[~finite] = np.inf, 0
-            for row in np.flatnonzero(~finite[list(local)]):
-                self.gradients[int(row), ...] = 0
-        elif not finite.all():
-            first = int(np.argmin(finite))
-            raise NonFiniteGradientError(self.steps, first, *everyone[first])
+        """Evaluate this rank's replicas at w̄ + their displacements (R, N), as `Oracle.batch`."""
+        batch = self.oracle.batch(loss_and_gradient, displacements, trial, self.piggyback)
         if displacements is None:
-            self.look_for_differences(everyone)
-        return Batch(self.gradients, everyone[:, 0], everyone[:, 1])
+            self.look_for_differences(batch)
+        return batch
 
-    def losses_at(self, loss_and_gradient: LossAndGradient, rate: float, direction: Array) -> NDArray[np.float64]:
-        """Return all replicas' losses (M,) at w − α d, d of all coordinates; ∞ for what is not finite. Collective.
+    @property
+    def rows(self) -> list[Whole]:
+        """Where the gradients of this rank's replicas go, each (N,).
 
-        Where `loss_and_gradient` has no `losses`, its gradients are evaluated and lost, `gradients` among them.
+        A `loss_and_gradient` that writes there and returns the row saves a copy.
         """
-        local, point = self.exchange.local, combination(1.0, self.parameters, -rate, direction)
-        losses_of = getattr(loss_and_gradient, "losses", None)
-        if losses_of:
-            self.trials += self.exchange.replicas
-        else:
-            self.evaluations += self.exchange.replicas
-        losses: Array = np.full(len(local), np.inf)
-        # Wherever a trial leads, and however the program says that it cannot compute a loss there.
-        with self.evaluating("trial"), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
-            if losses_of:
-                losses = np.asarray(losses_of(point, local), np.float64)
-            else:
-                losses = np.array([loss_and_gradient(point, replica)[0] for replica in local])
-        everyone = self.shared(losses)[:, 0]
-        return np.where(np.isfinite(everyone), everyone, np.inf)
+        return self.oracle.rows
 
-    @contextlib.contextmanager
-    def evaluating(self, phase: str = "gradient") -> Iterator[None]:
-        """While the program's own function is called."""
-        self.exchange.communicator.halfway(False)  # others wait for what follows in a gate
-        self.exchange.communicator.enter(phase)
-        started = time.perf_counter()
-        with np.errstate(over="ignore", invalid="ignore"):  # a divergence is told later, once
-            yield
-        self.gradient_seconds += time.perf_counter() - started
-        self.exchange.communicator.enter("algebra")
+    @property
+    def gradients(self) -> Rows:
+        """The rows as one array, (R, N)."""
+        return self.oracle.gradients
 
-    def shared(self, *figures: Array, piggyback: Piggyback | None = None) -> NDArray[np.float64]:
-        """Return the figures (R,) of this rank's replicas for all, (M, figures), and compare the ranks' notes."""
-        own = np.stack([to_host(figure) for figure in figures], axis=1, dtype=np.float64)
-        words = self.note if piggyback is None else np.concatenate([self.note, piggyback.send()])
-        everyone, words = self.exchange.share(own, words, self.steps)
-        if piggyback is not None:
-            piggyback.receive(words[:, len(self.note) :])
-        self.compare(words[:, : len(self.note)])
-        self.exchange.communicator.halfway(True)
-        return everyone
+    @property
+    def gradient_seconds(self) -> float:
+        """Time that this rank has spent in `loss_and_gradient`."""
+        return self.oracle.seconds
 
-    def noted(self) -> NDArray[np.int64]:
-        """Return what has to be the same on all ranks at a step, as bits: its number, the rate factor, w. Local."""
-        several = self.exchange.communicator.size > 1
-        factor = np.float64(self.rate_factor).view(np.int64)
-        return np.array([self.steps, factor, checksum(self.parameters) if several else 0])
+    @property
+    def evaluations(self) -> int:
+        """Gradients that all replicas together have evaluated, those of probes included."""
+        return self.oracle.evaluations
 
-    def compare(self, notes: NDArray[np.int64]) -> None:
-        """Raise `UserError` where the ranks' notes (n, 3) differ. Local: all ranks have the same."""
-        differ = notes != notes[0]
-        if not differ.any():
-            return
-        rank, what = np.argwhere(differ)[0]
-        steps, factors = notes[:, 0], notes[:, 1].view(np.float64)
-        raise UserError(
-            (
-                f"rank {rank} is at step {steps[rank]}, rank 0 at step {steps[0]}: let all ranks take the same steps, "
-                "from checkpoints of one step",
-                f"step {steps[0]}: rank {rank} has {factors[rank]:g} times the learning rate, rank 0 {factors[0]:g} "
-                "times: let a schedule see the same on all ranks, as the loss that step() returns",
-                f"step {steps[0]}: the parameters of rank {rank} differ from those of rank 0: change and load them on "
-                "all ranks alike; where no one did, keep to nodes of one kind, or take exchange='sliced'",
-            )[what]
-        )
+    @property
+    def trials(self) -> int:
+        """Losses that they have evaluated without the gradients."""
+        return self.oracle.trials
 
-    def look_for_differences(self, everyone: NDArray[np.float64]) -> None:
-        """Count the steps in which all replicas' losses and squared norms (M, 2) are the same; tell if it goes on."""
+    def look_for_differences(self, batch: Batch) -> None:
+        """Count the steps in which all replicas have the same batch; tell if it goes on."""
         others = self.exchange.replicas - 1
-        same = others > 0 and everyone[0, 1] > 0 and bool((everyone == everyone[0]).all())
-        self.alike = self.alike + 1 if same else 0
+        self.alike = self.alike + 1 if batch.alike else 0
         if others * self.samples * self.alike < self.most_alike:
             return
         text = (
@@ -533,7 +287,7 @@ class Optimizer(ABC, Generic[S]):
         if self.exchange.communicator.rank == 0:
             warnings.warn(text, stacklevel=2)
 
-    def normal(self, step: int) -> Array:
+    def normal(self, step: int) -> Columns:
         """Return standard normal numbers (M, held) from the seed and the step alone."""
         held = []
         for replica in range(self.exchange.replicas):

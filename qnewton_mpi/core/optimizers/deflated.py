@@ -8,8 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from qnewton_mpi.core.kernels import combination
-from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, Step
+from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
+from qnewton_mpi.core.optimizers.settings import AUTO
+from qnewton_mpi.core.optimizers.values import LossAndGradient, Step
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 
@@ -54,7 +56,7 @@ class Deflated(Probing[DeflatedSettings]):
     settings_type = DeflatedSettings
     always_probes = True
     state: ClassVar = {**Probing.state, "velocity": Kind.HELD}
-    figures = (*Optimizer.figures, "largest_eigenvalue", "smallest_eigenvalue", "residual")
+    figure_names = (*Optimizer.figure_names, "largest_eigenvalue", "smallest_eigenvalue", "residual")
 
     def start(self) -> None:
         super().start()

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qnewton_mpi.core.kernels import combination
-from qnewton_mpi.core.optimizers.base import AUTO, LossAndGradient, Optimizer, Settings, Step
+from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.probing import Probing, ProbingSettings
+from qnewton_mpi.core.optimizers.settings import AUTO, Settings
+from qnewton_mpi.core.optimizers.values import LossAndGradient, Step
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 
@@ -135,16 +137,16 @@ class Adam(Optimizer[AdamSettings]):
     def propose(self, loss_and_gradient: LossAndGradient) -> Step:
         batch = self.evaluate(loss_and_gradient)
         mean = self.exchange.mean(batch.rows)
-        s, t = self.settings, self.steps
+        settings, t = self.settings, self.steps
         first, second = self.spares
         self.spares = self.first, self.second
-        self.first = combination(s.beta1, self.first, 1 - s.beta1, mean, out=first)
-        self.second = combination(s.beta2, self.second, 1 - s.beta2, mean * mean, out=second)
-        scale = (self.second / (1 - s.beta2**t)) ** 0.5 + s.epsilon
-        if s.nesterov:
-            now, coming = (s.beta1 * (1 - 0.5 * 0.96 ** (k * s.momentum_decay)) for k in (t, t + 1))
+        self.first = combination(settings.beta1, self.first, 1 - settings.beta1, mean, out=first)
+        self.second = combination(settings.beta2, self.second, 1 - settings.beta2, mean * mean, out=second)
+        scale = (self.second / (1 - settings.beta2**t)) ** 0.5 + settings.epsilon
+        if settings.nesterov:
+            now, coming = (settings.beta1 * (1 - 0.5 * 0.96 ** (k * settings.momentum_decay)) for k in (t, t + 1))
             self.product *= now
             moment = coming / (1 - self.product * coming) * self.first + (1 - now) / (1 - self.product) * mean
         else:
-            moment = self.first / (1 - s.beta1**t)
+            moment = self.first / (1 - settings.beta1**t)
         return Step(mean, moment / scale, self.chosen_rate(), {"loss": batch.loss}, batch=batch)

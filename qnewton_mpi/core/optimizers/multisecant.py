@@ -8,12 +8,14 @@ from typing import ClassVar
 
 from array_api_compat import device
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Columns
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.inverse import InverseHessian
-from qnewton_mpi.core.optimizers.base import LossAndGradient, Optimizer, Settings, Step
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.settings import Settings
+from qnewton_mpi.core.optimizers.values import LossAndGradient, Step
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, one_of, setting
-from qnewton_mpi.core.spread import POLICIES
+from qnewton_mpi.core.spread import SPREADS
 from qnewton_mpi.core.state import Kind
 
 
@@ -22,7 +24,7 @@ class MultisecantSettings(Settings):
     """Settings of `multisecant`."""
 
     lr: float = setting(0.1, "learning rate", POSITIVE)
-    spread: str = setting("local-step", "how replicas are displaced", one_of(*POLICIES))
+    spread: str = setting("local-step", "how replicas are displaced", one_of(*SPREADS))
     spread_scale: float | None = setting(
         None, "η of local-step (default: the rate); standard deviation of random displacements (default 0.01)", POSITIVE
     )
@@ -53,14 +55,14 @@ class Multisecant(Optimizer[MultisecantSettings]):
     settings_type = MultisecantSettings
     state: ClassVar = {**Optimizer.state, "displacements": Kind.HELD}
     minimum_replicas = 2
-    figures = (*Optimizer.figures, "spread_norm", "kept_rank", "condition")
+    figure_names = (*Optimizer.figure_names, "spread_norm", "kept_rank", "condition")
 
     @classmethod
     def traffic(cls, settings: MultisecantSettings) -> Traffic:
         return Traffic(columns=1, means=0, rows=1)
 
     def start(self) -> None:
-        self.spread = POLICIES[self.settings.spread](self.settings.spread_scale, self.draw)
+        self.spread = SPREADS[self.settings.spread](self.settings.spread_scale, self.draw)
         shape = self.exchange.replicas, *self.held.shape
         self.displacements = self.spread.start(self.xp.zeros(shape, dtype=self.held.dtype, device=device(self.held)))
 
@@ -79,7 +81,7 @@ class Multisecant(Optimizer[MultisecantSettings]):
         }
         return Step(mean, d, rate, figures)
 
-    def draw(self, step: int) -> Array:
+    def draw(self, step: int) -> Columns:
         """Return centred standard normal columns, (M, held), from the seed and the step alone."""
         columns = self.normal(step)
         return columns - self.xp.mean(columns, axis=0)

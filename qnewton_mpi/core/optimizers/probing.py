@@ -8,12 +8,13 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Held, Vector
 from qnewton_mpi.core.exchange.cost import Traffic
-from qnewton_mpi.core.optimizers.base import AUTO, Batch, LossAndGradient, Optimizer, Settings
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.settings import AUTO, Settings
+from qnewton_mpi.core.optimizers.values import Batch, LossAndGradient
 from qnewton_mpi.core.rate import GAIN_SHARE, noise_limited_rate
 from qnewton_mpi.core.ritz import RitzPairs
-from qnewton_mpi.core.secants import Matrix
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 
 FIRST_PROBES = 6
@@ -82,9 +83,9 @@ class Probing(Optimizer[S]):
         self,
         loss_and_gradient: LossAndGradient,
         batch: Batch,
-        mean: Array,
+        mean: Held,
         momentum: float = 0.0,
-        choose: Callable[[Matrix], float] = np.max,
+        choose: Callable[[Vector], float] = np.max,
     ) -> float:
         """Probe if it is due, then return min((1 − β) α_noise, c/|λ|), for a momentum β and the chosen |λ|.
 
@@ -96,6 +97,6 @@ class Probing(Optimizer[S]):
         bound = self.curvature_factor / self.curvature(choose)
         return min(noise_limited_rate(self.trend, noise / (1 - momentum), self.gain_share), bound)
 
-    def curvature(self, choose: Callable[[Matrix], float]) -> float:
+    def curvature(self, choose: Callable[[Vector], float]) -> float:
         """Return one of the |λ| of the Ritz values, as `min` or `max`; not zero, so that it can be divided by."""
         return max(float(choose(np.abs(self.ritz.values))), float(np.finfo(np.float64).tiny))

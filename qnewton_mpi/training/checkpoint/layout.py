@@ -11,7 +11,7 @@ from pathlib import Path
 from qnewton_mpi.files.images import HDF5_ERRORS
 from qnewton_mpi.files.whole import regular_descriptor
 
-SCHEMA = 2
+SCHEMA = 3
 MASTER, SUMS = "checkpoint.h5", "SHA256SUMS"
 TOGETHER = "ranks.h5"  # in place of a file a rank, where h5py has parallel HDF5
 MOST_SUMS = 2**26  # bytes, of a million ranks' sums

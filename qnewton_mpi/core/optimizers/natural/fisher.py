@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from qnewton_mpi.arrays import Array, to_device
+from qnewton_mpi.arrays import Held, Matrix, Vector, to_device
 from qnewton_mpi.core.exchange.cost import Traffic
-from qnewton_mpi.core.optimizers.base import Batch, Figures
-from qnewton_mpi.core.optimizers.natural.method import NaturalGradient, NaturalGradientSettings
-from qnewton_mpi.core.secants import Matrix, leading_eigenpairs
+from qnewton_mpi.core.optimizers.natural.method import NaturalGradient
+from qnewton_mpi.core.optimizers.natural.settings import NaturalGradientSettings
+from qnewton_mpi.core.optimizers.natural.values import Update
+from qnewton_mpi.core.optimizers.values import Batch, Figures
+from qnewton_mpi.core.secants import leading_eigenpairs
 from qnewton_mpi.core.settings import POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 
@@ -58,9 +60,10 @@ class Fisher(NaturalGradient[FisherSettings]):
         **NaturalGradient.state,
         "factor": Kind.HELD,
         "eigenvalues": Kind.SHARED,
+        "damping": Kind.SHARED,
     }
     lengths: ClassVar = {"factor": "rank", "eigenvalues": "rank"}
-    figures = (*NaturalGradient.figures, "kept_rank", "captured", "largest_eigenvalue", "smallest_eigenvalue")
+    figure_names = (*NaturalGradient.figure_names, "kept_rank", "captured", "largest_eigenvalue", "smallest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: FisherSettings) -> Traffic:
@@ -70,20 +73,20 @@ class Fisher(NaturalGradient[FisherSettings]):
         super().start()
         self.factor = self.held[None, :][:0, :]
         self.eigenvalues = np.zeros(0)  # λ, on the host, descending
+        self.damping = 1.0  # ε
 
-    @property
-    def damping(self) -> float:
-        """ε, as of the last update; 1 where F is zero, whatever that is worth."""
-        cut = len(self.eigenvalues) == self.settings.rank < self.exchange.size
-        least = float(self.eigenvalues[-1]) if cut else 0.0
-        mean = self.trace / self.exchange.size if len(self.eigenvalues) else 0.0
+    def damping_of(self, eigenvalues: Vector, trace: float) -> float:
+        """Return ε, given λ and tr F; 1 where F is zero, whatever that is worth. Local."""
+        cut = len(eigenvalues) == self.settings.rank < self.exchange.size
+        least = float(eigenvalues[-1]) if cut else 0.0
+        mean = trace / self.exchange.size if len(eigenvalues) else 0.0
         return max(least, self.settings.damping * mean) or 1.0
 
     def update_is_due(self) -> bool:
         full = len(self.eigenvalues) == self.settings.rank
         return not full or self.steps % self.settings.update_every == 0
 
-    def update(self, batch: Batch) -> Array:
+    def update(self, batch: Batch, noise: float) -> Update:
         mean, G = self.exchange.centred(batch.rows)
         weight = self.weight
         G = math.sqrt(weight) * self.scale * G
@@ -91,36 +94,37 @@ class Fisher(NaturalGradient[FisherSettings]):
         kept, n = len(self.eigenvalues), columns.shape[0] - 1
         # Their precision will do: what is below n ε λ_max is dropped.
         products = self.exchange.gram(columns[kept:, :], columns, precise=False)
+        seen = None
         if kept:
             squares = self.preconditioned_squares(np.diag(products[:, kept:]), products[:, :kept])
-            self.compare_noise(float(squares[:-1].sum()) / weight, float(squares[-1]))
+            seen = float(squares[:-1].sum()) / weight, float(squares[-1])
         S, left = np.zeros((n, n)), np.append(np.full(kept, math.sqrt(1 - weight)), np.ones(n - kept))
         # The kept rows are eigenvectors, orthogonal to rounding: their block of the Gram matrix is known.
         S[:kept, :kept] = np.diag((1 - weight) * self.eigenvalues)
         S[kept:] = left * products[:-1, :n]
         S[:kept, kept:] = S[kept:, :kept].T
-        self.trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
+        trace = (1 - weight) * self.trace + float(np.trace(S[kept:, kept:]))
         values, vectors = leading_eigenpairs(S, self.settings.rank)
         rounding = max(float(self.xp.finfo(G.dtype).eps) * values[0], self.rounding(batch))
         values = values[values > n * rounding]
-        self.eigenvalues = values
+        self.eigenvalues, self.damping = values, self.damping_of(values, trace)
         self.factor = to_device(vectors[:, : len(values)].T * left, G) @ columns[:n, :]
-        rest = max(0.0, self.trace - float(values.sum()))  # what the rank cuts off, in the bulk
-        self.known = float((values / (values + self.damping)).sum()) + rest / self.damping
-        return mean
+        rest = max(0.0, trace - float(values.sum()))  # what the rank cuts off, in the bulk
+        known = float((values / (values + self.damping)).sum()) + rest / self.damping
+        return Update(mean, trace, known, seen)
 
-    def apply_inverse(self, z: Array) -> Array:
+    def apply_inverse(self, z: Held, noise: float | None = None) -> Held:
         damping = self.damping
         projections = self.exchange.gram(self.factor, z[None, :], precise=False)[:, 0]
         coefficients = to_device(projections / (self.eigenvalues + damping), z)
         return (z - coefficients @ self.factor) / damping
 
-    def preconditioned_squares(self, squares: Matrix, projections: Matrix) -> Matrix:
+    def preconditioned_squares(self, squares: Vector, projections: Matrix) -> Vector:
         """Return xᵀ (F + ε I)⁻¹ x of vectors, from ‖x‖², (n,), and their products with L's rows, (n, rank). Local."""
         along = projections**2 @ (1 / (self.eigenvalues + self.damping))
         return (squares - along) / self.damping
 
-    def spectrum(self) -> Figures:
+    def fisher_figures(self) -> Figures:
         values = self.eigenvalues
         largest, smallest = (float(values[0]), float(values[-1])) if len(values) else (math.nan, math.nan)
         captured = float(values.sum()) / self.trace if self.trace > 0 else math.nan

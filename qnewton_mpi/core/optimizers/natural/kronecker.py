@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qnewton_mpi.arrays import Array, to_host
+from qnewton_mpi.arrays import Array, Held, Matrix, to_host
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.layers import layer_shapes
-from qnewton_mpi.core.optimizers.base import Batch, Figures
+from qnewton_mpi.core.means import Mean, at_least, unbiased
 from qnewton_mpi.core.optimizers.natural.layer import Layer
-from qnewton_mpi.core.optimizers.natural.method import BATCH, NaturalGradient, NaturalGradientSettings
+from qnewton_mpi.core.optimizers.natural.method import NaturalGradient
+from qnewton_mpi.core.optimizers.natural.settings import NaturalGradientSettings
+from qnewton_mpi.core.optimizers.natural.values import Update
+from qnewton_mpi.core.optimizers.values import Batch, Figures
 from qnewton_mpi.core.settings import NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 
+REFERENCE_BATCH = 256  # that a numerical rate is meant for
 FIRST_UPDATES, FIRST_COMBINATIONS = 10, 8
 FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
 FIRST_SHARES = 20  # steps, before which the shares of signal are not known well enough
@@ -95,8 +98,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
     """
 
     settings_type = KroneckerSettings
-    state: ClassVar = {**NaturalGradient.state, "largest": Kind.SHARED, "rounded": Kind.SHARED}
-    figures = (*NaturalGradient.figures, "largest_eigenvalue")
+    state: ClassVar = {**NaturalGradient.state, "largest": Kind.SHARED}
+    figure_names = (*NaturalGradient.figure_names, "largest_eigenvalue")
 
     @classmethod
     def traffic(cls, settings: KroneckerSettings) -> Traffic:
@@ -113,28 +116,28 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         sizes = self.settings.max_side, self.settings.leading
         self.layers = [Layer(self.held, shape, held.start, *sizes) for shape in inside]
         self.largest = 0.0  # of V
-        self.rounded = 0.0  # what V has of rounding
+        self.rounded = Mean(unbiased(self.settings.decay))  # what V has of rounding
         self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # where there is no gradient
 
     def parts(self) -> Mapping[str, Any]:
-        return {**super().parts(), **{f"layer-{layer.start}": layer for layer in self.layers}}
+        return {**super().parts(), "rounded": self.rounded, **{f"layer-{layer.start}": layer for layer in self.layers}}
 
     def fixed_rate(self, rate: float) -> float:
-        return rate * math.sqrt(self.batch / BATCH)
+        return rate * math.sqrt(self.batch / REFERENCE_BATCH)
 
     def update_is_due(self) -> bool:
         return self.steps <= FIRST_UPDATES or self.steps % self.settings.update_every == 0
 
-    def update(self, batch: Batch) -> Array:
+    def update(self, batch: Batch, noise: float) -> Update:
         mean, combined = self.exchange.combined(batch.rows, self.coefficients())
         seen = []
         for layer in self.layers:
             seen.append(layer.add(combined[:, layer.span], mean[layer.span], self.weight))
             if self.updates <= FIRST_UPDATES or self.updates % self.settings.basis_every == 0:
                 layer.renew_bases()
-        self.rounded += self.weight * (self.rounding(batch) / self.exchange.size - self.rounded)
-        least = max(self.rounded, self.tiny)
-        both = [self.scales(layer, least) for layer in self.layers]
+        self.rounded.add(self.rounding(batch) / self.exchange.size)
+        least = max(self.rounded.value, self.tiny)
+        both = [self.scales(layer, least, noise) for layer in self.layers]
         figures = [self.held[:0]]
         for layer, (newton, flattened), before in zip(self.layers, both, seen, strict=True):
             V = layer.variances
@@ -142,15 +145,13 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
             figures.append(self.xp.stack([*sums, *before, self.xp.max(V)]))
         own = to_host(self.xp.concat(figures)).astype(np.float64).reshape(-1, 6)
         everyone = self.exchange.gathered(np.concatenate([own[:, :5].sum(axis=0), own[:, 5].max(initial=0.0)[None]]))
-        self.trace, self.known, noise, *before = everyone[:, :5].sum(axis=0).tolist()
+        trace, known, flat, *before = everyone[:, :5].sum(axis=0).tolist()
         self.largest = float(everyone[:, 5].max())
-        if self.updates > 1:
-            self.compare_noise(*before)
         for layer, (newton, flattened) in zip(self.layers, both, strict=True):
-            layer.scales = flattened * (self.known / noise) if noise > 0 else newton
-        return mean
+            layer.scales = flattened * (known / flat) if flat > 0 else newton
+        return Update(mean, trace, known, (before[0], before[1]) if self.updates > 1 else None)
 
-    def coefficients(self) -> NDArray[np.float64]:
+    def coefficients(self) -> Matrix:
         """Return the rows √(b/K) c_k, (K, M), c_k random, orthonormal, and orthogonal to the ones. Local.
 
         So Σ_k x_k x_kᵀ of the combinations x_k has the expectation b/(M−1) G Gᵀ, and for K = M − 1 is it. The first has
@@ -165,35 +166,30 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         rows = np.linalg.qr(columns - columns.mean(axis=0))[0].T
         return math.sqrt(self.samples / number) * rows
 
-    def scales(self, layer: Layer, least: float) -> tuple[Array, Array]:
+    def scales(self, layer: Layer, least: float, noise: float) -> tuple[Array, Array]:
         """Return of a layer 1/(V + ε), ε a share of the mean V and at least what V has of rounding, and that flattened.
 
-        s^ν n^(−φ/4) (V + ε)^(φ/4 − 1), n = Σ V (V + ε)^(φ/4 − 1) its noise. Local.
+        Given ν, φ = ν²: s^ν n^(−φ/4) (V + ε)^(φ/4 − 1), n = Σ V (V + ε)^(φ/4 − 1) its noise. Local.
         """
-        share = self.settings.damping * FLAT_SHARE**self.flatness
+        flatness = noise**2
+        share = self.settings.damping * FLAT_SHARE**flatness
         damped = layer.variances + self.xp.clip(share * layer.sum(layer.variances) / layer.size, least, None)
-        exponent = self.settings.flattening * self.flatness
+        exponent = self.settings.flattening * flatness
         scales = damped ** (exponent - 1)
         scales = scales * self.xp.clip(layer.sum(layer.variances * scales), self.tiny, None) ** -exponent
         if self.steps >= FIRST_SHARES:
-            scales = scales * layer.signal_shares(self.settings.least_share) ** self.noise_share.value
+            scales = scales * layer.signal_shares(self.settings.least_share) ** noise
         return 1 / damped, scales
 
-    @property
-    def flatness(self) -> float:
-        """φ = ν², ν the share of noise in the recent steps."""
-        return self.noise_share.value**2
-
-    def apply_inverse(self, z: Array) -> Array:
+    def apply_inverse(self, z: Held, noise: float | None = None) -> Held:
         """Return P⁻¹ z; at an update, take z̃² and V into the means from which the next one has its shares of signal."""
-        noise = self.momentum.noise(self.steps) / self.batch
         parts = [z[:0]]
         for layer in self.layers:
             view = layer.view(z[None, layer.span])
-            if self.update_is_due():
-                layer.compare(view.squares() / noise, max(SHARE_WEIGHT, 1 / self.updates))
+            if noise is not None:
+                layer.compare(view.squares() / noise, at_least(SHARE_WEIGHT)(self.updates))
             parts.append(layer.flat(view.times(layer.scales)))
         return self.xp.concat(parts)
 
-    def spectrum(self) -> Figures:
+    def fisher_figures(self) -> Figures:
         return {"largest_eigenvalue": self.largest}

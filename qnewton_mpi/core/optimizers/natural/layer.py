@@ -39,10 +39,10 @@ class Side:
         self.factor: Array = to_device(np.zeros((length, length)), like) if short else None
         self.basis: Array = to_device(np.eye(length), like) if short else None
 
-    def add(self, rows: Array, weight: float) -> None:
-        """Take rows (n, length) into the running factor: Σ rowsᵀ rows."""
+    def add(self, vectors: Array, weight: float) -> None:
+        """Take vectors x (n, length) into the running factor: Σ x xᵀ."""
         if self.factor is not None:
-            self.factor = self.factor + weight * (self.xp.matrix_transpose(rows) @ rows - self.factor)
+            self.factor = self.factor + weight * (self.xp.matrix_transpose(vectors) @ vectors - self.factor)
 
     def renew(self, sort: bool) -> Array | None:
         """Move the basis towards the eigenvectors of the factor; return the squared overlaps (old, new).
@@ -73,7 +73,7 @@ class View:
 
     The leading directions of each side are taken with all of the other, L of U_B and R of U_A:
 
-        T = Lᵀ X U_A,    S = Ūᵀ X R,  Ū the others of U_B
+        top = Lᵀ X U_A,    below = Ūᵀ X R,  Ū the others of U_B
 
     and the corner, what is in the leading ones of neither side, as a whole. Where there is no corner, L is U_B.
     """
@@ -83,35 +83,35 @@ class View:
         xp, left, right = layer.xp, layer.left.basis, layer.right.basis
         if layer.corner:
             self.leading, self.others, self.columns = left[:, : layer.leading], left[:, layer.leading :], layer.leading
-            self.s = xp.matrix_transpose(self.others) @ (matrices @ right[:, : self.columns])
+            self.below = xp.matrix_transpose(self.others) @ (matrices @ right[:, : self.columns])
         else:
             self.leading = left
-        rows = matrices if self.leading is None else xp.matrix_transpose(self.leading) @ matrices
-        self.t = rows if right is None else rows @ right
+        turned = matrices if self.leading is None else xp.matrix_transpose(self.leading) @ matrices
+        self.top = turned if right is None else turned @ right
 
     def squares(self) -> Array:
         """Return the mean squares of the directions, summed over the matrices: a table."""
         xp, layer = self.layer.xp, self.layer
-        top = xp.reshape(xp.sum(self.t**2, axis=0), (-1,))
+        top = xp.reshape(xp.sum(self.top**2, axis=0), (-1,))
         if not layer.corner:
             return top
-        below = xp.reshape(xp.sum(self.s**2, axis=0), (-1,))
+        below = xp.reshape(xp.sum(self.below**2, axis=0), (-1,))
         return layer.with_corner(xp.concat([top, below]), xp.sum(self.whole**2))
 
     def times(self, table: Array) -> Array:
         """Return the matrices, each direction's part times its entry K of a table, (n, outputs, inputs + bias).
 
-        κ X + L ((K − κ) T) U_Aᵀ + Ū ((K − κ) S) Rᵀ,    κ the corner's entry, 0 where there is none
+        κ X + L ((K − κ) top) U_Aᵀ + Ū ((K − κ) below) Rᵀ,    κ the corner's entry, 0 where there is none
         """
         xp, right = self.layer.xp, self.layer.right.basis
         top, below, corner = self.layer.parts_of(table)
-        product = (top - corner) * self.t
+        product = (top - corner) * self.top
         if right is not None:
             product = product @ xp.matrix_transpose(right)
         if self.leading is not None:
             product = self.leading @ product
         if self.layer.corner:
-            other = (self.others @ ((below - corner) * self.s)) @ xp.matrix_transpose(right[:, : self.columns])
+            other = (self.others @ ((below - corner) * self.below)) @ xp.matrix_transpose(right[:, : self.columns])
             product += other
             product += corner * self.whole
         return product
@@ -165,13 +165,13 @@ class Layer:
         self.start, self.size = shape.start, shape.stop - shape.start
         self.span = slice(shape.start - origin, shape.stop - origin)
         self.left, self.right = (Side(n, like, max_side) for n in (self.outputs, self.inputs + self.bias))
-        rows, columns = self.left.length, self.right.length
+        height, width = self.left.length, self.right.length
         self.leading, self.corner = leading, 0
-        if 2 * leading < min(rows, columns) and max(rows, columns) <= max_side:
-            self.corner = (rows - leading) * (columns - leading)
-            self.shapes = (leading, columns), (rows - leading, leading)
+        if 2 * leading < min(height, width) and max(height, width) <= max_side:
+            self.corner = (height - leading) * (width - leading)
+            self.shapes = (leading, width), (height - leading, leading)
         else:
-            self.shapes = (rows, columns), (0, 0)
+            self.shapes = (height, width), (0, 0)
         self.entries = [math.prod(shape) for shape in self.shapes]
         ones = np.ones(sum(self.entries))
         self.dimensions = to_device(np.append(ones, self.corner) if self.corner else ones, like)
@@ -188,7 +188,7 @@ class Layer:
         return View(self.matrices(flat), self)
 
     def add(self, flat: Array, mean: Array, weight: float) -> tuple[Array, Array]:
-        """Take scaled gradients, (k, length of the span), into A, B and V: s ← s + weight (new − s).
+        """Take scaled gradients, (k, length of the span), into A, B and V, running means of a weight.
 
         Return Σ_k x_kᵀ P⁻¹ x_k of them, and ḡᵀ P⁻¹ ḡ of the mean gradient, (length of the span,), with P as it was.
         """

@@ -6,84 +6,31 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
-
-from qnewton_mpi.arrays import Array
+from qnewton_mpi.arrays import Held
 from qnewton_mpi.core.layers import layer_shapes
+from qnewton_mpi.core.means import unbiased
 from qnewton_mpi.core.noise_scale import NoiseScale
-from qnewton_mpi.core.optimizers.base import AUTO, Batch, Figures, LossAndGradient, Optimizer, Settings, Step
-from qnewton_mpi.core.optimizers.natural.rules import (
-    FIRST_TRIALS,
-    RUNNING,
-    Curvature,
-    Momentum,
-    NoiseShare,
-    RelativeChange,
-    SuccessiveGradients,
-    fixed_point,
-)
+from qnewton_mpi.core.optimizers.base import Optimizer
+from qnewton_mpi.core.optimizers.groups import shared_out
+from qnewton_mpi.core.optimizers.natural.bounds import BOUNDS, Curvature, Shortening
+from qnewton_mpi.core.optimizers.natural.measurements import Line, Measurements
+from qnewton_mpi.core.optimizers.natural.momentum import Momentum, NoiseShare
+from qnewton_mpi.core.optimizers.natural.settings import NaturalGradientSettings, bound_of
+from qnewton_mpi.core.optimizers.natural.successive import SuccessiveGradients
+from qnewton_mpi.core.optimizers.natural.values import NaturalStep, Update
+from qnewton_mpi.core.optimizers.values import Batch, Figures, LossAndGradient, Step
 from qnewton_mpi.core.rate import noise_limited_rate
-from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, setting
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import UserError
 
-BATCH = 256
 # Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
-LITTLE = 0.1  # of the steps, by a running mean, when it is told that a bound leaves no more
-CHECK_EVERY = 50  # steps between looks at whether the loss is quadratic
-QUARTERS = 10  # of a rate, at most, to where it is
-FARTHER = 100.0  # times as far is looked where the loss is linear
-ROUNDING = 4.0  # units of the loss
-
-
-@dataclass(frozen=True)
-class NaturalGradientSettings(Settings):
-    """Settings that the methods share, of which each sets some anew. 0 turns a rule off."""
-
-    lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
-    momentum: float = setting(0.9, "momentum β; 0 is off", FRACTION)
-    decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
-    update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
-    curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
-    relative_change: float = setting(
-        0.02, "η, of a layer, by a step's noise, at first 5 times that; 0: no bound", NOT_NEGATIVE
-    )
-    outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
-    gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
-
+FIGURES = ("noise_scale_preconditioned", "clip", "shrink", "noise_share", "curvature", "limit")
 
 S = TypeVar("S", bound=NaturalGradientSettings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NaturalStep(Step):
-    """A step before it is bounded.
-
-    Attributes
-    ----------
-    batch : Batch
-        Of w, before the step.
-    z : (held,)
-    dz : float
-        dᵀz.
-    change : float
-        r², the squared relative change of a layer for α = 1, mean over the layers.
-    noise : float
-        ν.
-    reach : float
-        ς + ν.
-    """
-
-    batch: Batch
-    z: Array
-    dz: float
-    change: float
-    noise: float
-    reach: float
 
 
 class NaturalGradient(Optimizer[S]):
@@ -103,7 +50,8 @@ class NaturalGradient(Optimizer[S]):
                                 η max(1, 5/√t)/√(ν mean_l (‖d_l‖/‖w_l‖)²)               what the noise may change
         w        w − α d, and the weight decay of `Settings`
 
-    Nothing of it changes where a constant is added to the loss, or the loss multiplied by one.
+    Nothing of it changes where a constant is added to the loss, or the loss multiplied by one. The bounds but the first
+    are in the table `BOUNDS`.
     """
 
     minimum_replicas = 2
@@ -112,99 +60,103 @@ class NaturalGradient(Optimizer[S]):
         "updates": Kind.SHARED,
         "trace": Kind.SHARED,
         "known": Kind.SHARED,
-        "repeats": Kind.SHARED,
-        "shortened": Kind.SHARED,
-        "largest_loss": Kind.SHARED,
     }
 
-    figures = (*Optimizer.figures, "noise_scale_preconditioned", "clip", "shrink", "noise_share", "curvature", "limit")
+    figure_names = (*Optimizer.figure_names, *FIGURES)
 
     def start(self) -> None:
-        if self.adaptive and not any(
-            (self.settings.curvature, self.settings.relative_change, self.settings.gain_share)
-        ):
-            raise UserError(
-                "the rate auto has no bound: let one of curvature, relative_change, gain_share be more than 0"
-            )
-        s, spans = self.settings, [slice(layer.start, layer.stop) for layer in layer_shapes(self.shapes)]
-        self.momentum = Momentum(s.momentum, self.held)
+        settings, bounds = self.settings, (*BOUNDS, "gain_share")
+        if self.adaptive and not any(getattr(settings, name) for name in bounds):
+            raise UserError(f"the rate auto has no bound: let one of {', '.join(bounds)} be more than 0")
+        spans = [slice(layer.start, layer.stop) for layer in layer_shapes(self.shapes)]
+        self.momentum = Momentum(settings.momentum, self.held)
         self.noise_share = NoiseShare()
         self.noise_scale_preconditioned = NoiseScale()
-        self.curvature = Curvature(bound_of(s.curvature))
+        self.bounds = {name: bound(getattr(settings, name), spans, self.held) for name, bound in BOUNDS.items()}
+        curvature = self.bounds["curvature"]
+        assert isinstance(curvature, Curvature)
+        self.curvature, self.measurements, self.shortening = curvature, Measurements(curvature), Shortening()
         self.successive = SuccessiveGradients(self.held)
-        self.change = RelativeChange(bound_of(s.relative_change), spans, self.held)
         self.updates = 0
         self.trace = 0.0  # of F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
-        self.shortened = 1.0  # what the bound of the change leaves of a step, a running mean
-        self.largest_loss = 0.0  # so far
-        self.told = False
-        self.repeats = True  # whether the losses of a batch can be had again, at other parameters
 
     def parts(self) -> Mapping[str, Any]:
         own = {
             "momentum": self.momentum,
             "noise_share": self.noise_share,
             "noise_scale_preconditioned": self.noise_scale_preconditioned,
-            "curvature": self.curvature,
+            "measurements": self.measurements,
             "successive": self.successive,
-            "change": self.change,
+            "shortening": self.shortening,
         }
-        return {**super().parts(), **own}
+        return {**super().parts(), **own, **self.bounds}
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the losses of a batch can be had again, at other parameters."""
+        return self.measurements.repeats
 
     @property
     def noise_scales(self) -> Figures:
         return {**super().noise_scales, "noise_scale_preconditioned": self.noise_scale_preconditioned.value}
 
-    def compare_noise(self, noise: float, square: float) -> None:
-        """Take tr P⁻¹C₁ and ḡᵀ P⁻¹ ḡ of a batch that P has not seen into the noise scale. Local.
-
-        Of a batch that is in P already, the noise would seem less than it is where P has it for more than it is.
-        """
-        self.noise_scale_preconditioned.add(noise, square - noise / self.batch)
-
     def propose(self, loss_and_gradient: LossAndGradient) -> NaturalStep:
-        batch = self.evaluate(loss_and_gradient)
+        t, batch, due = self.steps, self.evaluate(loss_and_gradient), self.update_is_due()
         self.trend.add(batch.losses)
-        self.largest_loss = max(self.largest_loss, float(np.abs(batch.losses).mean()))
-        if self.update_is_due():
-            self.updates += 1
-            mean = self.update(batch)
-        else:
-            mean = self.exchange.mean(batch.rows)
+        self.measurements.see(batch)
 
-        t, clip = self.steps, self.clip(batch, mean)
-        z = self.momentum.add(clip * mean if clip < 1 else mean, t)
-        d = self.apply_inverse(z)
-        (gg, dz, dd, gd, *after), change = self.products(mean, z, d)
-        for slope in after:
-            self.successive.add(slope)
-            self.curvature.logarithm = self.successive.logarithm
-        self.noise_share.add(self.known / self.batch * self.momentum.noise(t), dz)
-        figures = {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.spectrum()}
+        mean = self.learn(batch) if due else self.exchange.mean(batch.rows)  # ḡ, F
+        clip = self.clip(batch, mean)
+        g = clip * mean if clip < 1 else mean
+        z = self.momentum.add(g, t)
+        d = self.apply_inverse(z, self.momentum.noise(t) / self.batch if due else None)
+        (gg, dz, dd, gd), sizes = self.products(mean, z, d)
+        self.noise_share.take(self.known / self.batch * self.momentum.noise(t), dz)
+        noise = self.noise_share.unbiased  # ν
+        signal = min(1.0, max(0.0, gd / dz)) if dz > 0 else 1.0  # ς
         rate = self.noise_limited() if self.adaptive else self.chosen_rate()
         return NaturalStep(
             mean,
             d,
             rate,
-            figures,
-            (gg, dd, gd),
+            {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.fisher_figures()},
+            norms=(gg, dd, gd),
             batch=batch,
+            number=t,
             z=z,
             dz=dz,
-            change=change,
-            noise=(noise := self.noise_share.unbiased),
-            reach=(min(1.0, max(0.0, gd / dz)) if dz > 0 else 1.0) + noise,
+            sizes=sizes,
+            noise=noise,
+            reach=signal + noise,
+            measurable=self.repeats,
         )
 
-    def products(self, mean: Array, z: Array, d: Array) -> tuple[list[float], float]:
-        """Return ḡᵀḡ, dᵀz, dᵀd, ḡᵀd, and ḡᵀΔw of the last step where that is looked at; and r². Collective."""
+    def learn(self, batch: Batch) -> Held:
+        """Take the gradients into F; return ḡ, (held,). Collective."""
+        self.updates += 1
+        mean, self.trace, self.known, seen = self.update(batch, self.noise_share.value)
+        if seen:
+            noise, square = seen
+            self.noise_scale_preconditioned.add(noise, square - noise / self.batch)
+        return mean
+
+    def products(self, mean: Held, z: Held, d: Held) -> tuple[list[float], dict[str, float]]:
+        """Return ḡᵀḡ, dᵀz, dᵀd and ḡᵀd, and of what is bounded how much a step has, by the bounds' names. Collective.
+
+        ḡᵀΔw of the last step, where that is looked at, goes into the successive gradients.
+        """
         pairs = [(mean, mean), (d, z), (d, d), (mean, d)]
         if not self.repeats:
             pairs.append((mean, self.successive.change))
-        whole = [(x, y, [self.exchange.whole]) for x, y in pairs]
-        sums = self.exchange.dots_of_parts(*whole, *self.change.products(d, self.held))
-        return [float(of_all[0]) for of_all in sums[: len(pairs)]], self.change.squared(*sums[len(pairs) :])
+        asked = {name: bound.products(d, self.held) for name, bound in self.bounds.items()}
+        wanted = [(x, y, [self.exchange.whole]) for x, y in pairs] + [p for found in asked.values() for p in found]
+        sums = iter(self.exchange.dots_of_parts(*wanted))
+        dots = [float(next(sums)[0]) for _ in pairs]
+        if not self.repeats:
+            self.successive.add(dots.pop())
+            self.curvature.logarithm = self.successive.logarithm
+        return dots, {name: self.bounds[name].size(*(next(sums) for _ in found)) for name, found in asked.items()}
 
     def noise_limited(self) -> float:
         """Return the rate auto. The noise counts as far as the steps are noise, of which there is no less than seen."""
@@ -213,191 +165,87 @@ class NaturalGradient(Optimizer[S]):
 
     def bound(self, step: Step, loss_and_gradient: LossAndGradient) -> Step:
         assert isinstance(step, NaturalStep)
-        assert step.norms is not None
-        if self.measures and step.dz > 0:
-            first = not self.curvature.measured
-            promise = self.promise(step, self.rate_of(step))
-            if first or self.curvature.due(self.steps, self.interval(loss_and_gradient), promise):
-                step = replace(step, everywhere=self.exchange.collect(step.direction, "direction"))
-                if first:
-                    self.measure_first(step, loss_and_gradient)
-                else:
-                    self.measure(step, loss_and_gradient, self.rate_of(step), self.rate_factor)
+        step = self.measured(step, loss_and_gradient)
         limits = self.limits(step)
-        rate = min(limits)
+        rate = min(limits.values())
         if not math.isfinite(rate):
             raise UserError(
                 "the rate auto has no bound at this step: the loss has no curvature that could be measured, or "
                 "curvature=0; give a number as lr, or let gain_share be more than 0"
             )
-        if not self.repeats:
+        if not step.measurable:
             self.follow(step, self.rate_factor * rate)
-        wanted = min(limits[:2])
+        wanted = min(limit for name, limit in limits.items() if name != "relative_change")
         shrink = rate / wanted if 0 < wanted < math.inf else 1.0
-        self.note_shortening(shrink)
-        figures = {"shrink": shrink, "curvature": self.curvature.value, "limit": float(np.argmin(limits))}
+        if self.shortening.take(shrink):
+            self.tell(
+                f"the bound of the relative change leaves {self.shortening.value:.0%} of the steps: if the loss falls "
+                f"too slowly, try relative_change={2 * self.settings.relative_change:g}"
+            )
+        place = float(list(limits.values()).index(rate))
+        figures = {"shrink": shrink, "curvature": self.curvature.chi, "limit": place}
         return replace(step, rate=rate, figures={**step.figures, **figures})
+
+    def limits(self, step: NaturalStep) -> dict[str, float]:
+        """Return the largest rates by noise, or the settings, and by each bound. Local.
+
+        The figure `limit` is the place of the least of them.
+        """
+        bounds = {name: bound.limit(step, step.sizes[name]) for name, bound in self.bounds.items()}
+        return {"noise": step.rate, **bounds}
+
+    def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> NaturalStep:
+        """Measure the curvature along the step, where that is due and can be. Collective."""
+        first = not self.curvature.measured
+        if not (self.settings.curvature > 0 and step.measurable and self.rate_factor > 0 and step.dz > 0):
+            return step
+        limits = self.limits(step)
+        rate = min(limits.values())
+        promise = self.rate_factor * rate * step.dz
+        every = LOSSES_EVERY if hasattr(loss_and_gradient, "losses") else GRADIENTS_EVERY
+        if not (first or self.curvature.due(step.number, every, promise)):
+            return step
+        everywhere = self.exchange.collect(step.direction, "direction")
+        line = Line(
+            step,
+            lambda rate: self.oracle.losses(loss_and_gradient, rate, everywhere),
+            self.rate_factor,
+            float(self.xp.finfo(self.held.dtype).eps),
+        )
+        others = min(limits[name] for name in self.bounds if name != "curvature")
+        found = self.measurements
+        if not (found.first(line, others) if first else found.measure(line, rate, self.rate_factor)):
+            self.stop_measuring(step)
+        return replace(step, everywhere=everywhere, measurable=self.repeats)
+
+    def stop_measuring(self, step: NaturalStep) -> None:
+        """Go on by successive gradients: the loss is not the one of this gradient. Local."""
+        self.measurements.repeats = False
+        if self.curvature.measured:
+            self.successive.begin(self.curvature.chi, step.dz)
+        self.tell(
+            "the loss does not change along a step as its gradient says (clipped, scaled, decayed in the closure? "
+            "other samples at each call? a large constant?): its curvature is taken from successive gradients"
+        )
 
     def follow(self, step: NaturalStep, rate: float) -> None:
         """Have the next gradient tell the curvature along the step of a rate, as the groups take it. Collective."""
-        noise = self.momentum.newest(self.steps) * rate * self.known / self.batch
-        slope, predicted = self.along(step, rate)
-        d = self.shared_out(step.direction)
+        noise = self.momentum.newest(step.number) * rate * self.known / self.batch
+        slope, predicted = step.along(rate)
+        groups, held = self.groups, self.exchange.held
+        d = shared_out(step.direction, groups, held)
         if d is not step.direction and step.dz > 0:
-            sz, ssz, gd = self.exchange.dots((d, step.z), (self.shared_out(d), step.z), (step.mean, d))
+            pairs = (d, step.z), (shared_out(d, groups, held), step.z), (step.mean, d)
+            sz, ssz, gd = self.exchange.dots(*pairs)
             noise, slope, predicted = noise * sz / step.dz, -rate * gd, rate * rate * ssz
         self.successive.follow(-rate * d, slope, noise, predicted)
-
-    def limits(self, step: NaturalStep) -> tuple[float, float, float]:
-        """Return the largest rates by noise or the settings, by curvature, and by the change. Local.
-
-        The figure `limit` is the place of the least of them.
-
-        Where no curvature is measured, all of a step may change what else its noise may, the first steps no more.
-        """
-        now = self.curvature.measured == self.steps
-        along = min(self.curvature.limit(step.reach), self.curvature.newest if now else math.inf)
-        noise, t = (step.noise, self.steps) if self.repeats else (1.0, math.inf)
-        return step.rate, along, self.change.limit(step.change, noise, t)
-
-    def rate_of(self, step: NaturalStep) -> float:
-        return min(self.limits(step))
-
-    def promise(self, step: NaturalStep, rate: float) -> float:
-        """Return α dᵀz: by how much the loss is to fall, but for its curvature. Local."""
-        return self.rate_factor * rate * step.dz
-
-    def note_shortening(self, shrink: float) -> None:
-        """Take in what part of a step the bound of its change leaves; tell once where that is little at most steps."""
-        self.shortened += RUNNING * (shrink - self.shortened)
-        if self.shortened < LITTLE and not self.told:
-            self.told = True
-            self.tell(
-                f"the bound of the relative change leaves {self.shortened:.0%} of the steps: if the loss falls too "
-                f"slowly, try relative_change={2 * self.settings.relative_change:g}"
-            )
 
     def tell(self, message: str) -> None:
         """Warn on rank 0. Local."""
         if self.exchange.communicator.rank == 0:
             warnings.warn(message, stacklevel=3)
 
-    @property
-    def measures(self) -> bool:
-        """Whether the curvature along this step can be measured."""
-        return self.settings.curvature > 0 and self.repeats and self.rate_factor > 0
-
-    def interval(self, loss_and_gradient: LossAndGradient) -> int:
-        """Return the steps between measurements. Local."""
-        return LOSSES_EVERY if hasattr(loss_and_gradient, "losses") else GRADIENTS_EVERY
-
-    def measure_first(self, step: NaturalStep, loss_and_gradient: LossAndGradient) -> None:
-        """Measure χ where the first step leads, after a look at whether the losses can be had again. Collective.
-
-        They cannot where they are others at the same point, or the same wherever the step leads; nor are they of the
-        gradient where no rate allows itself. A schedule's factor plays no part.
-        """
-        again, rate = self.losses_at(loss_and_gradient, 0.0, step.everywhere), 1.0
-        self.repeats = np.allclose(again, step.batch.losses, rtol=1e-6, atol=0)
-        for _ in range(FIRST_TRIALS if self.repeats else 0):
-            once = self.losses_at(loss_and_gradient, rate, step.everywhere)
-            if not (once == again).all():
-                self.repeats = bool((once == self.losses_at(loss_and_gradient, rate, step.everywhere)).all())
-                break
-            rate *= FARTHER
-        else:
-            self.repeats = False
-        if not self.repeats:
-            return
-        tolerance = math.sqrt(float(self.xp.finfo(self.held.dtype).eps))
-        found = fixed_point(lambda rate: self.allowed(step, loss_and_gradient, rate), tolerance)
-        if found is not None:
-            self.measure(step, loss_and_gradient, found, 1.0)
-        elif not self.is_of_gradient(step, rate, self.measured(step, loss_and_gradient, rate)):
-            self.stop_measuring(step)
-
-    def allowed(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
-        """Return the rate that is allowed by what is measured at a rate; 0: the loss is not finite. Collective."""
-        logarithm = self.measured(step, loss_and_gradient, rate)
-        along = 0.0 if math.isinf(logarithm) else self.curvature.allows(logarithm, step.reach)
-        return min(FARTHER * rate if math.isnan(along) else along, self.limits(step)[2])
-
-    def measure(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float, factor: float) -> None:
-        """Take χ along the step in, at a rate or where the loss is quadratic from there down. Collective.
-
-        Of a curvature c ∝ α² a quarter of the rate has a sixteenth. Where it has more than an eighth, a rate that much
-        shorter is looked at. That is done where χ is more than twice what is known, and at every 50th step. A loss with
-        kinks is quadratic nowhere, and measured where the step leads.
-        """
-        logarithm, t = self.measured(step, loss_and_gradient, factor * rate), self.steps
-        known = self.curvature.logarithm if self.curvature.measured else -math.inf
-        if logarithm > known + math.log(2) or t % CHECK_EVERY == 0:
-            shorter, found, honest = rate, logarithm, False
-            for k in range(QUARTERS):
-                quarter = self.measured(step, loss_and_gradient, factor * shorter / 4)
-                quadratic = math.isfinite(found) and quarter < found + math.log(2)
-                if quadratic or (k == 0 and math.isnan(quarter)):
-                    rate, logarithm = shorter, found
-                    break
-                honest = honest or self.is_of_gradient(step, factor * shorter / 4, quarter)
-                if math.isnan(quarter) or k == QUARTERS - 1:  # never, down to rounding
-                    if honest:
-                        break
-                    # Where targets are met to rounding, that of larger losses is left.
-                    if logarithm > self.rounding_of(self.largest_loss, self.along(step, factor * rate)[1]):
-                        self.stop_measuring(step)
-                    return
-                shorter, found = shorter / 4, quarter
-                if not math.isfinite(logarithm):
-                    rate, logarithm = shorter, found
-        if math.isfinite(logarithm):
-            self.curvature.add(logarithm, t, self.promise(step, rate), step.reach, rate)
-
-    def is_of_gradient(self, step: NaturalStep, rate: float, logarithm: float) -> bool:
-        """Tell whether the loss changes along a step as its gradient says, to an eighth, given log χ there. Local."""
-        slope, predicted = self.along(step, rate)
-        if math.isnan(logarithm):
-            logarithm = self.rounding_of(np.abs(step.batch.losses).mean(), predicted)
-        return math.isfinite(logarithm) and math.exp(min(logarithm, 700.0)) * predicted < abs(slope) / 4
-
-    def stop_measuring(self, step: NaturalStep) -> None:
-        """Go on by successive gradients: the loss is not the one of this gradient. Local."""
-        self.repeats = False
-        if self.curvature.measured:
-            self.successive.begin(self.curvature.value, step.dz)
-        self.tell(
-            "the loss does not change along a step as its gradient says (clipped, scaled, decayed in the closure? "
-            "other samples at each call? a large constant?): its curvature is taken from successive gradients"
-        )
-
-    def along(self, step: NaturalStep, rate: float) -> tuple[float, float]:
-        """Return ḡᵀΔw and Δwᵀ P Δw of a rate. Local."""
-        assert step.norms is not None
-        return -rate * step.norms[2], rate * rate * step.dz
-
-    def measured(self, step: NaturalStep, loss_and_gradient: LossAndGradient, rate: float) -> float:
-        """Return log χ along the step of a rate, ∞ where the loss is not finite there. Collective.
-
-        Not a number where the loss's curvature is rounding.
-        """
-        slope, predicted = self.along(step, rate)
-        losses = self.losses_at(loss_and_gradient, rate, step.everywhere)
-        curvature = abs(2 * (float(losses.mean() - step.batch.losses.mean()) - slope))
-        if not math.isfinite(curvature):
-            return math.inf
-        ratio = curvature / predicted if predicted > 0 else 0.0
-        if ratio == 0:
-            return math.nan
-        logarithm, rounding = math.log(ratio), self.rounding_of(np.abs(step.batch.losses).mean(), predicted)
-        return logarithm if logarithm > rounding else math.nan
-
-    def rounding_of(self, loss: float, predicted: float) -> float:
-        """Return log χ that the rounding of a loss of this size makes where P says Δwᵀ P Δw. Local."""
-        rounding = ROUNDING * float(self.xp.finfo(self.held.dtype).eps) * loss
-        ratio = rounding / predicted if predicted > 0 else 0.0
-        return math.log(ratio) if ratio > 0 else -math.inf
-
-    def clip(self, batch: Batch, mean: Array) -> float:
+    def clip(self, batch: Batch, mean: Held) -> float:
         """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
 
         F is a mean over the past. Where nearly all samples are learnt, it is far below the gradient of a batch with one
@@ -418,7 +266,7 @@ class NaturalGradient(Optimizer[S]):
     @property
     def weight(self) -> float:
         """γ = (1 − β)/(1 − βᵗ) of the t-th update, F ← (1 − γ) F + γ new: unbiased from the first on."""
-        return (1 - self.settings.decay) / (1 - self.settings.decay**self.updates)
+        return unbiased(self.settings.decay)(self.updates)
 
     @property
     def scale(self) -> float:
@@ -427,24 +275,24 @@ class NaturalGradient(Optimizer[S]):
 
     @abstractmethod
     def update_is_due(self) -> bool:
-        """Tell whether this step updates F."""
+        """Tell whether this step updates F. Local."""
 
     @abstractmethod
-    def update(self, batch: Batch) -> Array:
-        """Compare noise with P⁻¹ as it is, take the gradients into F, set `trace` and `known`; return ḡ, (held,).
+    def update(self, batch: Batch, noise: float) -> Update:
+        """Take the gradients into F, given ν of the steps so far. Collective."""
 
-        Collective.
+    @abstractmethod
+    def apply_inverse(self, z: Held, noise: float | None = None) -> Held:
+        """Return P⁻¹ z, (held,). Collective.
+
+        Parameters
+        ----------
+        z : (held,)
+        noise : float, optional
+            At an update Σ_k a_k²/b: the noise of this momentum in units of one sample's. z is then taken in, where F is
+            compared with it.
         """
 
     @abstractmethod
-    def apply_inverse(self, z: Array) -> Array:
-        """Return (F + ε I)⁻¹ z for a held vector. Collective."""
-
-    @abstractmethod
-    def spectrum(self) -> Figures:
-        """Return the figures of F."""
-
-
-def bound_of(value: float) -> float:
-    """Return the bound that a setting means: none for 0."""
-    return value if value > 0 else math.inf
+    def fisher_figures(self) -> Figures:
+        """Return the figures of F. Local."""
