@@ -11,7 +11,7 @@ from qnewton_mpi.core.settings import build
 
 SIZE, REPLICAS = 12, 6
 # Nothing bounds a step of the natural-gradient methods.
-UNBOUNDED = dict.fromkeys((*BOUNDS, "outlier", "gain_share"), 0)
+UNBOUNDED = dict.fromkeys((*BOUNDS, "gain_share"), 0)
 
 # Every method, with the options that change its algebra.
 VARIANTS = {

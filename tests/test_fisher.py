@@ -8,14 +8,14 @@ from problems import REPLICAS, SIZE, UNBOUNDED, Quadratic, make_optimizer, traje
 def test_fisher_is_its_equation(communicator):
     """Enough rank to lose nothing: the step is that of the dense matrix F, averaged as the docstring says."""
     problem = Quadratic(SIZE, REPLICAS)
-    options = {"rank": SIZE, "decay": 0.7, "damping": 0.3, "momentum": 0.6, "update_every": 1, "lr": 0.2, **UNBOUNDED}
+    options = {"rank": SIZE, "memory": 0.25, "damping": 0.3, "momentum": 0.6, "update_every": 1, "lr": 0.2, **UNBOUNDED}
     optimizer = make_optimizer("fisher", problem, communicator, REPLICAS, **options)
     w, F, m = np.array(problem.start), np.zeros((SIZE, SIZE)), np.zeros(SIZE)
     for t in range(1, 8):
         problem.centres[:] = problem._centres[:] = np.random.default_rng(t).standard_normal((REPLICAS, SIZE))
         gradients = np.array([problem(w, i)[1] for i in range(REPLICAS)])
         G = gradients - gradients.mean(axis=0)
-        gamma = (1 - 0.7) / (1 - 0.7**t)
+        gamma = 4 / (t + 3)
         F = (1 - gamma) * F + gamma * 4 / (REPLICAS - 1) * G.T @ G
         m = 0.6 * m + 0.4 * gradients.mean(axis=0)
         z = (0.6 * m + 0.4 * gradients.mean(axis=0)) / (1 - 0.6 ** (t + 1))

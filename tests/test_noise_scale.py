@@ -89,7 +89,7 @@ def inverse_of(optimizer):
 @pytest.mark.parametrize("update_every", [1, 2])
 def test_preconditioned_is_of_batches_that_the_inverse_has_not_seen(method, options, update_every):
     """F is a mean over few updates. So P⁻¹ is small along their noise, and would be along its own batch's."""
-    options = {"decay": 0.6, "curvature": 0, "relative_change": 0, "update_every": update_every, **options}
+    options = {"memory": 0.2, "curvature": 0, "relative_change": 0, "update_every": update_every, **options}
     problem, optimizer = Slope(), optimizer_of(method, **options)
     found, exact, metrics = optimizer.noise_scale_preconditioned, NoiseScale(), []
     for problem.step in range(STEPS):

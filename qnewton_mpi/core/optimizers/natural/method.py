@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from qnewton_mpi.arrays import Held
 from qnewton_mpi.core.layers import layer_shapes
-from qnewton_mpi.core.means import unbiased
+from qnewton_mpi.core.means import growing
 from qnewton_mpi.core.noise_scale import NoiseScale
 from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.groups import shared_out
@@ -28,7 +28,7 @@ from qnewton_mpi.errors import UserError
 
 # Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
-FIGURES = ("noise_scale_preconditioned", "clip", "shrink", "noise_share", "curvature", "limit")
+FIGURES = ("noise_scale_preconditioned", "shrink", "noise_share", "curvature", "limit")
 
 S = TypeVar("S", bound=NaturalGradientSettings)
 
@@ -40,7 +40,7 @@ class NaturalGradient(Optimizer[S]):
     log-likelihood: b/(M−1) G Gᵀ with b samples a replica. How its running mean is held is up to the method.
 
         ḡ, F     the replicas' mean gradient, and F ← (1 − γ) F + γ b/(M−1) G Gᵀ every few steps
-        z        momentum of ḡ, an outlier clipped
+        z        momentum of ḡ
         d        P⁻¹ z
         ν        the share of noise in dᵀz, a running mean
         ς        the share of ḡᵀd in dᵀz, of this step, from 0 to 1
@@ -107,9 +107,7 @@ class NaturalGradient(Optimizer[S]):
         self.measurements.see(batch)
 
         mean = self.learn(batch) if due else self.exchange.mean(batch.rows)  # ḡ, F
-        clip = self.clip(batch, mean)
-        g = clip * mean if clip < 1 else mean
-        z = self.momentum.add(g, t)
+        z = self.momentum.add(mean, t)
         d = self.apply_inverse(z, self.momentum.noise(t) / self.batch if due else None)
         (gg, dz, dd, gd), sizes = self.products(mean, z, d)
         self.noise_share.take(self.known / self.batch * self.momentum.noise(t), dz)
@@ -120,7 +118,7 @@ class NaturalGradient(Optimizer[S]):
             mean,
             d,
             rate,
-            {"loss": batch.loss, "clip": clip, "noise_share": self.noise_share.value, **self.fisher_figures()},
+            {"loss": batch.loss, "noise_share": self.noise_share.value, **self.fisher_figures()},
             norms=(gg, dd, gd),
             batch=batch,
             number=t,
@@ -245,28 +243,18 @@ class NaturalGradient(Optimizer[S]):
         if self.exchange.communicator.rank == 0:
             warnings.warn(message, stacklevel=3)
 
-    def clip(self, batch: Batch, mean: Held) -> float:
-        """Return the factor of an outlier among the gradients, 1 for others: min(1, √(10 tr F/tr F̂)), F̂ of this step.
-
-        F is a mean over the past. Where nearly all samples are learnt, it is far below the gradient of a batch with one
-        that is not, and a step along that would be as much too long, and those of the momentum after it. Collective:
-        where the gradients are so small that it is 1 whatever ḡᵀḡ, nothing crosses the network.
-        """
-        most = bound_of(self.settings.outlier) * self.trace / self.batch if self.trace > 0 else math.inf
-        if batch.noise(0.0) <= most:
-            return 1.0
-        noise = batch.noise(self.exchange.dots((mean, mean))[0])
-        rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * batch.square
-        return 1.0 if noise <= rounding else min(1.0, math.sqrt(most / noise))
-
     def rounding(self, batch: Batch) -> float:
         """Return the trace that F has of equal gradients, whose differences are rounding: some ten units. Local."""
         return float(batch.squares.sum()) * (10 * self.scale * float(self.xp.finfo(self.held.dtype).eps)) ** 2
 
     @property
     def weight(self) -> float:
-        """γ = (1 − β)/(1 − βᵗ) of the t-th update, F ← (1 − γ) F + γ new: unbiased from the first on."""
-        return unbiased(self.settings.decay)(self.updates)
+        """γ = c/(t + c − 1) of the t-th update, F ← (1 − γ) F + γ new: the mean of about the last 1/c of the run.
+
+        A memory of so many steps forgets the samples that are learnt, in the end all but a few: F falls far below what
+        it is where one of those is met again, and the step there is as much too long.
+        """
+        return growing(1 / self.settings.memory)(self.updates)
 
     @property
     def scale(self) -> float:

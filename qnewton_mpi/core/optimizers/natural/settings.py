@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qnewton_mpi.core.optimizers.settings import AUTO, Settings
-from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, setting
+from qnewton_mpi.core.settings import FRACTION, NOT_NEGATIVE, POSITIVE, SHARE, setting
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,12 @@ class NaturalGradientSettings(Settings):
 
     lr: float | str = setting("auto", "learning rate", POSITIVE, AUTO)
     momentum: float = setting(0.9, "momentum β; 0 is off", FRACTION)
-    decay: float = setting(0.98, "of the running Fisher matrix, per update", FRACTION)
+    memory: float = setting(0.5, "share of the run so far that the Fisher matrix is the mean of", SHARE)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
     curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
     relative_change: float = setting(
         0.02, "η, of a layer, by a step's noise, at first 5 times that; 0: no bound", NOT_NEGATIVE
     )
-    outlier: float = setting(10.0, "times tr F is as large as a gradient's noise may be; 0: no bound", NOT_NEGATIVE)
     gain_share: float = setting(0.45, "κ of the rate auto; 0: no bound", NOT_NEGATIVE)
 
 
