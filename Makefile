@@ -28,7 +28,7 @@ export MPIEXEC
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-.PHONY: help run test test-slurm lint docs reference bench bench-peers bench-workloads bench-batches clean
+.PHONY: help run test test-quick coverage test-slurm lint docs reference bench bench-peers bench-workloads bench-batches clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,17 @@ run: $(VENV)/.installed  ## Train the default method and tuned SGD on the embedd
 	$(BIN)/qnewton-mpi plot $(RUNS)/kronecker.h5 $(RUNS)/sgd.h5 --output $(RUNS)/nll.png --overwrite
 
 test: $(VENV)/.installed-dev  ## Run the whole test suite: one process, then under mpiexec on 1, 2, 3 and 4 ranks
-	$(BIN)/python -m pytest -q --ignore=tests/slurm
+	$(BIN)/python -m pytest -q --durations=10 --ignore=tests/slurm
 	for ranks in 1 2 3 4; do echo "-- $$ranks rank(s)"; $(MPIEXEC) -n $$ranks $(BIN)/python -m pytest -q tests/mpi || exit 1; done
+
+test-quick: $(VENV)/.installed-dev  ## Run what starts no processes of its own, on one process: two minutes at most
+	$(BIN)/python -m pytest -q -m "not slow" --durations=5 --ignore=tests/slurm
+
+coverage: $(VENV)/.installed-dev  ## Tell which lines of the core, of parallel and of training the tests of this process and of two ranks run
+	COVERAGE_FILE=.coverage.1 $(BIN)/coverage run -m pytest -q --ignore=tests/slurm
+	$(MPIEXEC) -n 2 $(BIN)/coverage run -p -m pytest -q tests/mpi
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 test-slurm: $(VENV)/.installed-dev  ## Prove the batch scripts on a SLURM of two virtual nodes (root; slurm-wlm, munge)
 	$(BIN)/python -m pytest -q tests/slurm

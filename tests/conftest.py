@@ -20,6 +20,16 @@ hypothesis.settings.load_profile("suite")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What starts processes of its own; `make test-quick` leaves it out.
+STARTERS = {"mpiexec", "qnewton"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if STARTERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 LAUNCHER_PREFIXES = ("PMI", "MPI_", "OMPI_", "PMIX_", "HYDI_", "SLURM_")
 
 
