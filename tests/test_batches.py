@@ -16,6 +16,8 @@ from benchmarks.store import Store  # noqa: E402
 from benchmarks.workloads import problems  # noqa: E402
 from benchmarks.workloads.optimizers import DEFAULT  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 LINEAR = study.Workload(problems.load("linear"), 0.5)
 SGD = Key("linear", "sgd", 0.1, 256, 1, 0, 0.5, 100)
 

@@ -13,6 +13,8 @@ from qnewton_mpi.results.run import Run
 from qnewton_mpi.studies.export import labelled, text_of
 from qnewton_mpi.studies.store import read_runs
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"replicas": 2, "batch": 32, "steps": 4, "evaluate_every": 2, "progress": "off"}
 STUDY = Path(__file__).parents[1] / "tests" / "data" / "study-of-an-earlier-version.h5"  # of an earlier version
 

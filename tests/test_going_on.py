@@ -21,6 +21,8 @@ from qnewton_mpi.training.beginning import initial_for
 from qnewton_mpi.training.replicas import ReplicaLoss
 from qnewton_mpi.training.saved import read
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"model": "mlp", "hidden": "8", "replicas": 2, "batch": 16, "evaluate_every": 2, "progress": "off"}
 HELD_OUT = SHORT | {"validation": 0.1}
 SGD = {"method": "sgd", "lr": 0.1}

@@ -20,6 +20,8 @@ from qnewton_mpi.training import interruption
 from qnewton_mpi.training.checkpoint import steps_in
 from qnewton_mpi.training.interruption import Interruption, Noted
 
+pytestmark = pytest.mark.slow
+
 FAULTY = Path(__file__).parent / "faulty.py"
 STEPS = 60
 OPTIONS = ("train", "--replicas", "4", "--batch", "64", "--evaluate-every", "1000", "--progress", "lines")

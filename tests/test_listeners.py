@@ -14,6 +14,8 @@ from qnewton_mpi import train
 from qnewton_mpi.errors import MissingPackageError, UserError
 from qnewton_mpi.results.run import Run
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"method": "sgd", "replicas": 2, "batch": 32, "steps": 4, "evaluate_every": 2, "progress": "off"}
 
 

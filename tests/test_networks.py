@@ -24,6 +24,8 @@ from qnewton_mpi.results.run import Run
 from qnewton_mpi.spectrum import iterate_of, spectrum_of
 from qnewton_mpi.training import loop
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SHORT = {"replicas": 4, "batch": 32, "steps": 4, "evaluate_every": 100, "progress": "off"}
 MLP = {"model": "mlp", "hidden": "12,8"}

@@ -24,6 +24,8 @@ from qnewton_mpi.studies.plan import read_study
 from qnewton_mpi.trained import load
 from qnewton_mpi.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (12, 8, 6, 3), dtype=np.uint8)
 LABELS = np.arange(12) % 3

@@ -4,8 +4,11 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 
 from tests.test_from_adamw import changed_lines
+
+pytestmark = pytest.mark.slow
 
 ADAMW = """
 import os

@@ -12,6 +12,8 @@ from qnewton_mpi.results.run import Run
 from qnewton_mpi.results.runfile import RunFile
 from qnewton_mpi.training.progress import Progress
 
+pytestmark = pytest.mark.slow
+
 ATTRIBUTES = {
     "method": "kronecker",
     "data": "mnist",

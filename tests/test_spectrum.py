@@ -16,6 +16,8 @@ from qnewton_mpi.models.reference import torch_layers
 from qnewton_mpi.parallel.communicator import Communicator
 from qnewton_mpi.spectrum import Iterate, spectrum_of
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 100
 
 

@@ -13,6 +13,8 @@ import torch.distributed.checkpoint
 from qnewton_mpi.errors import UserError
 from qnewton_mpi.torch import QuasiNewton
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
 Y = (X[:, :1] > 0).float() * X[:, 1:2]
 OPTIONS = {"samples": 16, "replicas_per_rank": 4}

@@ -20,6 +20,8 @@ from qnewton_mpi.models.description import Description
 from qnewton_mpi.results.provenance import provenance
 from qnewton_mpi.training.saved import Saved, read
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "method": "sgd",
     "lr": 0.05,

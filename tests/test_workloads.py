@@ -18,6 +18,8 @@ from benchmarks.workloads.__main__ import main  # noqa: E402
 from benchmarks.workloads.optimizers import CONSTANT, COSINE, DEFAULT, PEERS  # noqa: E402
 from benchmarks.workloads.running import Key, Record  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_DATA = ["linear", "gaussian", "pde", "softmax", "characters", "convnet-fashion", "text"]
 
 
