@@ -30,6 +30,8 @@ def main() -> None:
         for data, activation in PANELS
         if (path := STUDIES / f"figure2-{data}-{activation}.h5").exists()
     ]
+    if not found:
+        sys.exit(f"none of the studies {STUDIES}/figure2-*.h5 is there: make them with qnewton-mpi compare")
     figure, panels = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4.5), layout="constrained", squeeze=False)
     for axes, (data, activation, path) in zip(panels[0], found, strict=True):
         for run in read_runs(path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qnewton_mpi.core.means import Mean, at_least, constant, growing, unbiased
+from qnewton_mpi.core.means import Mean, at_least, constant, lasting, unbiased
 
 VALUES = np.random.default_rng(0).standard_normal(12)
 T = np.arange(1, 13.0)
@@ -22,9 +22,10 @@ def mean(weight, value=0.0, values=VALUES):
         (unbiased(0.7), 0.7**-T),
         (unbiased(0.0), T == 12),
         (at_least(0.0), T**0),
-        (growing(1), T**0),
-        (growing(2), T),
-        (growing(4), T * (T + 1) * (T + 2)),
+        (lasting(0.0), T == 12),
+        (lasting(1), T**0),
+        (lasting(1 / 2), T),
+        (lasting(1 / 4), T * (T + 1) * (T + 2)),
     ],
 )
 def test_weights(weight, weights):

@@ -267,6 +267,28 @@ def test_a_bound_that_shortens_nearly_all_steps_is_told_once(communicator):
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("variant", ["kronecker", "fisher"])
+def test_an_outlier_that_the_fisher_matrix_does_not_see_leads_no_steps(communicator, variant):
+    """A batch with a thousand times the noise of the others counts as one with ten times, in the momentum too."""
+    random = np.random.default_rng(0)
+    problem = Quadratic(SIZE, REPLICAS)
+    optimizer = make_optimizer(variant, problem, communicator, REPLICAS, **UNBOUNDED, lr=0.1)
+    size = [1.0]
+
+    def noise(w, replica):
+        return 1.0, size[0] * random.standard_normal(SIZE)
+
+    usual = max(optimizer.step(noise)["step_norm"] for _ in range(40))
+    while optimizer.steps % 2:  # so that the next step does not update F
+        optimizer.step(noise)
+    trace, size[0] = optimizer.trace, 1e3
+    outlier = optimizer.step(noise)
+    assert trace == optimizer.trace
+    size[0] = 1.0
+    after = [optimizer.step(noise) for _ in range(5)]
+    assert max(figures["step_norm"] for figures in (outlier, *after)) < 15 * usual
+
+
 def test_rules_that_are_off_change_nothing(communicator):
     random = np.random.default_rng(0)
     g, w = random.standard_normal((2, SIZE))

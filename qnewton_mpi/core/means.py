@@ -6,8 +6,8 @@ The weights γ_t of the t-th value, t = 1, 2, …:
 `constant(γ)`        γ                    starts from what m is before any value, as if that had been seen for ever
 `unbiased(β)`        (1 − β)/(1 − βᵗ)     weights βᵏ of the value k before, normalised (Adam's correction)
 `at_least(γ)`        max(1/t, γ)          the plain mean at first, then as `constant`
-`growing(c)`         c/(t + c − 1)        weights grow as tᶜ⁻¹: about the last 1/c of all values (Shamir and Zhang 2013,
-                                          arXiv 1212.1824)
+`lasting(s)`         1/(1 + s (t − 1))    the mean of about the last s of all values: weights grow as t^(1/s − 1)
+                                          (Shamir and Zhang 2013, arXiv 1212.1824); of one alone, s = 0
 ===================  ===================  ============================================================================
 
 γ_1 is 1 but for the first: the first value is then the mean, whatever m was.
@@ -38,9 +38,9 @@ def at_least(weight: float) -> Weight:
     return lambda t: max(1 / t, weight)
 
 
-def growing(power: float) -> Weight:
-    """Return γ_t = c/(t + c − 1)."""
-    return lambda t: power / (t + power - 1)
+def lasting(share: float) -> Weight:
+    """Return γ_t = 1/(1 + s (t − 1))."""
+    return lambda t: 1 / (1 + share * (t - 1))
 
 
 class Mean:

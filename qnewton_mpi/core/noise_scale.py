@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from qnewton_mpi.core.means import Mean, growing
+from qnewton_mpi.core.means import Mean, lasting
 from qnewton_mpi.core.state import Kind
 
 POWER = 4  # of t in the sum of the weights
@@ -50,7 +50,7 @@ class NoiseScale:
     state: ClassVar[Mapping[str, Kind]] = {}
 
     def __init__(self) -> None:
-        self._noise, self._signal = Mean(growing(POWER)), Mean(growing(POWER))
+        self._noise, self._signal = Mean(lasting(1 / POWER)), Mean(lasting(1 / POWER))
 
     def parts(self) -> Mapping[str, Mean]:
         """Return both means."""

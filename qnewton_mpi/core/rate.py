@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from qnewton_mpi.arrays import Vector
-from qnewton_mpi.core.means import Mean, at_least, growing
+from qnewton_mpi.core.means import Mean, at_least, lasting
 from qnewton_mpi.core.state import Kind
 
-# κ: how much of the loss that the last stretch of the run gained may be given back as noise.
-GAIN_SHARE = 0.7
 # Of 4 (L̃₂ − L̃₄) for losses of independent noise σ it is σ/√t times this: the weights 2s/t² and 4s³/t⁴, squared, add up
 # to 4/(3t) and 16/(7t), their product to 8/(5t).
 SLOPE_ERROR = 4 * math.sqrt(4 / 3 + 16 / 7 - 2 * 8 / 5)
@@ -56,7 +54,11 @@ class LossTrend:
     state: ClassVar[Mapping[str, Kind]] = {}
 
     def __init__(self) -> None:
-        self._long, self._recent, self._variance = Mean(growing(2)), Mean(growing(4)), Mean(at_least(VARIANCE_WEIGHT))
+        self._long, self._recent, self._variance = (
+            Mean(lasting(1 / 2)),
+            Mean(lasting(1 / 4)),
+            Mean(at_least(VARIANCE_WEIGHT)),
+        )
 
     def parts(self) -> Mapping[str, Mean]:
         """Return L̃₂, L̃₄ and σ²."""
@@ -92,7 +94,7 @@ class LossTrend:
         return SLOPE_ERROR * math.sqrt(self._variance.value / max(1, self.count))
 
 
-def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE) -> float:
+def noise_limited_rate(trend: LossTrend, noise: float, share: float) -> float:
     """Return α = 4 κ (−t dL/dt)/tr(P⁻¹C), the rate whose noise is in balance with what the run gains.
 
     Steps w ← w − α P⁻¹(∇L + noise of covariance C) keep the loss above the minimum of its bowl by α tr(P⁻¹C)/4 (from
@@ -106,7 +108,7 @@ def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE
     noise : float
         tr(P⁻¹C), C the covariance of the mean gradient.
     share : float
-        κ.
+        κ: how much of the loss that the last stretch of the run gained may be given back as noise.
 
     Returns
     -------
@@ -118,7 +120,7 @@ def noise_limited_rate(trend: LossTrend, noise: float, share: float = GAIN_SHARE
     >>> import numpy as np
     >>> trend = LossTrend()
     >>> trend.add(np.array([1.0, 2.0]))  # the mean is known to 0.5, the slope to 2.59 times that
-    >>> round(noise_limited_rate(trend, noise=2.8 * 0.5), 2)
+    >>> round(noise_limited_rate(trend, noise=2.8 * 0.5, share=0.7), 2)
     2.59
     """
     gain = max(trend.slope, trend.error)

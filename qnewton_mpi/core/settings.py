@@ -27,7 +27,7 @@ MOST = 2**63 - 1  # the largest integer that files and arrays keep
 
 POSITIVE = Check(lambda v: v > 0, "must be greater than 0")
 NOT_NEGATIVE = Check(lambda v: v >= 0, "must be at least 0")
-SHARE = Check(lambda v: 0 < v <= 1, "must be greater than 0 and at most 1")
+SHARE = Check(lambda v: 0 <= v <= 1, "must be from 0 to 1")
 FRACTION = Check(lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 
 

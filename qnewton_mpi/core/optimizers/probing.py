@@ -13,7 +13,7 @@ from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.settings import AUTO, Settings
 from qnewton_mpi.core.optimizers.values import Batch, LossAndGradient
-from qnewton_mpi.core.rate import GAIN_SHARE, noise_limited_rate
+from qnewton_mpi.core.rate import noise_limited_rate
 from qnewton_mpi.core.ritz import RitzPairs
 from qnewton_mpi.core.settings import FRACTION, POSITIVE, setting
 
@@ -44,7 +44,7 @@ class Probing(Optimizer[S]):
 
     ritz: RitzPairs  # where the method probes; from random directions at first
     always_probes: ClassVar[bool] = False
-    gain_share: ClassVar[float] = GAIN_SHARE  # κ of the rate "auto"
+    gain_share: ClassVar[float] = 0.7  # κ of the rate "auto"
     curvature_factor: ClassVar[float] = 1.0  # times 1/|λ| is the largest rate "auto"
 
     @classmethod

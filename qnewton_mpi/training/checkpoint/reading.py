@@ -61,7 +61,10 @@ class Saved:
             raise UserError(f"{folder} is of an earlier version, which alone goes on from it; or begin another run")
         self.about: dict[str, Any] = json.loads(dataset(self._master, "configuration")[()])
         if self.about["schema"] != SCHEMA:
-            raise UserError(f"{folder} is of schema {self.about['schema']!r}, this version reads {SCHEMA}")
+            raise UserError(
+                f"{folder} is of schema {self.about['schema']!r}, this version reads {SCHEMA}: begin anew "
+                "with --overwrite, or from the parameters of its run with --init-from RUN.h5"
+            )
         if self.about["step"] != step:
             raise ValueError(f"is of step {self.about['step']}")
         self.lengths: list[int] = self.about["lengths"]

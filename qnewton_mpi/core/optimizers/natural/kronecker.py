@@ -12,7 +12,7 @@ import numpy as np
 from qnewton_mpi.arrays import Array, Held, Matrix, to_host
 from qnewton_mpi.core.exchange.cost import Traffic
 from qnewton_mpi.core.layers import layer_shapes
-from qnewton_mpi.core.means import Mean, at_least, growing
+from qnewton_mpi.core.means import Mean, at_least, lasting
 from qnewton_mpi.core.optimizers.natural.layer import Layer
 from qnewton_mpi.core.optimizers.natural.method import NaturalGradient
 from qnewton_mpi.core.optimizers.natural.settings import NaturalGradientSettings
@@ -116,7 +116,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         sizes = self.settings.max_side, self.settings.leading
         self.layers = [Layer(self.held, shape, held.start, *sizes) for shape in inside]
         self.largest = 0.0  # of V
-        self.rounded = Mean(growing(1 / self.settings.memory))  # what V has of rounding
+        self.rounded = Mean(lasting(self.settings.memory))  # what V has of rounding
         self.tiny = float(self.xp.finfo(self.held.dtype).smallest_normal) ** 0.5  # where there is no gradient
 
     def parts(self) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from qnewton_mpi.arrays import Held
 from qnewton_mpi.core.layers import layer_shapes
-from qnewton_mpi.core.means import growing
+from qnewton_mpi.core.means import lasting
 from qnewton_mpi.core.noise_scale import NoiseScale
 from qnewton_mpi.core.optimizers.base import Optimizer
 from qnewton_mpi.core.optimizers.groups import shared_out
@@ -28,6 +28,7 @@ from qnewton_mpi.errors import UserError
 
 # Steps between measurements of χ: they cost 3 and 4% of the gradients, a loss alone being a third of one.
 LOSSES_EVERY, GRADIENTS_EVERY = 10, 25
+OUTLIER = 100.0  # times tr F is as large as the noise of a gradient may be
 FIGURES = ("noise_scale_preconditioned", "shrink", "noise_share", "curvature", "limit")
 
 S = TypeVar("S", bound=NaturalGradientSettings)
@@ -40,11 +41,11 @@ class NaturalGradient(Optimizer[S]):
     log-likelihood: b/(M−1) G Gᵀ with b samples a replica. How its running mean is held is up to the method.
 
         ḡ, F     the replicas' mean gradient, and F ← (1 − γ) F + γ b/(M−1) G Gᵀ every few steps
-        z        momentum of ḡ
+        z        momentum of ḡ, shortened where it is an outlier
         d        P⁻¹ z
         ν        the share of noise in dᵀz, a running mean
         ς        the share of ḡᵀd in dᵀz, of this step, from 0 to 1
-        χ        2 [f_B(w − α d) − f_B(w) + α ḡᵀd]/(α² dᵀz), a running mean, measured every few steps
+        χ        2 |f_B(w − α d) − f_B(w) + α ḡᵀd|/(α² dᵀz), a running mean, measured every few steps
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
                                 C (ς + ν)/χ                                             what curvature allows
                                 η max(1, 5/√t)/√(ν mean_l (‖d_l‖/‖w_l‖)²)               what the noise may change
@@ -107,7 +108,7 @@ class NaturalGradient(Optimizer[S]):
         self.measurements.see(batch)
 
         mean = self.learn(batch) if due else self.exchange.mean(batch.rows)  # ḡ, F
-        z = self.momentum.add(mean, t)
+        z = self.momentum.add(self.clipped(batch, mean), t)
         d = self.apply_inverse(z, self.momentum.noise(t) / self.batch if due else None)
         (gg, dz, dd, gd), sizes = self.products(mean, z, d)
         self.noise_share.take(self.known / self.batch * self.momentum.noise(t), dz)
@@ -243,18 +244,32 @@ class NaturalGradient(Optimizer[S]):
         if self.exchange.communicator.rank == 0:
             warnings.warn(message, stacklevel=3)
 
+    def clipped(self, batch: Batch, mean: Held) -> Held:
+        """Return ḡ √min(1, 100 tr F/tr F̂), F̂ of this step alone: no batch is worth more than ten in the momentum.
+
+        F does not see every batch, and the momentum keeps what it is given: one with broken samples, a thousand times
+        as large, would lead hundreds of steps. Collective; where ḡ is left alone whatever ḡᵀḡ is, nothing crosses the
+        network.
+        """
+        most = OUTLIER * self.trace / self.batch if self.trace > 0 else math.inf
+        if batch.noise(0.0) <= most:
+            return mean
+        noise = batch.noise(self.exchange.dots((mean, mean))[0])
+        rounding = 100 * float(self.xp.finfo(self.held.dtype).eps) * batch.square
+        return mean if noise <= max(most, rounding) else math.sqrt(most / noise) * mean
+
     def rounding(self, batch: Batch) -> float:
         """Return the trace that F has of equal gradients, whose differences are rounding: some ten units. Local."""
         return float(batch.squares.sum()) * (10 * self.scale * float(self.xp.finfo(self.held.dtype).eps)) ** 2
 
     @property
     def weight(self) -> float:
-        """γ = c/(t + c − 1) of the t-th update, F ← (1 − γ) F + γ new: the mean of about the last 1/c of the run.
+        """γ = 1/(1 + s (t − 1)) of the t-th update, F ← (1 − γ) F + γ new: the mean of the last s of the run.
 
         A memory of so many steps forgets the samples that are learnt, in the end all but a few: F falls far below what
         it is where one of those is met again, and the step there is as much too long.
         """
-        return growing(1 / self.settings.memory)(self.updates)
+        return lasting(self.settings.memory)(self.updates)
 
     @property
     def scale(self) -> float:
