@@ -105,7 +105,7 @@ def checked(core: Optimizer[Any], found: Any) -> list[state.Change]:
     try:
         return state.checked(core, read)
     except ValueError as error:
-        raise UserError(f"the state does not fit this optimizer: {error}") from error
+        raise UserError(f"the state does not fit this optimizer (of another release?): {error}") from error
 
 
 def agree_on_steps(core: Optimizer[Any], found: Mapping[str, Any]) -> None:
