@@ -149,8 +149,8 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
         "compiled, Muon's iteration in float32. In the default "
         "the batch norm of `resnet` normalises over a replica's share, 16 images, in the peers over the batch. The "
         "default's constants were chosen on networks of these kinds, with these seeds among others: it is not tuned on "
-        "a workload, but the workloads are not new to it. The CPU milliseconds of these records of the default were measured "
-        "beside the peers, before the last change of its rules, which costs none.",
+        "a workload, but the workloads are not new to it. The CPU milliseconds of these records of the default were "
+        "measured beside the peers, before the last change of its rules, which costs none.",
         "## Training loss at the end",
         losses(results, lambda cell: cell.losses),
         notes(results),
