@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.workloads import problems
@@ -45,9 +46,9 @@ def there_is(name: str) -> bool:
     return True
 
 
-def share(batch: Batch, comm: MPI.Comm) -> Batch:
-    """Return this rank's samples of a batch, as many as any other rank's."""
-    return tuple(part.tensor_split(comm.size)[comm.rank][: len(part) // comm.size] for part in batch)
+def share(batch: Batch, comm: MPI.Comm, device: str) -> Batch:
+    """Return this rank's samples of a batch on a device, as many as any other rank's."""
+    return tuple(part.tensor_split(comm.size)[comm.rank][: len(part) // comm.size].to(device) for part in batch)
 
 
 def peer(problem: Problem, model: DistributedDataParallel, name: str, steps: int) -> Step:
@@ -62,9 +63,8 @@ def peer(problem: Problem, model: DistributedDataParallel, name: str, steps: int
     return step
 
 
-def ours(problem: Problem, replicas: int, comm: MPI.Comm) -> Step:
+def ours(problem: Problem, model: nn.Module, replicas: int, comm: MPI.Comm) -> Step:
     """Return the step of the default with so many replicas on all ranks. Collective."""
-    model = problem.model(0)
     optimizer = QuasiNewton(
         model.parameters(),
         samples=problem.samples // replicas,
@@ -75,34 +75,41 @@ def ours(problem: Problem, replicas: int, comm: MPI.Comm) -> Step:
     return lambda batch: optimizer.step(loss, *batch)
 
 
+def wait(comm: MPI.Comm) -> None:
+    """Wait until all ranks and their GPUs are through with what they had to do. Collective."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    comm.Barrier()
+
+
 def seconds(step: Step, batches: Sequence[Batch], comm: MPI.Comm) -> float:
     """Return the seconds of a step, until the last rank is through with all. Collective."""
-    comm.Barrier()
+    wait(comm)
     started = time.perf_counter()
     for batch in batches:
         step(batch)
-    comm.Barrier()
+    wait(comm)
     return (time.perf_counter() - started) / len(batches)
 
 
 def compared(
-    problem: Problem, replicas: Sequence[int], steps: int, rounds: int, comm: MPI.Comm
+    problem: Problem, replicas: Sequence[int], steps: int, rounds: int, comm: MPI.Comm, device: str = "cpu"
 ) -> Iterator[tuple[str, float, float]]:
     """Yield each contestant, its median milliseconds a step, and the median of its ratios to AdamW's. Collective."""
     total = FIRST + steps * rounds
     stepping = {
-        f"DDP, {name}": peer(problem, DistributedDataParallel(problem.model(0)), name, total)
+        f"DDP, {name}": peer(problem, DistributedDataParallel(problem.model(0).to(device)), name, total)
         for name in PEERS_HERE
         if there_is(name)
     }
-    stepping |= {f"default, M = {m}": ours(problem, m, comm) for m in replicas}
+    stepping |= {f"default, M = {m}": ours(problem, problem.model(0).to(device), m, comm) for m in replicas}
     batches = problem.batches(0)
-    first = [share(next(batches), comm) for _ in range(FIRST)]
+    first = [share(next(batches), comm, device) for _ in range(FIRST)]
     for step in stepping.values():
         seconds(step, first, comm)
     times: dict[str, list[float]] = {name: [] for name in stepping}
     for _ in range(rounds):
-        some = [share(next(batches), comm) for _ in range(steps)]
+        some = [share(next(batches), comm, device) for _ in range(steps)]
         for name, step in stepping.items():
             times[name].append(seconds(step, some, comm))
     reference = times[f"DDP, {REFERENCE}"]
@@ -124,22 +131,25 @@ def main() -> None:
     """Run the command. Collective."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ddp", description=__doc__)
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME")
-    parser.add_argument("--replicas", nargs="+", type=int, help="M, on all ranks; default: one and four a rank")
+    parser.add_argument("--replicas", nargs="+", type=int, help="M, on all ranks; default: one and four a rank, at least 2 and 8")
     parser.add_argument("--steps", type=int, default=20, help="of each in a round; after 20 the bases move")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="of PyTorch, of each rank: cuda where there is one GPU")
     parser.add_argument("--data-dir", help="folder of the data sets, as of qnewton-mpi train")
     options, comm = parser.parse_args(), MPI.COMM_WORLD
     torch.set_num_threads(1)
     join(comm)
-    replicas = options.replicas or [comm.size, 4 * comm.size]
+    replicas = options.replicas or sorted({max(2, comm.size), max(8, 4 * comm.size)})
     if any(m < 2 or m % comm.size for m in replicas):
         parser.error(f"--replicas: multiples of the {comm.size} ranks, at least 2")
     if comm.rank == 0:
-        print(f"{comm.size} ranks, one thread each; batch of the workload\n")
+        print(f"{comm.size} ranks on {options.device}, one thread each; batch of the workload\n")
         print("| workload | optimizer | ms a step | of AdamW's |\n| --- | --- | --- | --- |")
     for name in options.workloads:
         problem = problems.load(name, options.data_dir)
-        for what, milliseconds, ratio in compared(problem, replicas, options.steps, options.rounds, comm):
+        for what, milliseconds, ratio in compared(
+            problem, replicas, options.steps, options.rounds, comm, options.device
+        ):
             if comm.rank == 0:
                 print(f"| {name} | {what} | {milliseconds:.1f} | {ratio:.2f} |", flush=True)
     dist.destroy_process_group()

@@ -4,6 +4,7 @@
 #
 #   scripts/gpu_check.sh [REPORT.md]      default docs/reference/gpu-report.md
 #
+# DATA names a folder of MNIST: the adapter's steps are timed on it too; with heavyball installed, beside Muon's and SOAP's.
 # Uses PYTHON (default python3) where that has all that is needed; else makes an environment, .venv-gpu, with CuPy and the
 # libraries of the driver's CUDA: EXTRA=cuda12 (the default) or cuda13. QNEWTON_TEST_CUDA_MPI=1 where MPI is CUDA-aware.
 set -uo pipefail
@@ -48,5 +49,8 @@ for device in cpu cuda; do
 done
 echo "## Speed" >>"$report"; echo >>"$report"
 "$python" scripts/gpu_bench.py | tee -a "$report" || failed=1
+echo "## Steps of the PyTorch adapter beside PyTorch's" >>"$report"; echo >>"$report"
+"$python" -m benchmarks.ddp --device cuda --workloads ${DATA:+mlp convnet-mnist} text ${DATA:+--data-dir "$DATA"} \
+  | tee -a "$report" || failed=1
 echo "report: $report"
 exit $failed

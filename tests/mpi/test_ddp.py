@@ -32,11 +32,11 @@ def test_peers_learn_from_the_batch_of_all_ranks(joined):
     """A step of SGD leads to the same parameters as on the whole batch by one process."""
     problem = problems.load("linear")
     batch = tuple(part[: 12 * joined.size] for part in next(problem.batches(0)))
-    shares = joined.allgather(ddp.share(batch, joined))
+    shares = joined.allgather(ddp.share(batch, joined, "cpu"))
     for part, parts in zip(batch, zip(*shares, strict=True), strict=True):
         assert torch.equal(torch.cat(parts), part)
     model, alone = DistributedDataParallel(problem.model(0)), problem.model(0)
-    ddp.peer(problem, model, "sgd", 10)(ddp.share(batch, joined))
+    ddp.peer(problem, model, "sgd", 10)(ddp.share(batch, joined, "cpu"))
     problem.loss(alone, *batch).backward()
     with torch.no_grad():
         for parameter in alone.parameters():
