@@ -131,7 +131,9 @@ def main() -> None:
     """Run the command. Collective."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ddp", description=__doc__)
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="NAME")
-    parser.add_argument("--replicas", nargs="+", type=int, help="M, on all ranks; default: one and four a rank, at least 2 and 8")
+    parser.add_argument(
+        "--replicas", nargs="+", type=int, help="M, on all ranks; default: one and four a rank, at least 2 and 8"
+    )
     parser.add_argument("--steps", type=int, default=20, help="of each in a round; after 20 the bases move")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="of PyTorch, of each rank: cuda where there is one GPU")
