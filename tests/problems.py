@@ -2,6 +2,7 @@
 
 import array_api_strict
 import numpy as np
+from array_api_compat import array_namespace
 
 from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.exchange import EXCHANGES
@@ -70,6 +71,20 @@ class Quadratic:
         offset = w - self._centres[replica, :]
         gradient = self._hessian @ offset
         return float(offset @ gradient) / 2, gradient
+
+
+class Together(Quadratic):
+    """The same with all that a network offers: replicas at once, and losses alone, in arrays of where it is."""
+
+    def offsets(self, w, replicas):
+        return w - self._centres[replicas.start : replicas.stop, :]
+
+    def losses(self, w, replicas):
+        offsets = self.offsets(w, replicas)
+        return array_namespace(offsets).vecdot(offsets, offsets @ self._hessian) / 2
+
+    def at_once(self, w, replicas):
+        return self.losses(w, replicas), self.offsets(w, replicas) @ self._hessian
 
 
 def make_optimizer(variant, problem, communicator, replicas, exchange="allgather", **options):

@@ -1,11 +1,13 @@
 """All replicas of a rank in one pass: the run of one after the other, or one after the other and told."""
 
+import contextlib
 import copy
 import gc
 
 import pytest
 import torch
 
+from qnewton_mpi.adapter import together
 from qnewton_mpi.errors import NonFiniteGradientError, UserError
 from qnewton_mpi.torch import QuasiNewton
 
@@ -111,6 +113,30 @@ def test_parameters_in_two_places_or_in_none_and_steady_buffers(make):
     assert calls < others
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(w, v, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("middle", [torch.nn.Tanh, lambda: torch.nn.BatchNorm1d(8), lambda: torch.nn.Dropout(0.5)])
+@pytest.mark.filterwarnings("ignore:the replicas of a rank are evaluated one after the other")
+def test_a_look_with_other_roundings_is_not_what_counts(middle, monkeypatch):
+    """As on a GPU, where that look is without TF32, and the evaluation after it with it."""
+
+    @contextlib.contextmanager
+    def otherwise(device):
+        yield True
+
+    def one():
+        torch.manual_seed(0)
+        model = perceptron(middle())
+        losses, w, calls, _ = run(model, squares(model), 6, True)
+        return losses, w, [buffer.clone() for buffer in model.buffers()], calls
+
+    losses, w, buffers, calls = one()
+    monkeypatch.setattr(together, "in_float32", otherwise)
+    again, v, others, more = one()
+    assert more > calls
+    assert torch.equal(losses, again)
+    assert torch.equal(w, v)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, others, strict=True))
 
 
 def freeze(model):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from problems import CUPY, VARIANTS, Quadratic, make_optimizer
+from problems import CUPY, VARIANTS, Quadratic, Together, make_optimizer
 
 from qnewton_mpi import load, train
 from qnewton_mpi.arrays import to_host
@@ -42,10 +42,11 @@ def test_kernels():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_methods(communicator, variant):
+@pytest.mark.parametrize("kind", [Quadratic, Together])
+def test_methods(communicator, kind, variant):
     points = []
     for xp in (np, CUPY):
-        problem = Quadratic(12, 6, xp=xp)
+        problem = kind(12, 6, xp=xp)
         optimizer = make_optimizer(variant, problem, communicator, 6)
         for _ in range(5):
             optimizer.step(problem)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from problems import LIBRARIES, REPLICAS, SIZE, VARIANTS, Quadratic, make_optimizer, trajectory
+from problems import LIBRARIES, REPLICAS, SIZE, VARIANTS, Quadratic, Together, make_optimizer, trajectory
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
@@ -45,10 +45,11 @@ def test_figures_are_those_announced(communicator, variant):
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_core_needs_no_more_than_the_array_api(communicator, variant, dtype, library):
+@pytest.mark.parametrize("kind", [Quadratic, Together])
+def test_core_needs_no_more_than_the_array_api(communicator, kind, variant, dtype, library):
     points = []
     for xp, device in ((np, None), LIBRARIES[library]):
-        problem = Quadratic(SIZE, REPLICAS, dtype=getattr(xp, dtype), xp=xp, device=device)
+        problem = kind(SIZE, REPLICAS, dtype=getattr(xp, dtype), xp=xp, device=device)
         optimizer = make_optimizer(variant, problem, communicator, REPLICAS)
         assert type(optimizer.parameters) is type(problem.start)
         points.append(trajectory(optimizer, problem, 5))

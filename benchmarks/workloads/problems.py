@@ -410,7 +410,9 @@ def library(*modules: str) -> bytes:
         Where Python has come without them.
     """
     folder = Path(sysconfig.get_path("stdlib"))
-    return b"".join(read_whole(folder / f"{name}.py") for name in modules)
+    packages = {name: folder / name / "__init__.py" for name in modules}  # zipfile is one from Python 3.12 on
+    places = (found if found.exists() else folder / f"{name}.py" for name, found in packages.items())
+    return b"".join(read_whole(place) for place in places)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+import qnewton_mpi
 from benchmarks import store
 from benchmarks.workloads import optimizers
 from benchmarks.workloads.optimizers import COSINE, PEERS, WARM_UP, Trainer
@@ -166,6 +167,7 @@ def thinned(losses: list[float]) -> list[float]:
 
 def versions(optimizer: str) -> dict[str, str]:
     """Return the versions of what a run depends on."""
-    package = PEERS[optimizer].package if optimizer in PEERS else "qnewton_mpi"
+    package = PEERS[optimizer].package if optimizer in PEERS else None
     names = ["torch", "numpy", *([package] if package else [])]
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    own = {} if optimizer in PEERS else {"qnewton_mpi": qnewton_mpi.__version__}
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names} | own

@@ -47,11 +47,11 @@ class AtOnce:
         self._steady = True
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Iterator[Called]:
         """Note the modules that are called, whether their buffers change, and what autocast rounds to."""
         called = Called()
         with called.noted():
-            yield
+            yield called
         self._modules.update(called.modules)
         self._epsilon = max(self._epsilon, called.epsilon)
         self._steady = called.steady

@@ -116,6 +116,29 @@ class Surroundings:
             torch.cuda.set_rng_state(states[1], self._device)
 
 
+@contextlib.contextmanager
+def in_float32(device: torch.device) -> Iterator[bool]:
+    """Have a GPU compute in float32 what PyTorch lets it round to TF32; tell whether it would have.
+
+    TF32 is the default for convolutions. How far its roundings lead apart depends on how gradients cancel.
+    """
+    places: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    try:
+        before = [place.allow_tf32 for place in places] if device.type == "cuda" else [False]
+    except RuntimeError:  # set apart for kinds of layers, which this name cannot tell
+        before = [False]
+    if not any(before):
+        yield False
+        return
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield True
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
+
+
 class Called:
     """The modules that are called, what their buffers were before, and what autocast rounds to there. Local.
 

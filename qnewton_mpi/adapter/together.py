@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 
@@ -14,7 +13,7 @@ from qnewton_mpi.adapter.at_once import AtOnce, NotAtOnceError
 from qnewton_mpi.adapter.binding import Binding
 from qnewton_mpi.adapter.one_by_one import OneByOne
 from qnewton_mpi.adapter.present import Present
-from qnewton_mpi.adapter.surroundings import without_traces
+from qnewton_mpi.adapter.surroundings import in_float32, without_traces
 from qnewton_mpi.adapter.tensors import to_tensor
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.errors import UserError, printable
@@ -66,13 +65,9 @@ class Together:
             if found is not None:
                 self._one_by_one.check(present)
                 return found, core.gradients
-        to_be_seen = here and self.way == TO_BE_SEEN
-        losses = np.empty(len(replicas))
-        with self._at_once.watching() if to_be_seen else contextlib.nullcontext():
-            for k, replica in enumerate(replicas):
-                point = points[k, :] if points.ndim > 1 else points
-                losses[k], _ = self._one_by_one.loss_and_gradient(present, point, replica)
-        return self._seen(present, losses) if to_be_seen else losses, core.gradients
+        if here and self.way == TO_BE_SEEN:
+            return self._to_be_seen(present, points, replicas), core.gradients
+        return self._one_after_the_other(present, points, replicas), core.gradients
 
     def losses(self, present: Present) -> NDArray[np.float64] | None:
         """Return the losses (R,) at the parameters as they are; nothing where they are to be one by one, or fail."""
@@ -97,6 +92,26 @@ class Together:
                 + (self.reason or "another rank cannot do otherwise"),
                 stacklevel=2,
             )
+
+    def _one_after_the_other(self, present: Present, points: Array, replicas: range) -> NDArray[np.float64]:
+        """Return the losses, with the gradients in the core's rows."""
+        losses = np.empty(len(replicas))
+        for k, replica in enumerate(replicas):
+            point = points[k, :] if points.ndim > 1 else points
+            losses[k], _ = self._one_by_one.loss_and_gradient(present, point, replica)
+        return losses
+
+    def _to_be_seen(self, present: Present, points: Array, replicas: range) -> NDArray[np.float64]:
+        """Do the same, and see whether all at once would do; what counts is rounded as the program has it."""
+        with in_float32(self._binding.flat.device) as otherwise:
+            with self._at_once.watching() as called:
+                losses = self._one_after_the_other(present, points, replicas)
+            losses = self._seen(present, losses)
+        if not otherwise or present.failure is not None:
+            return losses
+        called.put_back()
+        found = self._evaluated(present) if self.way == AT_ONCE else None
+        return self._one_after_the_other(present, points, replicas) if found is None else found
 
     def _evaluated(self, present: Present) -> NDArray[np.float64] | None:
         """Return the losses, with the gradients in the core's rows; nothing where that cannot be done."""

@@ -139,7 +139,7 @@ class Oracle:
         # Wherever a trial leads, and however the program says that it cannot compute a loss there.
         with self._evaluating("trial"), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
             if losses_of:
-                losses = np.asarray(losses_of(point, local), np.float64)
+                losses = to_host(losses_of(point, local)).astype(np.float64)
             else:
                 losses = np.array([loss_and_gradient(point, replica)[0] for replica in local])
         everyone = self._shared(losses)[:, 0]

@@ -173,10 +173,10 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         """
         flatness = noise**2
         share = self.settings.damping * FLAT_SHARE**flatness
-        damped = layer.variances + self.xp.clip(share * layer.sum(layer.variances) / layer.size, least, None)
+        damped = layer.variances + self.xp.maximum(share * layer.sum(layer.variances) / layer.size, least)
         exponent = self.settings.flattening * flatness
         scales = damped ** (exponent - 1)
-        scales = scales * self.xp.clip(layer.sum(layer.variances * scales), self.tiny, None) ** -exponent
+        scales = scales * self.xp.maximum(layer.sum(layer.variances * scales), self.tiny) ** -exponent
         if self.steps >= FIRST_SHARES:
             scales = scales * layer.signal_shares(self.settings.least_share) ** noise
         return 1 / damped, scales

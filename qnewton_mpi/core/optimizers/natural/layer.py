@@ -64,7 +64,8 @@ class Side:
         image = image + RIDGE * xp.sum(sizes) / self.length * old
         if sort:
             image = xp.take(image, xp.argsort(sizes, descending=True), axis=1)
-        self.basis = xp.linalg.qr(image)[0]
+        # Row by row, as a checkpoint has it and CuPy's does not: products of matrices round by how they lie in memory.
+        self.basis = xp.reshape(xp.reshape(xp.linalg.qr(image)[0], (-1,)), image.shape)
         return (xp.matrix_transpose(old) @ self.basis) ** 2
 
 
@@ -237,7 +238,7 @@ class Layer:
     def with_corner(self, entries: Array, total: Array) -> Array:
         """Return a table of the entries and that of the corner, with which all directions' sum is the total."""
         known = self.xp.sum(self.dimensions[:-1] * entries)
-        return self.xp.concat([entries, self.xp.clip(total - known, 0, None)[None] / self.corner])
+        return self.xp.concat([entries, self.xp.maximum(total - known, 0.0)[None] / self.corner])
 
     def sum(self, table: Array) -> Array:
         """Return the sum over all directions of what a table has the means of."""
@@ -251,8 +252,8 @@ class Layer:
         """Return s = 1 − Σ N/Σ S, at least `least`, of each direction, the sums over those of about as large a V."""
         xp, V = self.xp, self.variances
         tiny = float(xp.finfo(V.dtype).smallest_normal)
-        logarithms = xp.log2(xp.clip(V, tiny, None))
-        groups = xp.clip(xp.floor((xp.max(logarithms) - logarithms) / 2), 0, GROUPS - 1)
+        logarithms = xp.log2(xp.maximum(V, tiny))
+        groups = xp.minimum(xp.floor((xp.max(logarithms) - logarithms) / 2), GROUPS - 1.0)
         numbers = xp.arange(GROUPS, dtype=groups.dtype, device=device(groups))[:, None]
         compared = self.dimensions * self.compared
         pieces = [slice(start, min(start + PIECE, V.shape[0])) for start in range(0, V.shape[0], PIECE)]
@@ -261,7 +262,7 @@ class Layer:
             return xp.astype(groups[None, piece] == numbers, groups.dtype)
 
         sums = sum(compared[:, piece] @ xp.matrix_transpose(members(piece)) for piece in pieces)
-        shares = xp.clip(1 - sums[1, :] / xp.clip(sums[0, :], tiny, None), least, None)
+        shares = xp.maximum(1 - sums[1, :] / xp.maximum(sums[0, :], tiny), least)
         return xp.concat([shares @ members(piece) for piece in pieces])
 
     def flat(self, matrices: Array) -> Array:
