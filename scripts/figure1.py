@@ -5,7 +5,7 @@ Usage: python scripts/figure1.py [FILE.png]      default: docs/explanation/figur
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 
 import matplotlib as mpl
@@ -62,8 +62,11 @@ def trajectory(method: str, surface: Callable[[Vector], tuple[float, Vector]], s
     return np.array(points)
 
 
-def main(target: str = "docs/explanation/figure1.png") -> None:
+def main() -> None:
     """Draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="?", default="docs/explanation/figure1.png", metavar="FILE.png")
+    target = parser.parse_args().target
     figure, panels = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for (above, below), (title, (surface, start)) in zip(panels.T, SURFACES.items(), strict=True):
         x, y = np.meshgrid(np.linspace(-1.1, 1.1, 121), np.linspace(-2, 2 if surface is saddle else 9.5, 121))
@@ -85,4 +88,4 @@ def main(target: str = "docs/explanation/figure1.png") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

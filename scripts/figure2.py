@@ -5,6 +5,7 @@ Usage: python scripts/figure2.py [FILE.png]      default: docs/explanation/figur
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qnewton_mpi.results.words import rate_text
 from qnewton_mpi.studies.store import read_runs
 
 STUDIES = Path(__file__).parent.parent / "studies"
+PICTURE = STUDIES.parent / "docs/explanation/figure2.png"
 PANELS = [(data, activation) for data in ("mnist", "cifar10") for activation in ("relu", "tanh")]
 COLOURS = {"sgd": "black", "multisecant": "C1", "kronecker": "C0"}
 LINES = {2: ":", 4: "--", 8: "-"}
@@ -25,6 +27,11 @@ LINES = {2: ":", 4: "--", 8: "-"}
 
 def main() -> None:
     """Draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "target", nargs="?", default=STUDIES.parent / "docs/explanation/figure2.png", metavar="FILE.png"
+    )
+    target = parser.parse_args().target
     found = [
         (data, activation, path)
         for data, activation in PANELS
@@ -48,7 +55,7 @@ def main() -> None:
         label_decades(axes)
         axes.grid(True, which="both", alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(sys.argv[1] if len(sys.argv) > 1 else STUDIES.parent / "docs" / "figure2.png", dpi=120)
+    figure.savefig(target, dpi=120)
 
 
 if __name__ == "__main__":

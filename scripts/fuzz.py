@@ -20,6 +20,7 @@ otherwise.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import os
 import random
@@ -352,7 +353,12 @@ def read_page(path: Path) -> tuple[int, dict[tuple[str, str], dict[str, int]], l
 
 def main() -> int:
     """Do as many trials as are asked for and not in the document yet."""
-    count, path, seed = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int)
+    parser.add_argument("path", type=Path, metavar="FILE.md")
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    arguments = parser.parse_args()
+    count, path, seed = arguments.count, arguments.path, arguments.seed
     print(f"seed {seed}")
     done, counts, wrong = read_page(path)
     references: dict[str, Outcome] = {}

@@ -8,8 +8,8 @@ from qnewton_mpi.parallel.environment import prepare
 
 prepare()
 
+import argparse  # noqa: E402
 import dataclasses  # noqa: E402
-import sys  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -41,7 +41,9 @@ def losses(dataset: datasets.Dataset) -> list[float]:
 
 def main() -> None:
     """Print the table."""
-    dataset = datasets.load(sys.argv[1] if len(sys.argv) > 1 else "fashion-mnist", None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", default="fashion-mnist")
+    dataset = datasets.load(parser.parse_args().data, None)
     print(f"{'steps after the change':<24}", *(f"{block * BLOCK:>6}" for block in range(AFTER // BLOCK + 1)))
     print(f"{'begun anew':<24}", *(f"{value:6.3f}" for value in losses(dataset)), flush=True)
     rate.THROWN_BACK = 1.0  # a share cannot be larger

@@ -7,6 +7,7 @@ Writes qnewton_mpi/data/fashion-mnist-sample.h5. Fashion-MNIST is under the MIT 
 and in qnewton_mpi/data/LICENSE.fashion-mnist.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -37,6 +38,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER")
+    main(parser.parse_args().folder)

@@ -10,6 +10,8 @@ from qnewton_mpi.parallel.environment import prepare
 
 prepare()
 
+import argparse  # noqa: E402
+
 import numpy as np  # noqa: E402
 
 from qnewton_mpi.data import datasets  # noqa: E402
@@ -27,6 +29,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     dataset = datasets.load(datasets.EMBEDDED, None)
     network = Convnet(dataset.input_shape, "tanh")
     loss = ReplicaLoss(network, dataset.train, BatchOrder(len(dataset.train), BATCH, REPLICAS, seed=0))

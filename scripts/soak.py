@@ -18,6 +18,7 @@ otherwise. What FILE.md has already is not repeated.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import re
@@ -281,7 +282,12 @@ def mutate(number: int, folder: Path, references: dict[int, dict[str, np.ndarray
 
 def main() -> int:
     """Do as many trials as are asked for and not in the table yet."""
-    what, count, table = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["jobs", "mutations"])
+    parser.add_argument("count", type=int)
+    parser.add_argument("table", type=Path, metavar="FILE.md")
+    arguments = parser.parse_args()
+    what, count, table = arguments.what, arguments.count, arguments.table
     trial: Callable[..., tuple[list[object], bool]]
     header: tuple[str, ...]
     if what == "jobs":
@@ -310,6 +316,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "victim":
+    if sys.argv[1:2] == ["victim"]:
         victim(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], Path(sys.argv[6]))
     sys.exit(main())
