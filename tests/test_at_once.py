@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,9 +117,10 @@ def test_parameters_in_two_places_or_in_none_and_steady_buffers(make):
     torch.testing.assert_close(w, v, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("middle", [torch.nn.Tanh, lambda: torch.nn.BatchNorm1d(8), lambda: torch.nn.Dropout(0.5)])
 @pytest.mark.filterwarnings("ignore:the replicas of a rank are evaluated one after the other")
-def test_a_look_with_other_roundings_is_not_what_counts(middle, monkeypatch):
+def test_a_look_with_other_roundings_is_not_what_counts(middle, given, monkeypatch):
     """As on a GPU, where that look is without TF32, and the evaluation after it with it."""
 
     @contextlib.contextmanager
@@ -127,7 +130,7 @@ def test_a_look_with_other_roundings_is_not_what_counts(middle, monkeypatch):
     def one():
         torch.manual_seed(0)
         model = perceptron(middle())
-        losses, w, calls, _ = run(model, squares(model), 6, True)
+        losses, w, calls, _ = run(model, squares(model), 6, True, module=model if given else None)
         return losses, w, [buffer.clone() for buffer in model.buffers()], calls
 
     losses, w, buffers, calls = one()
@@ -137,6 +140,35 @@ def test_a_look_with_other_roundings_is_not_what_counts(middle, monkeypatch):
     assert torch.equal(losses, again)
     assert torch.equal(w, v)
     assert all(torch.equal(a, b) for a, b in zip(buffers, others, strict=True))
+
+
+LOOK = """
+import torch
+from qnewton_mpi.adapter.surroundings import in_float32
+
+def state():
+    found = [torch.get_float32_matmul_precision()]
+    if hasattr(torch.backends.cudnn, "conv"):
+        return found + [torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
+    return found + [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+
+{program}
+before = state()
+with in_float32(torch.device("cuda")) as otherwise:
+    inside = state()
+assert otherwise
+assert inside[0] == "highest" and inside[1] in ("ieee", False), inside
+assert state() == before, (before, state())
+with in_float32(torch.device("cpu")) as otherwise:
+    assert not otherwise and state() == before
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["", *(f"torch.set_float32_matmul_precision({p!r})" for p in ("high", "medium"))])
+def test_what_a_gpu_rounds_to_is_the_programs_again_after_the_look(program):
+    done = subprocess.run([sys.executable, "-c", LOOK.format(program=program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def freeze(model):

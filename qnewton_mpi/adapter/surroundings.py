@@ -68,7 +68,7 @@ class Surroundings:
         """Leave no trace of the evaluations in the context, as if the step were still to begin."""
         with self._kept():
             yield
-        self.begin()
+        self._first.clear()
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
@@ -118,25 +118,39 @@ class Surroundings:
 
 @contextlib.contextmanager
 def in_float32(device: torch.device) -> Iterator[bool]:
-    """Have a GPU compute in float32 what PyTorch lets it round to TF32; tell whether it would have.
+    """Have a GPU compute in float32 what PyTorch rounds to less there; tell whether it would have.
 
-    TF32 is the default for convolutions. How far its roundings lead apart depends on how gradients cancel.
+    TF32 is the default of convolutions. How far its roundings lead apart depends on how gradients cancel.
     """
-    places: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    with contextlib.ExitStack() as after:
+        otherwise = False
+        for read, write, exact in _roundings() if device.type == "cuda" else ():
+            before = read()
+            if before != exact:
+                write(exact)
+                after.callback(write, before)
+                otherwise = True
+        yield otherwise
+
+
+def _roundings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
+    """Yield how to read and to write what layers on a GPU round to, and the value that is float32."""
+
+    def attribute(owner: Any, name: str, exact: Any) -> tuple[Callable[[], Any], Callable[[Any], None], Any]:
+        return functools.partial(getattr, owner, name), functools.partial(setattr, owner, name), exact
+
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # from PyTorch 2.9 on, where to mix both ways is an error
+        yield attribute(cudnn.conv, "fp32_precision", "ieee")
+        yield attribute(cudnn.rnn, "fp32_precision", "ieee")
+    else:
+        yield attribute(cudnn, "allow_tf32", False)
     try:
-        before = [place.allow_tf32 for place in places] if device.type == "cuda" else [False]
-    except RuntimeError:  # set apart for kinds of layers, which this name cannot tell
-        before = [False]
-    if not any(before):
-        yield False
-        return
-    try:
-        for place in places:
-            place.allow_tf32 = False
-        yield True
-    finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
+        torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the newer way
+        yield attribute(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    else:
+        yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
 
 
 class Called:

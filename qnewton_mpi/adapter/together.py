@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -103,13 +104,18 @@ class Together:
 
     def _to_be_seen(self, present: Present, points: Array, replicas: range) -> NDArray[np.float64]:
         """Do the same, and see whether all at once would do; what counts is rounded as the program has it."""
-        with in_float32(self._binding.flat.device) as otherwise:
+        surroundings = self._binding.surroundings
+        with (
+            in_float32(self._binding.flat.device) as otherwise,
+            surroundings.on_trial() if otherwise else contextlib.nullcontext(),
+        ):
             with self._at_once.watching() as called:
                 losses = self._one_after_the_other(present, points, replicas)
             losses = self._seen(present, losses)
         if not otherwise or present.failure is not None:
             return losses
-        called.put_back()
+        called.put_back()  # where no module was given
+        present.slope = None
         found = self._evaluated(present) if self.way == AT_ONCE else None
         return self._one_after_the_other(present, points, replicas) if found is None else found
 
