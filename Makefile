@@ -73,7 +73,7 @@ bench: $(VENV)/.installed-dev  ## Time steps against one Allreduce, the convnet'
 bench-peers: $(VENV)/.installed-peers  ## Time steps of the default beside DistributedDataParallel's: AdamW, Muon, SOAP
 	$(MPIEXEC) -n 2 $(BIN)/python -m benchmarks.ddp $(if $(DATA),--data-dir $(DATA))
 
-bench-workloads: $(VENV)/.installed-peers  ## The default beside tuned peers on 12 workloads (hours); JOBS, DATA (folder)
+bench-workloads: $(VENV)/.installed-peers  ## The default beside tuned peers on all workloads (hours); JOBS, DATA (folder)
 	$(BIN)/python -m benchmarks.workloads suite --jobs $(JOBS) $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python -m benchmarks.workloads table --output docs/explanation/workloads.md
 

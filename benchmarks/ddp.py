@@ -77,7 +77,7 @@ def ours(problem: Problem, model: nn.Module, replicas: int, comm: MPI.Comm) -> S
 
 def wait(comm: MPI.Comm) -> None:
     """Wait until all ranks and their GPUs are through with what they had to do. Collective."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     comm.Barrier()
 
@@ -145,7 +145,7 @@ def main() -> None:
     if any(m < 2 or m % comm.size for m in replicas):
         parser.error(f"--replicas: multiples of the {comm.size} ranks, at least 2")
     if comm.rank == 0:
-        print(f"{comm.size} ranks on {options.device}, one thread each; batch of the workload\n")
+        print(f"{comm.size} rank(s) on {options.device}, one thread each; batch of the workload\n")
         print("| workload | optimizer | ms a step | of AdamW's |\n| --- | --- | --- | --- |")
     for name in options.workloads:
         problem = problems.load(name, options.data_dir)

@@ -73,4 +73,7 @@ if __name__ == "__main__":
     spoils = {"random": random, "shuffled": shuffled}
     kinds = {"fisher": Fisher, "kronecker": Kronecker}
     methods = {f"{name}-{how}": spoiled(kind, spoil) for name, kind in kinds.items() for how, spoil in spoils.items()}
+    if "--help" in sys.argv[1:]:
+        print(__doc__)
+        sys.exit()
     sys.exit(run(sys.argv[1:], {**methods, "fisher-uncentred": Uncentred, "deflated-batches": DifferentBatches}))

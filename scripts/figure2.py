@@ -28,9 +28,7 @@ LINES = {2: ":", 4: "--", 8: "-"}
 def main() -> None:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "target", nargs="?", default=STUDIES.parent / "docs/explanation/figure2.png", metavar="FILE.png"
-    )
+    parser.add_argument("target", nargs="?", default=PICTURE, metavar="FILE.png")
     target = parser.parse_args().target
     found = [
         (data, activation, path)

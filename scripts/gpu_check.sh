@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: the tests marked gpu, on 1 and 2 ranks, a training run on each device, and
-# the benchmark. Writes a report.
+# the benchmark, also of the PyTorch adapter beside DistributedDataParallel. Writes a report.
 #
 #   scripts/gpu_check.sh [REPORT.md]      default docs/reference/gpu-report.md
 #
@@ -47,10 +47,18 @@ for device in cpu cuda; do
   section "Training, $device" mpiexec -n 2 "$python" -m qnewton_mpi train --steps 200 --device "$device" --progress lines \
     --output "runs/gpu-check-$device.h5" --overwrite
 done
-echo "## Speed" >>"$report"; echo >>"$report"
-"$python" scripts/gpu_bench.py | tee -a "$report" || failed=1
-echo "## Steps of the PyTorch adapter beside PyTorch's" >>"$report"; echo >>"$report"
-"$python" -m benchmarks.ddp --device cuda --workloads ${DATA:+mlp convnet-mnist} text ${DATA:+--data-dir "$DATA"} \
-  | tee -a "$report" || failed=1
+tables() {  # title, command …: what it prints is Markdown; the end of what it says of an error stands below
+  local title=$1 errors; shift; errors=$(mktemp)
+  { echo "## $title"; echo; echo "    $*"; echo; } >>"$report"
+  if ! "$@" 2>"$errors" | tee -a "$report"; then
+    failed=1
+    { echo; echo '```'; tail -5 "$errors"; echo "(failed)"; echo '```'; } >>"$report"
+  fi
+  echo >>"$report"
+  rm "$errors"
+}
+tables "Speed" "$python" scripts/gpu_bench.py
+tables "Steps of the PyTorch adapter beside PyTorch's" \
+  "$python" -m benchmarks.ddp --device cuda --workloads ${DATA:+mlp convnet-mnist} text ${DATA:+--data-dir "$DATA"}
 echo "report: $report"
 exit $failed

@@ -10,6 +10,7 @@ prepare()
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import math  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -46,7 +47,7 @@ def main() -> None:
     dataset = datasets.load(parser.parse_args().data, None)
     print(f"{'steps after the change':<24}", *(f"{block * BLOCK:>6}" for block in range(AFTER // BLOCK + 1)))
     print(f"{'begun anew':<24}", *(f"{value:6.3f}" for value in losses(dataset)), flush=True)
-    rate.THROWN_BACK = 1.0  # a share cannot be larger
+    rate.RISEN = math.inf
     print(f"{'not':<24}", *(f"{value:6.3f}" for value in losses(dataset)))
 
 

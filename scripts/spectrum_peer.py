@@ -3,11 +3,16 @@
 Usage: python scripts/spectrum_peer.py RUN.h5 SAMPLES     (pip install curvlinops-for-pytorch scipy; one thread)
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
 from qnewton_mpi.parallel.environment import prepare
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("run", metavar="RUN.h5")
+parser.add_argument("samples", type=int)
+arguments = parser.parse_args()  # before what may be missing is imported
 
 prepare()
 
@@ -49,4 +54,4 @@ def main(path, samples):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(arguments.run, arguments.samples)

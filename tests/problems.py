@@ -73,6 +73,13 @@ class Quadratic:
         return float(offset @ gradient) / 2, gradient
 
 
+class Listing(Quadratic):
+    """The same with losses alone, as a list."""
+
+    def losses(self, w, replicas):
+        return [self(w, replica)[0] for replica in replicas]
+
+
 class Together(Quadratic):
     """The same with all that a network offers: replicas at once, and losses alone, in arrays of where it is."""
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qnewton_mpi.models.convnet import DENSE_WIDTHS, Convnet
 from qnewton_mpi.models.layered import BLOCK
-from qnewton_mpi.models.layers import ACTIVATIONS, Activation, ConvPool, ConvPoolShape
+from qnewton_mpi.models.layers import ACTIVATIONS, ConvPool, ConvPoolShape
 from qnewton_mpi.training.evaluation import judged
 
 SHAPES = [*DENSE_WIDTHS, (2, 19, 24)]
@@ -115,7 +115,7 @@ def test_large_logits_stay_finite():
 def test_pooled_convolution_is_its_definition(channels, rows, columns, filters, kernel, count, odd):
     height, width = 2 * rows + kernel - 1 + odd[0], 2 * columns + kernel - 1 + odd[1]
     shape = ConvPoolShape((channels, height, width), filters, kernel)
-    layer = ConvPool(np, shape, Activation(np, "relu"), 1, count, np.float64)
+    layer = ConvPool(np, shape, ACTIVATIONS["relu"](np), 1, count, np.float64)
     random = np.random.default_rng(0)
     x = random.standard_normal((channels, height, width, count))
     weight, bias = random.standard_normal(shape.weight_shape), random.standard_normal(filters)

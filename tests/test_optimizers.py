@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from problems import LIBRARIES, REPLICAS, SIZE, VARIANTS, Quadratic, Together, make_optimizer, trajectory
+from problems import LIBRARIES, REPLICAS, SIZE, VARIANTS, Listing, Quadratic, Together, make_optimizer, trajectory
 
 from qnewton_mpi.core.exchange import EXCHANGES
 from qnewton_mpi.core.optimizers import OPTIMIZERS, BlockBFGS
@@ -45,7 +45,7 @@ def test_figures_are_those_announced(communicator, variant):
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", [Quadratic, Together])
+@pytest.mark.parametrize("kind", [Quadratic, Listing, Together])
 def test_core_needs_no_more_than_the_array_api(communicator, kind, variant, dtype, library):
     points = []
     for xp, device in ((np, None), LIBRARIES[library]):

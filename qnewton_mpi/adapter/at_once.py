@@ -48,7 +48,7 @@ class AtOnce:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Called]:
-        """Note the modules that are called, whether their buffers change, and what autocast rounds to."""
+        """Note the modules that are called, whether their buffers change, and what autocast rounds to; yields them."""
         called = Called()
         with called.noted():
             yield called

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qnewton_mpi.arrays import Array
 from qnewton_mpi.core.state import Kind
 from qnewton_mpi.errors import MissingPackageError
-from qnewton_mpi.models.layers import Activation, ConvPool, ConvPoolShape, Dense, DenseShape
+from qnewton_mpi.models.layers import ACTIVATIONS, ConvPool, ConvPoolShape, Dense, DenseShape
 from qnewton_mpi.models.network import Seeds
 from qnewton_mpi.origin import pip_install
 
@@ -68,7 +68,7 @@ class Layered:
         gain: float = 1.0,
     ) -> None:
         self.shapes, self.input_shape, self.xp, self.dtype, self.classes = shapes, input_shape, xp, dtype, classes
-        self.activation, self._smoothing, self._gain = Activation(xp, activation), smoothing, gain
+        self.activation, self._smoothing, self._gain = ACTIVATIONS[activation](xp), smoothing, gain
         self.parameter_shapes = [shape for s in self.shapes for shape in (s.weight_shape, s.output_shape[:1])]
         self.bounds = list(itertools.accumulate((prod(shape) for shape in self.parameter_shapes), initial=0))
         self.size = self.bounds[-1]

@@ -10,37 +10,71 @@ wherever both have it. Arrays returned are the layer's own buffers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
+from typing import ClassVar
 
 from qnewton_mpi.arrays import Array
 
-ACTIVATIONS = ("tanh", "relu")
 
+class Activation(ABC):
+    """Elementwise φ and its derivative, expressed through φ's value. One more is a subclass, and a line of ACTIVATIONS.
 
-class Activation:
-    """Elementwise φ and its derivative, expressed through φ's value."""
+    Attributes
+    ----------
+    name : str
+        In that table.
+    module : str
+        What it is among the modules of torch.nn.
+    gain : float
+        Of the variance of the weights before it, at the start of a perceptron.
+    """
 
-    def __init__(self, xp: ModuleType, name: str) -> None:
-        self.xp, self.name = xp, name
-        self.tanh = name == "tanh"
+    name: ClassVar[str]
+    module: ClassVar[str]
+    gain: ClassVar[float] = 1.0
 
+    def __init__(self, xp: ModuleType) -> None:
+        self.xp = xp
+
+    @abstractmethod
     def apply(self, z: Array) -> None:
         """Replace z by φ(z)."""
-        if self.tanh:
-            self.xp.tanh(z, out=z)
-        else:
-            self.xp.maximum(z, 0, out=z)
 
+    @abstractmethod
     def pull_back(self, a: Array, da: Array, work: Array) -> None:
         """Replace da = ∂L/∂φ by ∂L/∂z, where a = φ(z); `work` is a scratch array of a's shape."""
-        if self.tanh:
-            self.xp.multiply(a, a, out=work)
-            self.xp.subtract(1, work, out=work)
-            self.xp.multiply(da, work, out=da)
-        else:
-            self.xp.multiply(da, a > 0, out=da)
+
+
+class Tanh(Activation):
+    """φ(z) = tanh z, φ′ = 1 − φ²."""
+
+    name, module = "tanh", "Tanh"
+
+    def apply(self, z: Array) -> None:
+        self.xp.tanh(z, out=z)
+
+    def pull_back(self, a: Array, da: Array, work: Array) -> None:
+        self.xp.multiply(a, a, out=work)
+        self.xp.subtract(1, work, out=work)
+        self.xp.multiply(da, work, out=da)
+
+
+class Relu(Activation):
+    """φ(z) = max(z, 0), φ′ = 1 where φ > 0, else 0."""
+
+    name, module, gain = "relu", "ReLU", 2.0
+
+    def apply(self, z: Array) -> None:
+        self.xp.maximum(z, 0, out=z)
+
+    def pull_back(self, a: Array, da: Array, work: Array) -> None:
+        self.xp.multiply(da, a > 0, out=da)
+
+
+ACTIVATIONS: dict[str, type[Activation]] = {kind.name: kind for kind in (Tanh, Relu)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qnewton_mpi.models.layered import Layered
-from qnewton_mpi.models.layers import DenseShape
+from qnewton_mpi.models.layers import ACTIVATIONS, DenseShape
 
 
 class Mlp(Layered):
@@ -49,7 +49,7 @@ class Mlp(Layered):
         widths = [prod(input_shape), *hidden]
         full = [DenseShape(m, n) for m, n in itertools.pairwise(widths)]
         last = DenseShape(widths[-1], classes, activated=False)
-        gain = 2.0 if activation == "relu" else 1.0
+        gain = ACTIVATIONS[activation].gain
         super().__init__([*full, last], input_shape, activation, xp, dtype, classes, smoothing, gain)
 
     @property

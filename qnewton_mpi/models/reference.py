@@ -35,7 +35,7 @@ class Normalisation(torch.nn.Module):
 
 def torch_layers(network: Layered, parameters: Array) -> torch.nn.Sequential:
     """Return a PyTorch module of a network's layers, dtype and parameters; their order and their names are ours."""
-    activation = torch.nn.Tanh if network.activation.tanh else torch.nn.ReLU
+    activation = getattr(torch.nn, network.activation.module)
     layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
     for name, shape in zip(network.layer_names, network.shapes, strict=True):
         if isinstance(shape, ConvPoolShape):

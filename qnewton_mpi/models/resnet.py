@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qnewton_mpi.models.layers import ACTIVATIONS
 from qnewton_mpi.models.module import ModuleNetwork
 
 GROUPS = 8  # of channels, each normalised for itself
@@ -61,7 +62,7 @@ class ResNet(torch.nn.Sequential):
     def __init__(
         self, input_shape: tuple[int, int, int], classes: int, blocks: Sequence[int], width: int, activation: str
     ) -> None:
-        kind = torch.nn.Tanh if activation == "tanh" else torch.nn.ReLU
+        kind = getattr(torch.nn, ACTIVATIONS[activation].module)
         layers: OrderedDict[str, torch.nn.Module] = OrderedDict()
         layers["conv"] = torch.nn.Conv2d(input_shape[0], width, 3, padding=1)
         layers["norm"], layers["activation"] = torch.nn.GroupNorm(gcd(GROUPS, width), width), kind()

@@ -139,7 +139,7 @@ class Oracle:
         # Wherever a trial leads, and however the program says that it cannot compute a loss there.
         with self._evaluating("trial"), np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
             if losses_of:
-                losses = to_host(losses_of(point, local)).astype(np.float64)
+                losses = on_host(losses_of(point, local)).astype(np.float64)
             else:
                 losses = np.array([loss_and_gradient(point, replica)[0] for replica in local])
         everyone = self._shared(losses)[:, 0]
@@ -158,7 +158,7 @@ class Oracle:
 
     def _shared(self, *own: Array, piggyback: Piggyback | None = None) -> Matrix:
         """Return numbers (R,) of this rank's replicas for all, (M, numbers), and compare the ranks' notes."""
-        numbers = np.stack([to_host(each) for each in own], axis=1, dtype=np.float64)
+        numbers = np.stack([on_host(each) for each in own], axis=1, dtype=np.float64)
         words = self._note if piggyback is None else np.concatenate([self._note, piggyback.send()])
         everyone, words = self.exchange.share(numbers, words, self._step)
         if piggyback is not None:
@@ -166,6 +166,11 @@ class Oracle:
         compare(words[:, : len(self._note)])
         self.exchange.communicator.halfway(True)
         return everyone
+
+
+def on_host(numbers: Array) -> Vector:
+    """Return what a program gives as its losses, an array anywhere or a list of numbers, as NumPy's. Local."""
+    return to_host(numbers) if hasattr(numbers, "__dlpack__") else np.asarray(numbers)
 
 
 def compare(notes: NDArray[np.int64]) -> None:
