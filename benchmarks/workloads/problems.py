@@ -1,4 +1,7 @@
-"""The workloads: a model, its batches, its loss, how it is judged. None of them knows who trains it."""
+"""The workloads: a model, its batches, its loss, how it is judged. None of them knows who trains it.
+
+All in one module, of more than 300 lines: each is a few, and one that is added is read beside the others.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,10 @@ from benchmarks.workloads.problems import REPLICAS, Problem
 from benchmarks.workloads.running import Key, Record
 
 Records = Mapping[Key, Record]
+OF_RESNET = (
+    "In the default the batch norm of `resnet` normalises over a replica's share, 16 images, in the peers over the "
+    "batch. "
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def summarize(problem: Problem, column: Column, records: Records) -> Summary | N
 
 def page(results: Results, seeds: int, picture: str | None) -> str:
     """Return the whole page."""
+    names = [problem.name for problem in results.problems]
     parts = [
         "# Workloads",
         "The default method (`QuasiNewton`, nothing set but the samples of a replica) beside peers that were tuned, on "
@@ -146,10 +151,10 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
         "out. ± is the standard deviation over the seeds; bold is the lowest of a row, as far as it is done: – "
         "is a peer that has not been run.",
         "The CIFAR-10 images of these records went through JPEG. SOAP, Muon and PSGD are heavyball's, not "
-        "compiled, Muon's iteration in float32. In the default "
-        "the batch norm of `resnet` normalises over a replica's share, 16 images, in the peers over the batch. The "
-        "default's constants were chosen on networks of these kinds, with these seeds among others: it is not tuned on "
-        "a workload, but the workloads are not new to it. The CPU milliseconds of these records of the default were "
+        "compiled, Muon's iteration in float32. "
+        + (OF_RESNET if "resnet" in names else "")
+        + "The default's constants were chosen on networks of these kinds, with these seeds among others: it is not "
+        "tuned on a workload, but the workloads are not new to it. The CPU milliseconds of these records of the default were "
         "measured beside the peers, before the last change of its rules, which costs none.",
         "## Training loss at the end",
         losses(results, lambda cell: cell.losses),
