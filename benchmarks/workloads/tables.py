@@ -154,8 +154,8 @@ def page(results: Results, seeds: int, picture: str | None) -> str:
         "compiled, Muon's iteration in float32. "
         + (OF_RESNET if "resnet" in names else "")
         + "The default's constants were chosen on networks of these kinds, with these seeds among others: it is not "
-        "tuned on a workload, but the workloads are not new to it. The CPU milliseconds of these records of the default were "
-        "measured beside the peers, before the last change of its rules, which costs none.",
+        "tuned on a workload, but the workloads are not new to it. The CPU milliseconds of these records of the "
+        "default were measured beside the peers, before the last change of its rules, which costs none.",
         "## Training loss at the end",
         losses(results, lambda cell: cell.losses),
         notes(results),
