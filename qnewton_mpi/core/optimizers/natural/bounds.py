@@ -76,9 +76,10 @@ class Curvature(Bound):
 
     It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, twice the fall
     of the one that was measured last: it is longer, or the gradient has grown, as after one too long. A step that is
-    measured goes no further than this measurement allows by itself. log χ is a running mean. Along negative curvature, which P has not, |h| is as good
-    a measure of how far the quadratic model goes (Dauphin et al. 2014, arXiv 1406.2572); where h crosses zero, log |h|
-    says nothing. So a measurement counts as no less than a hundredth of χ. Off: ∞.
+    measured goes no further than this measurement allows by itself. log χ is a running mean. Along negative curvature,
+    which P has not, |h| is as good a measure of how far the quadratic model goes (Dauphin et al. 2014, arXiv
+    1406.2572); where h crosses zero, log |h| says nothing. So a measurement counts as no less than a hundredth of χ.
+    Off: ∞.
     """
 
     state: ClassVar = dict.fromkeys(("measured", "promise", "newest"), Kind.SHARED)
