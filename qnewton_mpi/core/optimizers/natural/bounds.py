@@ -1,6 +1,7 @@
 """How long a step may be: a class for each bound of the rate, which the table BOUNDS names by its setting.
 
-One more is a class here, its setting among `NaturalGradientSettings`, and a line of the table.
+One more is a class here, its setting among `NaturalGradientSettings`, and a line of the table, the last: the figure
+`limit` counts the lines. docs/explanation/architecture.md has the pages that name the bounds.
 """
 
 from __future__ import annotations
@@ -65,19 +66,20 @@ class Bound(ABC):
 class Curvature(Bound):
     """χ, the curvature of the loss along a step as a multiple of what P says, and the rate that it allows.
 
-        c = 2 [f_B(w + Δw) − f_B(w) − g_BᵀΔw],    χ = |c|/(Δwᵀ P Δw),    α ≤ C (ς + ν)/χ
+        h = 2 [f_B(w + Δw) − f_B(w) − g_BᵀΔw],    χ = |h|/(Δwᵀ P Δw),    α ≤ (ς + ν)/χ
 
-    on the batch that made the step: one loss more, no gradient. Where that step is the gradient's, ς = 1, 1/χ leads to
-    the minimum along it (LeCun, Simard and Pearlmutter 1993). Of a step with momentum that is ς/χ, ς = ḡᵀd/dᵀz: none
-    where it leads uphill, as in the restarts of O'Donoghue and Candès (2015, arXiv 1204.3982). So far goes a step of
-    signal. A step of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged out, or bounded
-    elsewhere.
+    times the setting, on the batch that made the step: one loss more, no gradient. Where that step is the gradient's,
+    ς = 1, 1/χ leads to the minimum along it (LeCun, Simard and Pearlmutter 1993). Of a step with momentum that is ς/χ,
+    ς = ḡᵀd/dᵀz: none where it leads uphill, as in the restarts of O'Donoghue and Candès (2015, arXiv 1204.3982). So far
+    goes a step of signal. A step of noise, ν = 1, need not lower the loss of its batch: the noise of many is averaged
+    out, or bounded elsewhere.
 
     It is measured in each of the first ten steps, then every few, and where a step promises, by α dᵀz, twice the fall
-    of the one that was measured last: it is longer, or the gradient has grown, as after one too long. log χ is a
-    running mean. Along negative curvature, which P has not, |c| is as good a measure of how far the quadratic model
-    goes (Dauphin et al. 2014, arXiv 1406.2572); where c crosses zero, log |c| says nothing. So a measurement counts as
-    no less than a hundredth of χ. Off: C = ∞.
+    of the one that was measured last: it is longer, or the gradient has grown, as after one too long. A step that is
+    measured goes no further than this measurement allows by itself. log χ is a running mean. Along negative curvature,
+    which P has not, |h| is as good a measure of how far the quadratic model goes (Dauphin et al. 2014, arXiv
+    1406.2572); where h crosses zero, log |h| says nothing. So a measurement counts as no less than a hundredth of χ.
+    Off: ∞.
     """
 
     state: ClassVar = dict.fromkeys(("measured", "promise", "newest"), Kind.SHARED)

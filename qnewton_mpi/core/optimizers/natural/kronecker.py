@@ -45,8 +45,8 @@ class KroneckerSettings(NaturalGradientSettings):
 class Kronecker(NaturalGradient[KroneckerSettings]):
     """The natural gradient with F layer by layer, each diagonal in a Kronecker eigenbasis.
 
-    A layer's share of a combination of the replicas' gradients is a matrix X_k = √(b/K) Σ_i c_ki g_i, (outputs,
-    inputs + 1) with the bias last, c_k random, orthonormal, and Σ_i c_ki = 0. M − 1 of them are all their differences;
+    A layer's share of a combination of the replicas' gradients is a matrix X_k = √(b/K) Σ_i ξ_ki g_i, (outputs,
+    inputs + 1) with the bias last, ξ_k random, orthonormal, and Σ_i ξ_ki = 0. M − 1 of them are all their differences;
     there are 8 at most in the first ten updates, then 3, and the squares have the same mean.
 
         A = Σ_k X_kᵀ X_k,  U_A ← qr((A + ρ I) U_A)     running means, and their eigenvectors by
@@ -54,14 +54,15 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         V = Σ_k (U_Bᵀ X_k U_A)²                        elementwise: F's diagonal in this basis
         P⁻¹ Z = U_B [(U_Bᵀ Z U_A)/(V + 0.3 mean V)] U_Aᵀ
 
-    Where both sides are longer than 128, the 64 leading directions of each are taken with all of the other side's, and
-    the others' V with each other is one number, its mean. A side longer than 2,048 keeps the coordinates as its basis.
+    A side longer than 2,048 keeps the coordinates as its basis. Where both are longer than 128, and neither is so long,
+    the 64 leading directions of each are taken with all of the other side's, and the others' V with each other is one
+    number, its mean.
 
     That is for steps of signal alone. With ν the share of noise in a step's dᵀz and φ = ν², the last line is
 
-        P⁻¹ Z = c U_B [s^ν (U_Bᵀ Z U_A) n^(−φ/4) (V + ε)^(φ/4 − 1)] U_Aᵀ,    ε = 0.3 · 10^(−φ) mean V
+        P⁻¹ Z = τ U_B [s^ν (U_Bᵀ Z U_A) n^(−φ/4) (V + ε)^(φ/4 − 1)] U_Aᵀ,    ε = 0.3 · 10^(−φ) mean V
 
-    where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and c leaves the noise of all layers, tr(P⁻¹F), as it is with
+    where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and τ leaves the noise of all layers, tr(P⁻¹F), as it is with
     1/(V + ε). Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
     full whitening, the other extreme, the exponent would be −½. From the 20th step on s, 1 before, is the share of
     signal of a group of directions, those of a layer with V within the same factor of 4:
@@ -152,7 +153,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         return Update(mean, trace, known, (before[0], before[1]) if self.updates > 1 else None)
 
     def coefficients(self) -> Matrix:
-        """Return the rows √(b/K) c_k, (K, M), c_k random, orthonormal, and orthogonal to the ones. Local.
+        """Return the rows √(b/K) ξ_k, (K, M), ξ_k random, orthonormal, and orthogonal to the ones. Local.
 
         So Σ_k x_k x_kᵀ of the combinations x_k has the expectation b/(M−1) G Gᵀ, and for K = M − 1 is it. The first has
         entries of one size, as many of either sign: then it is exact too where one replica alone differs.

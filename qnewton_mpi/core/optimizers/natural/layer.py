@@ -100,9 +100,9 @@ class View:
         return layer.with_corner(xp.concat([top, below]), xp.sum(self.whole**2))
 
     def times(self, table: Array) -> Array:
-        """Return the matrices, each direction's part times its entry K of a table, (n, outputs, inputs + bias).
+        """Return the matrices, each direction's part times its entry E of a table, (n, outputs, inputs + bias).
 
-        κ X + L ((K − κ) top) U_Aᵀ + Ū ((K − κ) below) Rᵀ,    κ the corner's entry, 0 where there is none
+        e X + L ((E − e) top) U_Aᵀ + Ū ((E − e) below) Rᵀ,    e the corner's entry, 0 where there is none
         """
         xp, right = self.layer.xp, self.layer.right.basis
         top, below, corner = self.layer.parts_of(table)
@@ -135,7 +135,7 @@ class Layer:
     max_side : int
     leading : int
         Directions of a side that are taken with all of the other's, where both are more than twice as long, so that it
-        takes fewer operations.
+        takes fewer operations, and neither is longer than `max_side`: of coordinates none lead.
 
     Attributes
     ----------

@@ -155,7 +155,7 @@ class Measurements:
 def quadratic(line: Line, rate: float, factor: float, logarithm: float) -> tuple[float, float, bool]:
     """Return the largest of a rate and its quarters from which down the loss is quadratic, and log χ there. Collective.
 
-    Of a curvature c ∝ α² a quarter of the rate has a sixteenth. Where it has more than an eighth, a rate that much
+    Of a curvature h ∝ α² a quarter of the rate has a sixteenth. Where it has more than an eighth, a rate that much
     shorter is looked at. A loss with kinks is quadratic nowhere, and measured where the step leads, or where it is
     finite. The third is whether the loss was anywhere found to change as its gradient says.
     """

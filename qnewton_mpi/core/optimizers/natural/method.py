@@ -35,7 +35,7 @@ S = TypeVar("S", bound=NaturalGradientSettings)
 
 
 class NaturalGradient(Optimizer[S]):
-    """w ← w − α P⁻¹ z, P from the Fisher matrix F of the replicas and z Nesterov's momentum of the mean gradient.
+    """w ← w − α P⁻¹ z, P the replicas' Fisher matrix F, damped, and z Nesterov's momentum of the mean gradient.
 
     All replicas stand at the same w, so G = [g_i − ḡ] is sampling noise, and its covariance is the Fisher matrix of the
     log-likelihood: b/(M−1) G Gᵀ with b samples a replica. How its running mean is held is up to the method.
@@ -43,11 +43,11 @@ class NaturalGradient(Optimizer[S]):
         ḡ, F     the replicas' mean gradient, and F ← (1 − γ) F + γ b/(M−1) G Gᵀ every few steps
         z        momentum of ḡ, shortened where it is an outlier
         d        P⁻¹ z
-        ν        the share of noise in dᵀz, a running mean
+        ν        the share of noise in dᵀz, a running mean (`NoiseShare` says which bound takes it how)
         ς        the share of ḡᵀd in dᵀz, of this step, from 0 to 1
         χ        2 |f_B(w − α d) − f_B(w) + α ḡᵀd|/(α² dᵀz), a running mean, measured every few steps
         α        the least of   4 κ max(−t dL/dt, its standard error)/(ν tr P⁻¹C)       what noise allows
-                                C (ς + ν)/χ                                             what curvature allows
+                                (ς + ν)/χ, times the setting `curvature`                what curvature allows
                                 η max(1, 5/√t)/√(ν mean_l (‖d_l‖/‖w_l‖)²)               what the noise may change
         w        w − α d, and the weight decay of `Settings`
 

@@ -62,8 +62,11 @@ class NoiseShare(Mean):
     Attributes
     ----------
     value : float
+        With that start: φ of `kronecker`, and the figure `noise_share`.
+    least : float
+        The same, but no less than can be told from zero: the bound by noise.
     unbiased : float
-        The mean of what has been seen.
+        The mean of what has been seen: the bounds by curvature and by the relative change.
     """
 
     def __init__(self) -> None:

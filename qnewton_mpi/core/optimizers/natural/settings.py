@@ -17,7 +17,7 @@ class NaturalGradientSettings(Settings):
     momentum: float = setting(0.9, "momentum β; 0 is off", FRACTION)
     memory: float = setting(0.5, "share of the run that the Fisher matrix is the mean of; 0: one step alone", SHARE)
     update_every: int = setting(4, "steps between updates of F, but for the first ones", POSITIVE)
-    curvature: float = setting(1.0, "C, of the largest rate C (ς + ν)/χ; 0: no bound", NOT_NEGATIVE)
+    curvature: float = setting(1.0, "times (ς + ν)/χ is the largest rate; 0: no bound", NOT_NEGATIVE)
     relative_change: float = setting(
         0.02, "η, of a layer, by a step's noise, at first 5 times that; 0: no bound", NOT_NEGATIVE
     )
