@@ -14,7 +14,7 @@ repeats itself), and
   another digest of the data.
 
 FILE.md gets a table of counts, and the trials that went otherwise, each with its number: trial k depends on SEED + k
-alone (one program of more than 300 lines: it stands alone, with all that it damages). It is written as the trials go; a second start goes on after the last one. The exit code is 1 where one went
+alone. It is written as the trials go; a second start goes on after the last one. The exit code is 1 where one went
 otherwise.
 """
 
