@@ -44,7 +44,7 @@ def test_train_writes_its_file_and_a_table(qnewton, tmp_path, ranks):
     assert finished.stdout.count("written to") == 1
     run = Run(path)
     assert run.attributes["status"] == "finished"
-    assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("kronecker", ranks, 0.3)
+    assert (run.attributes["method"], run.attributes["ranks"], run.attributes["damping"]) == ("kronecker", ranks, 0.07)
     assert "MPI" in run.attributes["version_mpi"].upper()
     assert run.attributes["command_line"].startswith("qnewton-mpi train --replicas 4 --epochs 2 --output /")
     np.testing.assert_array_equal(run.epochs["epoch"], [0, 1, 2])

@@ -51,7 +51,7 @@ def test_kronecker_is_its_equation(communicator, damping):
                     ((old[1].T @ Q_B[k]) ** 2).T @ (s + np.zeros((2, 3))) @ (old[0].T @ Q_A[k]) ** 2
                     for s in (V[k], S[k], N[k])
                 )
-                P = V[k] + damping * 0.1**flatness * V[k].mean()
+                P = V[k] + damping * V[k].mean()
                 noise = (V[k] * P ** (flatness / 4 - 1)).sum()
                 signal = np.ones((2, 3))
                 for depth in range(20) if t >= 20 else []:

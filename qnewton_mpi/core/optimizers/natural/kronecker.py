@@ -23,7 +23,6 @@ from qnewton_mpi.core.state import Kind
 
 REFERENCE_BATCH = 256  # that a numerical rate is meant for
 FIRST_UPDATES, FIRST_COMBINATIONS = 10, 8
-FLAT_SHARE = 0.1  # of that where a step is all noise: flattened, V needs less damping
 FIRST_SHARES = 20  # steps, before which the shares of signal are not known well enough
 SHARE_WEIGHT = 0.04  # of an update in the means that they are known from
 COMBINATIONS = 5  # in the seed of their random numbers: no others have it
@@ -33,7 +32,7 @@ COMBINATIONS = 5  # in the seed of their random numbers: no others have it
 class KroneckerSettings(NaturalGradientSettings):
     """Settings of `kronecker`."""
 
-    damping: float = setting(0.3, "ε, of a layer's mean V, where a step is signal; a tenth where it is noise", POSITIVE)
+    damping: float = setting(0.07, "ε, of a layer's mean V", POSITIVE)
     flattening: float = setting(0.25, "of V's exponent, where a step is noise; 0 is off", NOT_NEGATIVE)
     least_share: float = setting(0.2, "of signal that a group of directions is taken to have; 1 is off", POSITIVE)
     basis_every: int = setting(5, "updates between steps of the eigenbases, but for the first ones", POSITIVE)
@@ -52,7 +51,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         A = Σ_k X_kᵀ X_k,  U_A ← qr((A + ρ I) U_A)     running means, and their eigenvectors by
         B = Σ_k X_k X_kᵀ,  U_B ← qr((B + ρ I) U_B)     orthogonal iteration
         V = Σ_k (U_Bᵀ X_k U_A)²                        elementwise: F's diagonal in this basis
-        P⁻¹ Z = U_B [(U_Bᵀ Z U_A)/(V + 0.3 mean V)] U_Aᵀ
+        P⁻¹ Z = U_B [(U_Bᵀ Z U_A)/(V + ε)] U_Aᵀ,    ε = 0.07 mean V
 
     A side longer than 2,048 keeps the coordinates as its basis. Where both are longer than 128, and neither is so long,
     the 64 leading directions of each are taken with all of the other side's, and the others' V with each other is one
@@ -60,7 +59,7 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
 
     That is for steps of signal alone. With ν the share of noise in a step's dᵀz and φ = ν², the last line is
 
-        P⁻¹ Z = τ U_B [s^ν (U_Bᵀ Z U_A) n^(−φ/4) (V + ε)^(φ/4 − 1)] U_Aᵀ,    ε = 0.3 · 10^(−φ) mean V
+        P⁻¹ Z = τ U_B [s^ν (U_Bᵀ Z U_A) n^(−φ/4) (V + ε)^(φ/4 − 1)] U_Aᵀ
 
     where n = Σ V (V + ε)^(φ/4 − 1) is the layer's noise, and τ leaves the noise of all layers, tr(P⁻¹F), as it is with
     1/(V + ε). Newton's step divides noise too by the curvature, and is then longest where there is nothing to gain; of
@@ -173,8 +172,8 @@ class Kronecker(NaturalGradient[KroneckerSettings]):
         Given ν, φ = ν²: s^ν n^(−φ/4) (V + ε)^(φ/4 − 1), n = Σ V (V + ε)^(φ/4 − 1) its noise. Local.
         """
         flatness = noise**2
-        share = self.settings.damping * FLAT_SHARE**flatness
-        damped = layer.variances + self.xp.maximum(share * layer.sum(layer.variances) / layer.size, least)
+        mean = layer.sum(layer.variances) / layer.size
+        damped = layer.variances + self.xp.maximum(self.settings.damping * mean, least)
         exponent = self.settings.flattening * flatness
         scales = damped ** (exponent - 1)
         scales = scales * self.xp.maximum(layer.sum(layer.variances * scales), self.tiny) ** -exponent
