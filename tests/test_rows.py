@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from qnewton_mpi.core.optimizers.natural.kronecker import KroneckerSettings
 from qnewton_mpi.results.layout import EPOCH_FIGURES
 from qnewton_mpi.results.plotting import MANY, apart, in_panels, plot_runs
 from qnewton_mpi.results.rows import distinct, rows, table, title
@@ -22,7 +23,7 @@ ATTRIBUTES = {
     "replicas": 4,
     "batch": 256,
     "lr": "auto",
-    "damping": 0.3,
+    "damping": KroneckerSettings().damping,
     "seed": 0,
     "ranks": 2,
 }
