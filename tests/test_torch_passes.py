@@ -173,7 +173,7 @@ def test_clipping_in_the_closure_leaves_the_curvature_of_the_loss(most):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        losses = [optimizer.step(closure) for _ in range(60)]
+        losses = [optimizer.step(closure) for _ in range(100)]
     assert optimizer.core.repeats
     assert losses[-1] < 0.8 * losses[0]
 
