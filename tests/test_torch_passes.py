@@ -159,8 +159,8 @@ def test_passes_that_are_no_replicas_are_told():
     accumulated(model, optimizer, 4)
 
 
-@pytest.mark.parametrize("most", [0.01, 1.0, 100.0])
-def test_clipping_in_the_closure_leaves_the_curvature_of_the_loss(most):
+@pytest.mark.parametrize(("most", "steps"), [(0.01, 100), (1.0, 60), (100.0, 60)])  # the shortest are the slowest
+def test_clipping_in_the_closure_leaves_the_curvature_of_the_loss(most, steps):
     model = perceptron()
     optimizer = QuasiNewton(model.parameters(), samples=16, replicas_per_rank=4)
 
@@ -173,7 +173,7 @@ def test_clipping_in_the_closure_leaves_the_curvature_of_the_loss(most):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        losses = [optimizer.step(closure) for _ in range(100)]
+        losses = [optimizer.step(closure) for _ in range(steps)]
     assert optimizer.core.repeats
     assert losses[-1] < 0.8 * losses[0]
 
