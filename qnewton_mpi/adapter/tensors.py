@@ -211,7 +211,7 @@ class Tensors:
         for span, gradient in zip(self.spans, gradients, strict=True):
             rows[:, span] = 0 if gradient is None else gradient.reshape(len(rows), -1)
         # The first replica's tell nearly always; together, as a GPU is waited for at each look.
-        first = torch.stack([rows[0, span].any() for span in self.spans]).tolist()
+        first = torch.stack([torch.stack(rows[0, span].aminmax()) for span in self.spans]).any(1).tolist()
         return [some or bool(rows[:, span].any()) for some, span in zip(first, self.spans, strict=True)]
 
     def check_present(self, idle: list[bool]) -> None:

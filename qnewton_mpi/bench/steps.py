@@ -84,7 +84,10 @@ def steps(sizes: Sequence[int], replicas: int, rounds: int, communicator: Commun
 
 
 class FreeGradients:
-    """`loss, gradient = f(w, replica)` with random gradients that cost nothing, another one at each call. Local."""
+    """`loss, gradient = f(w, replica)`, random both, that cost nothing, others at each call. Local.
+
+    Of losses that are all the same no rate could be told, and steps would grow until they overflow.
+    """
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.calls = size, 0
@@ -93,7 +96,7 @@ class FreeGradients:
     def __call__(self, w: Array, replica: int) -> tuple[float, Array]:
         self.calls += 1
         first = 1021 * self.calls % 4096
-        return 1.0, self.numbers[first : first + self.size]
+        return 1.0 + float(self.numbers[first]), self.numbers[first : first + self.size]
 
 
 def allreduce(gradient: NDArray[np.float32], communicator: Communicator) -> tuple[Callable[[int], None], ...]:

@@ -135,11 +135,11 @@ class Exchange(ABC):
         coefficients : (K, M) host array
             Rows that add up to zero.
         """
-        if self.fewer_as_columns(self.communicator.size, self.replicas, len(coefficients)):
-            mean, columns = self.centred(rows)
-            return mean, to_device(coefficients, columns) @ columns
         weights = np.concatenate([np.full((1, self.replicas), 1 / self.replicas), coefficients])
-        sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
+        if self.fewer_as_columns(self.communicator.size, self.replicas, len(coefficients)):
+            sums = to_device(weights, rows) @ self.columns(rows)
+        else:
+            sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
         return sums[0, :], sums[1:, :]
 
     @classmethod
