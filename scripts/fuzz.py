@@ -16,6 +16,8 @@ repeats itself), and
 FILE.md gets a table of counts, and the trials that went otherwise, each with its number: trial k depends on SEED + k
 alone. It is written as the trials go; a second start goes on after the last one. The exit code is 1 where one went
 otherwise.
+
+In one module, of more than 300 lines: a kind of file is a few, and one that is added is read beside the others.
 """
 
 from __future__ import annotations

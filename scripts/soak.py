@@ -14,6 +14,8 @@ Whatever happened, the run that is gone on with must equal the one that was left
 Each mutation: a line says what is wrong, the older checkpoint is taken, and the run ends as
 the undamaged one did (on the same ranks bit for bit, on others to rounding). The exit code is 1 where one did
 otherwise. What FILE.md has already is not repeated.
+
+In one module, of more than 300 lines: jobs and mutations share how a run is started, awaited and compared.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
         setattr(owner, name, wrapped)
 
     call, one_step = ReplicaLoss.at_once, loop.Trainer.step
-    write, sync = writing.replace_whole, folder.sync_folder
+    write = writing.replace_whole
 
     def gradient(self: ReplicaLoss, *arguments: object) -> object:
         here["step"] = self.step + 1
@@ -101,13 +103,10 @@ def victim(rank: int, step: int, phase: str, event: str, moment: Path) -> None:
             happen("save: sums")
         write(path, *parts)
 
-    def synced(path: Path) -> None:
-        happen("save: renamed")
-        sync(path)
-
     ReplicaLoss.at_once = gradient  # type: ignore[assignment,method-assign]
     loop.Trainer.step = whole_step  # type: ignore[method-assign]
-    writing.replace_whole, folder.sync_folder = written, synced
+    writing.replace_whole = written
+    before(folder, "sync_folder", "save: renamed")
     before(loop.Trainer, "evaluate", "evaluation")
     before(loop.Trainer, "save", "save: begun")
     before(checkpoints, "write_rank", "save: rank's file")

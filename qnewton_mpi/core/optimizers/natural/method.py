@@ -78,8 +78,7 @@ class NaturalGradient(Optimizer[S]):
         assert isinstance(curvature, Curvature)
         self.curvature, self.measurements, self.shortening = curvature, Measurements(curvature), Shortening()
         self.successive = SuccessiveGradients(self.held)
-        self.updates = 0
-        self.trace = 0.0  # of F
+        self.updates, self.trace = 0, 0.0  # of F: how many, tr F
         self.known = 0.0  # tr P⁻¹F, as of the last update: the noise of one sample
 
     def parts(self) -> Mapping[str, Any]:
