@@ -107,14 +107,17 @@ def test_kronecker_view_is_that_of_whole_bases(sides, max_side, leading):
     X, (left, right) = random.standard_normal((2, layer.size)), whole
     matrices = layer.matrices(X)
     rotated = left.T @ matrices @ right
-    place = np.full(rotated.shape[1:], len(layer.dimensions) - 1)  # of each direction's entry in the table
+    place = np.full(rotated.shape[1:], len(layer.variances) - 1)  # of each direction's entry in the table
     rows, columns, first = layer.shapes[0][0], layer.shapes[1][1], layer.entries[0]
     place[:rows, :] = np.arange(first).reshape(layer.shapes[0])
     place[rows:, :columns] = first + np.arange(layer.entries[1]).reshape(layer.shapes[1])
-    np.testing.assert_array_equal(np.bincount(place.ravel()), layer.dimensions)
+    dimensions = np.bincount(place.ravel())
+    np.testing.assert_array_equal(dimensions[:-1], 1)
+    assert dimensions[-1] == (layer.corner or 1)
     table, view = random.random(layer.variances.shape), layer.view(X)
+    np.testing.assert_allclose(layer.sum(table), (dimensions * table).sum())
     np.testing.assert_allclose(view.times(table), left @ (table[place] * rotated) @ right.T)
-    squares = np.bincount(place.ravel(), (rotated**2).sum(axis=0).ravel()) / layer.dimensions
+    squares = np.bincount(place.ravel(), (rotated**2).sum(axis=0).ravel()) / dimensions
     np.testing.assert_allclose(view.squares(), squares)
     kept = [
         None if side.basis is None else np.linalg.qr(random.standard_normal((side.length, side.length)))[0] ** 2
@@ -122,7 +125,7 @@ def test_kronecker_view_is_that_of_whole_bases(sides, max_side, leading):
     ]
     left, right = (np.eye(n) if overlaps is None else overlaps for n, overlaps in zip(place.shape, kept, strict=True))
     moved = left.T @ table[place] @ right
-    means = np.bincount(place.ravel(), moved.ravel()) / layer.dimensions
+    means = np.bincount(place.ravel(), moved.ravel()) / dimensions
     np.testing.assert_allclose(layer.carried(table, *kept), means)
     assert bool(layer.corner) == (2 * leading < min(place.shape) and max(place.shape) <= max_side)
 

@@ -138,8 +138,8 @@ class Exchange(ABC):
         weights = np.concatenate([np.full((1, self.replicas), 1 / self.replicas), coefficients])
         if self.fewer_as_columns(self.communicator.size, self.replicas, len(coefficients)):
             sums = to_device(weights, rows) @ self.columns(rows)
-        else:
-            sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
+            return array_namespace(sums).asarray(sums[0, :], copy=True), sums[1:, :]  # ḡ outlives the others
+        sums = self.added_up(to_device(weights[:, self.local.start : self.local.stop], rows) @ rows)
         return sums[0, :], sums[1:, :]
 
     @classmethod

@@ -148,8 +148,9 @@ class RelativeChange(Bound):
         self.start = self.xp.asarray(held, copy=True)
 
     def products(self, d: Held, held: Held) -> list[tuple[Array, Array, Sequence[slice]]]:
-        scaled = self.xp.astype(self.start != 0, held.dtype)
-        return [(x, y, self.spans) for x, y in ((d * scaled, d), (held * scaled, held), (self.start, self.start))]
+        known, zero = self.start != 0, self.xp.zeros_like(held[:1])
+        pairs = [(self.xp.where(known, x, zero), x) for x in (d, held)]
+        return [(x, y, self.spans) for x, y in (*pairs, (self.start, self.start))]
 
     def size(self, *sums: Vector) -> float:
         """Return r², 0 where no layer has a scale."""

@@ -148,9 +148,7 @@ class Layer:
     left, right : Side
         B, U_B and A, U_A.
     corner : int
-        The dimensions that are in no leading direction.
-    dimensions : table
-        How many dimensions an entry is the mean of.
+        The dimensions that are in no leading direction, of which a table has the mean as its last entry.
     variances : table
         V.
     compared : (2, *table)
@@ -174,9 +172,7 @@ class Layer:
         else:
             self.shapes = (height, width), (0, 0)
         self.entries = [math.prod(shape) for shape in self.shapes]
-        ones = np.ones(sum(self.entries))
-        self.dimensions = to_device(np.append(ones, self.corner) if self.corner else ones, like)
-        self.variances = self.xp.zeros_like(self.dimensions)
+        self.variances = to_device(np.zeros(sum(self.entries) + (self.corner > 0)), like)
         self.compared = self.xp.stack([self.variances, self.variances])
         self.scales = self.variances
 
@@ -237,12 +233,12 @@ class Layer:
 
     def with_corner(self, entries: Array, total: Array) -> Array:
         """Return a table of the entries and that of the corner, with which all directions' sum is the total."""
-        known = self.xp.sum(self.dimensions[:-1] * entries)
+        known = self.xp.sum(entries)
         return self.xp.concat([entries, self.xp.maximum(total - known, 0.0)[None] / self.corner])
 
     def sum(self, table: Array) -> Array:
         """Return the sum over all directions of what a table has the means of."""
-        return self.xp.sum(self.dimensions * table)
+        return self.xp.sum(table) + max(self.corner - 1, 0) * table[-1]
 
     def compare(self, squares: Array, weight: float) -> None:
         """Take z̃² of a step, in units of its noise, and V into S and N."""
@@ -255,7 +251,9 @@ class Layer:
         logarithms = xp.log2(xp.maximum(V, tiny))
         groups = xp.minimum(xp.floor((xp.max(logarithms) - logarithms) / 2), GROUPS - 1.0)
         numbers = xp.arange(GROUPS, dtype=groups.dtype, device=device(groups))[:, None]
-        compared = self.dimensions * self.compared
+        compared = self.compared
+        if self.corner:
+            compared = xp.concat([compared[:, :-1], self.corner * compared[:, -1:]], axis=1)
         pieces = [slice(start, min(start + PIECE, V.shape[0])) for start in range(0, V.shape[0], PIECE)]
 
         def members(piece: slice) -> Array:  # (groups, length of the piece), as numbers: sums are products of matrices
