@@ -50,8 +50,11 @@ def inner(x: Array, y: Array) -> Array:
     """Return Σ x y over all entries, an array without axes: float64, on a CPU the sum of `blockwise_products`."""
     if is_cupy_array(x):
         return _inner_on_gpu(x.reshape(-1), y.reshape(-1))
-    reshape = array_namespace(x).reshape
-    return blockwise_products(reshape(x, (1, -1)), reshape(y, (1, -1)))[0, 0]
+    xp = array_namespace(x)
+    x, y = xp.reshape(x, (1, -1)), xp.reshape(y, (1, -1))
+    if x.shape[1] <= BLOCK:  # the same by fewer calls: of a network's layers most are short
+        return xp.astype(xp.vecdot(x, y)[0], xp.float64)
+    return blockwise_products(x, y)[0, 0]
 
 
 def square_norms(rows: Array) -> Array:
