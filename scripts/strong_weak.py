@@ -51,14 +51,14 @@ class Layer:
 
     @property
     def algebra(self) -> float:
-        """Operations of `kronecker` in a step: the product with P⁻¹, at updates A, B and V, and at some the bases."""
+        """Operations of `kronecker` in a step: the product with P⁻¹, at updates A, B and V and the mean's, at some the bases."""
         a, b, leading = self.outputs, self.inputs, SETTINGS.leading
         sides = [side for side in (a, b) if 1 < side <= SETTINGS.max_side]
         if 2 * leading < min(a, b) and max(a, b) <= SETTINGS.max_side:
             turned = 2.0 * leading * (2 * a * b + b * b + (a - leading) * a)
         else:
             turned = 2.0 * self.size * sum(sides)
-        update = SETTINGS.combinations * (turned + 2 * self.size * sum(sides))
+        update = SETTINGS.combinations * 2 * self.size * sum(sides) + (SETTINGS.combinations + 1) * turned  # the mean's
         bases = sum(20 / 3 * side**3 for side in sides)
         return 2 * turned + (update + bases / SETTINGS.basis_every) / SETTINGS.update_every
 
