@@ -51,7 +51,7 @@ class Layer:
 
     @property
     def algebra(self) -> float:
-        """Operations of `kronecker` in a step: the product with P⁻¹, at updates A, B and V and the mean's, at some the bases."""
+        """Operations of `kronecker` in a step: products with P⁻¹; at updates A, B, V, the mean; at some the bases."""
         a, b, leading = self.outputs, self.inputs, SETTINGS.leading
         sides = [side for side in (a, b) if 1 < side <= SETTINGS.max_side]
         if 2 * leading < min(a, b) and max(a, b) <= SETTINGS.max_side:
