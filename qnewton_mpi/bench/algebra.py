@@ -123,8 +123,10 @@ def _of_a_layer(x: Array, side: int, gradients: Array) -> dict[str, Work]:
     turned = 4 * side**2 * (2 * layer.leading if layer.corner else side)  # flops into the bases, and as many back
     words = 2 * side**2 + 2 * side**2  # of X, read and written, and of the bases
     return {
-        f"A, B and V of a layer {side}×{side}, a combination": Work(
-            lambda: layer.add(gradients[:1, :], gradients[0, :], 0.1), 4 * (words + 4 * side**2), turned + 4 * side**3
+        f"A, B and V of a layer {side}×{side}, a combination and the mean": Work(
+            lambda: layer.add(gradients[:1, :], gradients[0, :], 0.1),
+            4 * (words + 4 * side**2),
+            2 * turned + 4 * side**3,
         ),
         f"P⁻¹ of a layer {side}×{side} times a vector": Work(
             lambda: layer.flat(layer.view(gradients[1:, :]).times(layer.scales)), 4 * words, 2 * turned

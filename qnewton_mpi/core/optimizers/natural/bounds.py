@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from qnewton_mpi.arrays import Array, Held, Vector
 from qnewton_mpi.core.means import Mean, at_least, constant
@@ -148,7 +148,7 @@ class RelativeChange(Bound):
         self.start = self.xp.asarray(held, copy=True)
 
     def products(self, d: Held, held: Held) -> list[tuple[Array, Array, Sequence[slice]]]:
-        known, zero = self.start != 0, self.xp.zeros_like(held[:1])
+        known, zero = self.start != 0, self.xp.zeros((), dtype=held.dtype, device=device(held))
         pairs = [(self.xp.where(known, x, zero), x) for x in (d, held)]
         return [(x, y, self.spans) for x, y in (*pairs, (self.start, self.start))]
 
