@@ -9,6 +9,7 @@ from problems import REPLICAS, SIZE, UNBOUNDED, Quadratic, make_optimizer, traje
 from qnewton_mpi.arrays import to_host
 from qnewton_mpi.core.create import create
 from qnewton_mpi.core.exchange import EXCHANGES
+from qnewton_mpi.core.layers import layer_shapes
 from qnewton_mpi.core.optimizers import OPTIMIZERS
 from qnewton_mpi.core.optimizers.natural.bounds import BOUNDS, Bound, Curvature, RelativeChange
 from qnewton_mpi.core.optimizers.natural.kronecker import Kronecker, KroneckerSettings
@@ -18,10 +19,10 @@ from qnewton_mpi.core.optimizers.natural.values import NaturalStep
 from qnewton_mpi.errors import UserError
 
 
-def step_of(number=100, reach=1.0, noise=1.0):
+def step_of(number=100, reach=1.0, noise=1.0, measurable=True):
     """A step, of which only what the bounds look at is known."""
     unknown = dict.fromkeys(("mean", "direction", "rate", "figures", "norms", "batch", "z", "dz", "sizes"))
-    return NaturalStep(**unknown, number=number, reach=reach, noise=noise)
+    return NaturalStep(**unknown, number=number, reach=reach, noise=noise, measurable=measurable)
 
 
 @pytest.mark.parametrize("variant", ["kronecker", "fisher"])
@@ -238,8 +239,8 @@ def test_auto_rate_without_noise_is_that_of_the_bound(communicator, variant):
 def test_what_the_noise_may_change(communicator):
     """α √ν r ≤ η max(1, 5/√t) over what was not zero at the start; no bound where nothing has a scale, or is noise."""
     start = np.array([3.0, 4.0, 0.0, 0.0, 2.0, 0.0])
-    exchange, spans = EXCHANGES["allgather"](communicator, REPLICAS, 6), [slice(0, 3), slice(3, 4), slice(4, 6)]
-    change = RelativeChange(0.02, spans, start)
+    exchange, layers = EXCHANGES["allgather"](communicator, REPLICAS, 6), layer_shapes([(3,), (1,), (2,)])
+    change = RelativeChange(0.02, layers, start)
 
     def squared(change, d, w):
         return change.size(*exchange.dots_of_parts(*change.products(d, w)))
@@ -255,7 +256,24 @@ def test_what_the_noise_may_change(communicator):
     assert [limit(0.04, 1.0, step) for step in (1, 4)] == pytest.approx([0.5, 0.25])
     assert limit(0.04, 0.25, 100) == pytest.approx(0.2)
     assert limit(0.04, 0.0, 1) == limit(0.0, 1.0, 1) == np.inf
-    assert squared(RelativeChange(0.02, spans, 0 * start), d, w) == 0
+    assert squared(RelativeChange(0.02, layers, 0 * start), d, w) == 0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "bounded"),
+    [
+        ([(1, 5), (1,)], False),
+        ([(2, 3)], False),
+        ([(6,)], True),
+        ([(1, 4), (1, 2)], True),
+        ([(1, 4), (1,), (1,)], True),
+    ],
+)
+def test_the_change_of_a_linear_model_is_bounded_where_no_curvature_is_measured(shapes, bounded):
+    """Of one matrix and its bias; not of a vector, which may be anything."""
+    change = RelativeChange(0.02, layer_shapes(shapes), np.ones(6))
+    limits = [change.limit(step_of(number=100, noise=1.0, measurable=known), 0.04) for known in (True, False)]
+    assert limits == pytest.approx([0.1 if bounded else np.inf, 0.1])
 
 
 def test_a_bound_that_shortens_nearly_all_steps_is_told_once(communicator):
@@ -296,7 +314,7 @@ def test_rules_that_are_off_change_nothing(communicator):
     for step in (1, 2, 3):
         np.testing.assert_array_equal(momentum.add(step * g, step), step * g)
     for bound in BOUNDS.values():
-        assert bound(0.0, [slice(0, SIZE)], w).limit(step_of(), 1.0) == np.inf
+        assert bound(0.0, layer_shapes([(SIZE,)]), w).limit(step_of(), 1.0) == np.inf
     problem = Quadratic(SIZE, REPLICAS)
     options = {"flattening": 0, "least_share": 1, "damping": 1e-3, **UNBOUNDED, "lr": 1e-3}
     optimizer = make_optimizer("kronecker", problem, communicator, REPLICAS, **options)

@@ -20,6 +20,10 @@ class LayerShape:
     def stop(self) -> int:
         return self.start + self.outputs * (self.inputs + self.bias)
 
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.stop)
+
 
 def layer_shapes(shapes: Sequence[tuple[int, ...]]) -> list[LayerShape]:
     """Return the layers of parameters that follow each other in the given shapes. Local.

@@ -15,6 +15,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from qnewton_mpi.arrays import Array, Held, Vector
+from qnewton_mpi.core.layers import LayerShape
 from qnewton_mpi.core.means import Mean, at_least, constant
 from qnewton_mpi.core.optimizers.natural.settings import bound_of
 from qnewton_mpi.core.optimizers.natural.values import NaturalStep
@@ -39,15 +40,15 @@ class Bound(ABC):
     ----------
     value : float
         Its setting; 0: no bound.
-    spans : sequence of slice
-        The layers, among the N coordinates.
+    layers : sequence of LayerShape
+        The layers, and where they are among the N coordinates.
     held : (held,)
         The first parameters.
     """
 
     state: ClassVar[Mapping[str, Kind]] = {}
 
-    def __init__(self, value: float, spans: Sequence[slice], held: Held) -> None:
+    def __init__(self, value: float, layers: Sequence[LayerShape], held: Held) -> None:
         self.value = bound_of(value)
 
     def products(self, d: Held, held: Held) -> list[tuple[Array, Array, Sequence[slice]]]:
@@ -84,8 +85,8 @@ class Curvature(Bound):
 
     state: ClassVar = dict.fromkeys(("measured", "promise", "newest"), Kind.SHARED)
 
-    def __init__(self, value: float, spans: Sequence[slice], held: Held) -> None:
-        super().__init__(value, spans, held)
+    def __init__(self, value: float, layers: Sequence[LayerShape], held: Held) -> None:
+        super().__init__(value, layers, held)
         self._mean = Mean(at_least(CURVATURE_WEIGHT))
         self.measured, self.promise = 0, 0.0  # the step that was measured last, from 1, and its α dᵀz
         self.newest = 0.0  # the rate that it allowed
@@ -138,13 +139,18 @@ class RelativeChange(Bound):
     ‖w_l‖ counts as no less than at the start, so that a layer may pass through zero. √ν is the noise's part of the
     length of a step. A relative change of each layer is what LARS and LAMB prescribe (You, Gitman and Ginsburg 2017,
     arXiv 1708.03888; You et al. 2020, arXiv 1904.00962). One factor for all keeps the direction what P⁻¹ made it.
+
+    A model of one matrix and its bias has no such bound where its curvature can be measured: no layer stands on its
+    features, and nothing tells how large its weights have to become, as those of sparse inputs. A vector may be
+    anything, a whole network too.
     """
 
     state: ClassVar = {"start": Kind.HELD}
 
-    def __init__(self, value: float, spans: Sequence[slice], held: Held) -> None:
-        super().__init__(value, spans, held)
-        self.xp, self.spans = array_namespace(held), spans
+    def __init__(self, value: float, layers: Sequence[LayerShape], held: Held) -> None:
+        super().__init__(value, layers, held)
+        self.xp, self.spans = array_namespace(held), [layer.span for layer in layers]
+        self.linear = len(layers) == 1 and layers[0].inputs > 1
         self.start = self.xp.asarray(held, copy=True)
 
     def products(self, d: Held, held: Held) -> list[tuple[Array, Array, Sequence[slice]]]:
@@ -159,6 +165,8 @@ class RelativeChange(Bound):
         return float(np.mean(changes[known] / np.maximum(sizes, before)[known])) if known.any() else 0.0
 
     def limit(self, step: NaturalStep, size: float) -> float:
+        if self.linear and step.measurable:
+            return math.inf
         # Where no curvature is measured, all of a step may change what else its noise may, the first steps no more.
         noise, t = (step.noise, step.number) if step.measurable else (1.0, math.inf)
         eta = self.value * max(1.0, FIRST_CHANGE / math.sqrt(t))

@@ -69,11 +69,11 @@ class NaturalGradient(Optimizer[S]):
         settings, bounds = self.settings, (*BOUNDS, "gain_share")
         if self.adaptive and not any(getattr(settings, name) for name in bounds):
             raise UserError(f"the rate auto has no bound: let one of {', '.join(bounds)} be more than 0")
-        spans = [slice(layer.start, layer.stop) for layer in layer_shapes(self.shapes)]
+        layers = layer_shapes(self.shapes)
         self.momentum = Momentum(settings.momentum, self.held)
         self.noise_share = NoiseShare()
         self.noise_scale_preconditioned = NoiseScale()
-        self.bounds = {name: bound(getattr(settings, name), spans, self.held) for name, bound in BOUNDS.items()}
+        self.bounds = {name: bound(getattr(settings, name), layers, self.held) for name, bound in BOUNDS.items()}
         curvature = self.bounds["curvature"]
         assert isinstance(curvature, Curvature)
         self.curvature, self.measurements, self.shortening = curvature, Measurements(curvature), Shortening()
