@@ -102,7 +102,7 @@ def layer_spans(network: Network) -> dict[str, slice]:
     """Return where the layers, weights and biases, are among the parameters, by name. Local."""
     shapes, spans = iter(network.parameter_shapes), {}
     for k, layer in enumerate(layer_shapes(network.parameter_shapes), 1):
-        spans[f"layer {k}, {'×'.join(map(str, next(shapes)))}"] = slice(layer.start, layer.stop)
+        spans[f"layer {k}, {'×'.join(map(str, next(shapes)))}"] = layer.span
         if layer.bias:
             next(shapes)
     return spans
